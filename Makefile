@@ -1,0 +1,44 @@
+# Every target makes what it needs. `make serve` and `make test` work on a bare machine with Python 3.11 and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= data/cifar10_jpeg.npz
+RUN ?= runs/default
+
+.PHONY: serve test check train bundle bench clean
+
+serve: $(VENV)/serve.stamp
+	$(BIN)/vitserve serve
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+train: $(VENV)/dev.stamp
+	$(BIN)/vitserve train $(DATA) --output $(RUN)
+
+bundle: $(VENV)/dev.stamp
+	$(BIN)/vitserve export checkpoints/default/weights.safetensors --output service/default_bundle --name compact-hybrid-cifar10
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m bench.door $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/serve.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+# torch before the rest: its CPU build is chosen by exact version, and what follows finds it installed.
+$(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q "torch==2.13.0"
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@ $(VENV)/serve.stamp

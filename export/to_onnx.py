@@ -1,0 +1,56 @@
+"""Traces a network to the canonical graph: uint8 pixels in, float32 logits and embedding out, ONNX opset 23. Imported by export/build.py."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.preprocess import Preprocessing
+from model.vit import ViT
+
+OPSET = 23  # the first with Attention as one operator; what TensorRT's parser and ONNX Runtime both read as such
+
+
+class Servable(nn.Module):
+    """A network with its normalisation in front: uint8 [n, H, W, 3] → float32 logits [n, classes], embedding [n, width]."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: ViT, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        # (pixels / 255 - mean) / std as one multiplication and one addition
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        images = pixels.float() * self.scale + self.shift
+        outputs: tuple[Tensor, Tensor] = self.network(images.permute(0, 3, 1, 2))
+        return outputs
+
+
+def trace(network: Servable, image_size: int, path: Path) -> None:
+    """Writes the graph of ``network`` to ``path``, weights inside, the batch its only dynamic axis."""
+    example = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
+    batch = torch.export.Dim("n", min=1, max=1024)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecation notices; they concern nothing of ours
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            network,
+            (example,),
+            path,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=({0: batch},),
+            input_names=["pixels"],
+            output_names=["logits", "embedding"],
+            external_data=False,
+            verbose=False,
+        )

@@ -1,0 +1,65 @@
+"""How close two sets of outputs are, and how close they must be: one measure for export's proof and the service's golden gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+Floats = npt.NDArray[np.float32]
+
+
+class Outputs(NamedTuple):
+    logits: Floats  # [n, classes]
+    embedding: Floats  # [n, width]
+
+
+# Greatest difference allowed, relative to the largest magnitude in the reference. The mantissas have 23, 8 (bf16), 11 (fp16) bits
+# and rounding accumulates over the depth; int8 and fp8 are judged on accuracy when they are exported, and here only against gross error.
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 6e-2, "int8": 0.3, "fp8": 0.3}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Served outputs against the source network's, over the golden images."""
+
+    logits: float  # greatest difference relative to the largest reference logit
+    embedding: float  # likewise
+    probability: float  # greatest difference of a class probability
+    top1_agreement: float  # share of images whose most probable class is the same
+
+    def failure(self, precision: Precision) -> str | None:
+        """Why this is not good enough for the precision, naming both numbers; None if it is."""
+        limit = TOLERANCE[precision]
+        for name in ("logits", "embedding"):
+            difference: float = getattr(self, name)
+            if not difference <= limit:  # also refuses NaN
+                return f"{name} differ by {difference:.2e} of their range; {precision} allows {limit:.0e}"
+        return None
+
+
+def compare(outputs: Outputs, reference: Outputs) -> Parity:
+    """Raises ValueError if the shapes differ."""
+    for name, ours, theirs in zip(Outputs._fields, outputs, reference, strict=True):
+        if ours.shape != theirs.shape:
+            raise ValueError(f"{name} have shape {ours.shape}; the reference has {theirs.shape}")
+    return Parity(
+        logits=_relative(outputs.logits, reference.logits),
+        embedding=_relative(outputs.embedding, reference.embedding),
+        probability=float(np.abs(softmax(outputs.logits) - softmax(reference.logits)).max()),
+        top1_agreement=float((outputs.logits.argmax(1) == reference.logits.argmax(1)).mean()),
+    )
+
+
+def softmax(logits: Floats) -> Floats:
+    """Logits [n, classes] → probabilities, float32. The maximum is subtracted first, so that nothing overflows."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: Floats = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def _relative(ours: Floats, theirs: Floats) -> float:
+    return float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-12))

@@ -1,0 +1,32 @@
+"""ONNX Runtime on the CPU, in float32 (it has no bf16 on x86). Imported by engines/open.py alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+
+from model.parity import Outputs, Precision
+from model.preprocess import Pixels
+
+
+class OnnxRuntimeEngine:
+    """One session shared by the lanes: its run() may be called from several threads, and the weights exist once."""
+
+    name = "onnxruntime"
+    precision: Precision = "fp32"
+
+    def __init__(self, graph: Path, lanes: int, threads: int, max_batch: int) -> None:
+        self.lanes, self.max_batch = lanes, max_batch
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads burn a core that decodes images
+        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+    def run(self, lane: int, pixels: Pixels) -> Outputs:
+        logits, embedding = self._session.run(["logits", "embedding"], {"pixels": pixels})
+        return Outputs(logits, embedding)
+
+    def close(self) -> None:
+        del self._session

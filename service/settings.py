@@ -1,0 +1,60 @@
+"""Every setting of the service, once: name with unit, default, help. The command line, the environment (VITSERVE_*) and README's table follow from it.
+
+Nothing is read here: vitserve.py gives the values, from the command line or else the environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class SettingsError(ValueError):
+    """Settings that contradict one another or the machine; the service refuses to start."""
+
+
+def _setting(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    host: str = _setting("127.0.0.1", "Address to listen on. 0.0.0.0 serves the network; vitserve has no authentication of its own.")
+    port: int = _setting(8000, "Port to listen on; 0 takes a free one and logs it.")
+    bundle: str = _setting("", "Folder of the bundle to serve; empty serves the model that comes with vitserve.")
+    engine: str = _setting("auto", "auto, onnxruntime or openvino. auto takes the first of the bundle's that runs here and reproduces its golden images.")
+    precision: str = _setting("auto", "auto, fp32 or bf16. auto is fp32; bf16 (openvino) is about twice as fast on a CPU that has it, and less exact.")
+    lanes: int = _setting(1, "Batches that run at once. More than one pays on many cores, where one batch cannot fill them all.")
+    threads: int = _setting(0, "Threads per lane; 0 shares the machine's cores among the lanes.")
+    max_batch: int = _setting(8, "Largest batch measured at start. The service settles on the smallest within 5 % of the best throughput.")
+    decode_threads: int = _setting(0, "Threads that decode images; 0 takes one per core.")
+    slots: int = _setting(256, "Images in the house at once, each holding its pixels. A further one is answered 429.")
+    timeout_ms: int = _setting(10_000, "How long a caller waits who does not say (timeout_ms in the request). What cannot be done in time is answered 429.")
+    max_body_bytes: int = _setting(33_554_432, "Largest request body, enforced while it streams in.")
+    max_image_pixels: int = _setting(50_000_000, "Largest image, checked in its header before it is decoded.")
+    max_images: int = _setting(64, "Images in one request.")
+    jpeg_draft: bool = _setting(True, "Let libjpeg decode large JPEGs at 1/2, 1/4 or 1/8 where twice the needed size remains: faster, not equal to the bit.")
+    log_level: str = _setting("info", "debug, info, warning or error.")
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "max_batch", "slots", "timeout_ms", "max_body_bytes", "max_image_pixels", "max_images"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("threads", "decode_threads"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be 0 (choose for me) or more")
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"port is {self.port}; it must be from 0 to 65535")
+        self._one_of("engine", "auto", "onnxruntime", "openvino")
+        self._one_of("precision", "auto", "fp32", "bf16")
+        self._one_of("log_level", "debug", "info", "warning", "error")
+        if self.engine == "onnxruntime" and self.precision == "bf16":
+            raise SettingsError("engine onnxruntime has no bf16 on a CPU; use engine openvino, or precision fp32")
+        if self.slots < self.max_batch * self.lanes:
+            raise SettingsError(f"{self.slots} slots cannot fill {self.lanes} lanes with batches of {self.max_batch}")
+        if self.max_images > self.slots:
+            raise SettingsError(f"max_images is {self.max_images}, but there are only {self.slots} slots for them")
+
+    def _one_of(self, name: str, *allowed: str) -> None:
+        if getattr(self, name) not in allowed:
+            raise SettingsError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")

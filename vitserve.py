@@ -1,0 +1,112 @@
+"""The command line: one sub-command per stage. Each imports its stage only when it is asked for, so that --help is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from service.settings import Settings, SettingsError
+
+__version__ = "0.1.0"
+
+app = typer.Typer(help="Put a trained Vision Transformer into production.", no_args_is_help=True, add_completion=False)
+
+
+def _fail(error: Exception) -> typer.Exit:
+    typer.secho(f"vitserve: {error}", fg="red", err=True)
+    return typer.Exit(2)
+
+
+def _serve(**values: Any) -> None:
+    """Serve a bundle over HTTP; without one, the model that comes with vitserve."""
+    try:
+        settings = Settings(**values)
+    except SettingsError as error:
+        raise _fail(error) from error
+    from service.serve import serve
+
+    serve(settings)
+
+
+def _settings_as_options() -> inspect.Signature:
+    """One option per setting, --like-this, with VITSERVE_LIKE_THIS as its environment variable."""
+    hints = get_type_hints(Settings)
+    parameters = []
+    for each in dataclasses.fields(Settings):
+        option = typer.Option(help=each.metadata["help"], envvar=f"VITSERVE_{each.name.upper()}")
+        parameters.append(inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=Annotated[hints[each.name], option]))
+    return inspect.Signature(parameters)
+
+
+_serve.__signature__ = _settings_as_options()  # type: ignore[attr-defined]  # typer reads it
+_serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _settings_as_options().parameters.values()}
+app.command("serve")(_serve)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint written by `vitserve train` (weights.safetensors).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
+    name: Annotated[str, typer.Option(help="The model's name, as clients will see it; the checkpoint's folder unless told.")] = "",
+    version: Annotated[str, typer.Option(help="The model's version; the first digits of the graph's sha256 unless told.")] = "",
+) -> None:
+    """Export a checkpoint to a bundle, proving every engine equal to its source before it is accepted."""
+    from rich.console import Console
+
+    from export.build import ExportError, build_bundle
+    from export.checkpoint import CheckpointError, load_checkpoint
+    from model.bundle import BundleError
+
+    console = Console(stderr=True)
+    record_path = checkpoint.with_name("training.json")
+    try:
+        with console.status("reading the checkpoint") as status:
+
+            def progress(step: str) -> None:
+                status.update(step)
+                console.print(f"[dim]{step}[/dim]")
+
+            bundle = build_bundle(
+                load_checkpoint(checkpoint),
+                output,
+                name=name or checkpoint.resolve().parent.name,
+                version=version or None,
+                training=json.loads(record_path.read_text()) if record_path.exists() else None,
+                progress=progress,
+            )
+    except (CheckpointError, ExportError, BundleError) as error:
+        raise _fail(error) from error
+    for artefact in bundle.manifest.artefacts:
+        typer.echo(
+            f"{artefact.engine} {artefact.precision}: logits differ by {artefact.parity.logits:.1e} of their range, "
+            f"probabilities by {artefact.parity.probability:.1e}, top-1 agreement {artefact.parity.top1_agreement:.1%}"
+        )
+    typer.echo(f"{bundle.manifest.name} {bundle.manifest.version} → {output}")
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="An .npz of encoded images: {train,test}_{jpeg,offsets,labels} and classes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; a run already there goes on where it stopped.")],
+    variant: Annotated[str, typer.Option(help="The network, a name from model/config.py.")] = "compact-hybrid/4",
+    epochs: Annotated[int, typer.Option(help="Passes over the training set; the schedule is stretched over them.")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights, the order, and the augmentation.")] = 0,
+) -> None:
+    """Train a compact ViT on labelled images, on a CPU."""
+    from model.config import variant as named
+    from model.train import Recipe, train
+
+    try:
+        report = train(named(variant), Recipe(epochs=epochs, seed=seed), data, output)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    typer.echo(f"test accuracy {report['test_accuracy']:.2%} after {report['seconds']} s → {output / 'weights.safetensors'}")
+
+
+if __name__ == "__main__":
+    app()
