@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +41,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DRAFT_GAP = 2.0  # a JPEG is never decoded smaller than this many times what the resize wants; docs/architecture.md has the difference
+_DRAFT_GAP = 3.0  # a JPEG is never decoded smaller than this many times what the resize wants; docs/log.md has the differences measured
 
 
 class ImageError(ValueError):
@@ -94,10 +95,14 @@ class Decoder:
     def decode(self, encoded: bytes | memoryview) -> Pixels:
         """Raises ImageError."""
         image = self._open(encoded)
-        self._check_size(image)
+        wanted = self._size_to_resize_to(image)
         try:
-            upright = _upright(self._load(image))
-            return self._resize_and_crop(_rgb(upright))
+            stored = image.size
+            self._load(image, wanted)
+            upright = _upright(image)
+            if upright.size != stored:  # turned by a quarter, or decoded at a reduced scale: then still by the whole image's sides
+                wanted = wanted if (upright.width < upright.height) == (wanted[0] < wanted[1]) else wanted[::-1]
+            return self._resize_and_crop(_rgb(upright), wanted)
         except Exception as error:  # a decoder given hostile bytes may raise anything at all
             raise DamagedImage("the image's data is truncated or damaged") from error
         finally:
@@ -111,7 +116,8 @@ class Decoder:
         except Exception as error:
             raise NotAnImage(f"not an image in one of the formats {', '.join(allowed_formats())}") from error
 
-    def _check_size(self, image: Image.Image) -> None:
+    def _size_to_resize_to(self, image: Image.Image) -> tuple[int, int]:
+        """From the header alone, and refused from it: nothing has been decoded yet."""
         width, height = image.size
         if width < 1 or height < 1:
             raise DamagedImage(f"the image is {width} × {height} pixels")
@@ -120,16 +126,14 @@ class Decoder:
         wide, high = self.preprocessing.resized(width, height)
         if wide * high > self.max_pixels:  # a sliver of 1 × 1,000,000 would be blown up to the model's width
             raise TooManyPixels(f"the image of {width} × {height} pixels becomes {wide} × {high} when resized; the limit is {self.max_pixels:,} pixels")
+        return wide, high
 
-    def _load(self, image: Image.Image) -> Image.Image:
+    def _load(self, image: Image.Image, wanted: tuple[int, int]) -> None:
         if self.jpeg_draft and image.format in ("JPEG", "MPO"):
-            wide, high = self.preprocessing.resized(*image.size)
-            image.draft(None, (math.ceil(wide * _DRAFT_GAP), math.ceil(high * _DRAFT_GAP)))
+            image.draft(None, (math.ceil(wanted[0] * _DRAFT_GAP), math.ceil(wanted[1] * _DRAFT_GAP)))
         image.load()
-        return image
 
-    def _resize_and_crop(self, image: Image.Image) -> Pixels:
-        wanted = self.preprocessing.resized(*image.size)
+    def _resize_and_crop(self, image: Image.Image, wanted: tuple[int, int]) -> Pixels:
         if image.size != wanted:
             image = image.resize(wanted, _RESAMPLING[self.preprocessing.interpolation])
         side = self.preprocessing.image_size
@@ -141,12 +145,14 @@ def allowed_formats() -> tuple[str, ...]:
     return ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
 
 
-def trust_only_our_limit() -> None:
-    """Switches off Pillow's own, process-wide guard against large images, which warns instead of refusing and knows one limit only.
+def prepare_pillow() -> None:
+    """For a process that decodes hostile images through Decoder alone; what it sets in Pillow is process-wide.
 
-    For a process that decodes through Decoder alone: its limit is checked from the header, before anything is decoded.
+    Pillow's own guard against large images warns where ours refuses, and knows one limit only. Its warnings about broken
+    metadata would let any client write to our log.
     """
     Image.MAX_IMAGE_PIXELS = None
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.bundle import Bundle, open_bundle
-from model.preprocess import Decoder, trust_only_our_limit
+from model.preprocess import Decoder, prepare_pillow
 from service.engines.open import EngineOptions, Opened, open_engine
 from service.metrics import Metrics
 from service.runtime import Runtime, warm_up
@@ -54,7 +54,7 @@ class State:
 
     def begin(self) -> None:
         """Opens the engine in the background, so that liveness and the reasons can be asked meanwhile."""
-        trust_only_our_limit()
+        prepare_pillow()
         self._starting = asyncio.create_task(self._start())
 
     async def end(self) -> None:

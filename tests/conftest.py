@@ -1,0 +1,136 @@
+"""What several test files share: a small bundle, images made here, and a real server process."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from export.build import build_bundle
+from export.checkpoint import Checkpoint
+from model.bundle import Bundle
+from model.config import ViTConfig
+from model.preprocess import Preprocessing
+from model.vit import ViT
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+TINY = ViTConfig(image_size=16, patch_size=8, width=32, depth=2, heads=2, mlp_width=64, classes=7)
+
+
+def network(config: ViTConfig, seed: int = 0) -> ViT:
+    """Random weights large enough that logits differ from image to image."""
+    torch.manual_seed(seed)
+    made = ViT(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return made
+
+
+def checkpoint(config: ViTConfig = TINY, seed: int = 0) -> Checkpoint:
+    labels = tuple(f"class {index}" for index in range(config.classes))
+    return Checkpoint(network(config, seed), labels, Preprocessing(config.image_size))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    """A smooth random colour picture, different for each seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build_bundle(checkpoint(), tmp_path_factory.mktemp("bundles") / "tiny", name="tiny")
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Path]:
+    found = sorted((SHARED / "data" / "photos").glob("*.jpg"))
+    if not found:
+        pytest.skip("the real photos are not beside the repository")
+    return found
+
+
+@pytest.fixture(scope="session")
+def timm() -> Iterator[ModuleType]:
+    """The library whose names and preprocessing are ours too. Optional: `pip install --no-deps timm torchvision`.
+
+    timm imports torchvision, whose compiled operators do not fit a CPU build of torch: they are declared, and never called.
+    """
+    if importlib.util.find_spec("timm") is None or importlib.util.find_spec("torchvision") is None:
+        pytest.skip("timm and torchvision are not installed")
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs, about themselves
+        import timm as imported
+        import timm.data
+    yield imported
+    del library
+
+
+@dataclass
+class Server:
+    """A `vitserve serve` of its own process, on a free port."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: list[str]
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=60)
+        return self.process.returncode
+
+
+def start_server(*arguments: str, until: str = "service.state: ready") -> Server:
+    """Returns when the log says so; whatever it says instead is in the failure."""
+    command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", *arguments]
+    environment = os.environ | {"PYTHONWARNINGS": "default"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    log, url, reached = [], "", False
+    for line in process.stderr:
+        log.append(line)
+        listening = re.search(r"running on (http://[\d.:]+)", line)
+        url = listening.group(1) if listening else url
+        reached = reached or until in line
+        if url and reached:
+            return Server(process, url, log)
+    raise AssertionError(f"the server ended with {process.wait()}:\n{''.join(log)}")
+
+
+@pytest.fixture(scope="session")
+def server(bundle: Bundle) -> Iterator[Server]:
+    running = start_server("--bundle", str(bundle.path), "--max-images", "64", "--timeout-ms", "60000")
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as made:
+        yield made
