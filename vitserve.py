@@ -50,7 +50,7 @@ app.command("serve")(_serve)
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint written by `vitserve train` (weights.safetensors).")],
+    source: Annotated[str, typer.Argument(help="A checkpoint written by `vitserve train` (weights.safetensors), or random:B/16 to measure a variant.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
     name: Annotated[str, typer.Option(help="The model's name, as clients will see it; the checkpoint's folder unless told.")] = "",
     version: Annotated[str, typer.Option(help="The model's version; the first digits of the graph's sha256 unless told.")] = "",
@@ -59,11 +59,12 @@ def export(
     from rich.console import Console
 
     from export.build import ExportError, build_bundle
-    from export.checkpoint import CheckpointError, load_checkpoint
-    from model.bundle import BundleError
+    from export.checkpoint import load_checkpoint, random_checkpoint
 
     console = Console(stderr=True)
-    record_path = checkpoint.with_name("training.json")
+    prefix, _, variant = source.partition(":")
+    random = prefix == "random" and bool(variant)
+    record = Path(source).with_name("training.json")
     try:
         with console.status("reading the checkpoint") as status:
 
@@ -72,14 +73,14 @@ def export(
                 console.print(f"[dim]{step}[/dim]")
 
             bundle = build_bundle(
-                load_checkpoint(checkpoint),
+                random_checkpoint(variant) if random else load_checkpoint(Path(source)),
                 output,
-                name=name or checkpoint.resolve().parent.name,
+                name=name or (source if random else Path(source).resolve().parent.name),
                 version=version or None,
-                training=json.loads(record_path.read_text()) if record_path.exists() else None,
+                training=json.loads(record.read_text()) if record.exists() else None,
                 progress=progress,
             )
-    except (CheckpointError, ExportError, BundleError) as error:
+    except (ValueError, ExportError) as error:
         raise _fail(error) from error
     for artefact in bundle.manifest.artefacts:
         typer.echo(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.config import ViTConfig
+from model.config import ViTConfig, variant
 from model.preprocess import Preprocessing
 from model.vit import ViT
 
@@ -45,6 +45,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
     preprocessing = Preprocessing(config.image_size, mean=tuple(json.loads(metadata["mean"])), std=tuple(json.loads(metadata["std"])))
     return Checkpoint(network.eval(), tuple(json.loads(metadata["labels"])), preprocessing)
+
+
+def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
+    """The named variant with random weights: nothing to learn from it but how fast it runs. Raises ValueError for an unknown name."""
+    config = variant(name)
+    torch.manual_seed(seed)
+    network = ViT(config).eval()
+    torch.nn.init.trunc_normal_(network.head.weight, std=0.02)
+    return Checkpoint(network, tuple(f"class {index}" for index in range(config.classes)), Preprocessing(config.image_size))
 
 
 def _single(tensor: torch.Tensor) -> torch.Tensor:

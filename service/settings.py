@@ -33,9 +33,7 @@ class Settings:
     max_body_bytes: int = _setting(33_554_432, "Largest request body, enforced while it streams in.")
     max_image_pixels: int = _setting(50_000_000, "Largest image, checked in its header before it is decoded.")
     max_images: int = _setting(64, "Images in one request.")
-    jpeg_draft: bool = _setting(
-        True, "Let libjpeg decode large JPEGs at 1/2, 1/4 or 1/8 where three times the needed size remains: faster, not equal to the bit."
-    )
+    jpeg_draft: bool = _setting(True, "Let libjpeg decode JPEGs at 1/2, 1/4 or 1/8 where three times the needed size remains: faster, not equal to the bit.")
     log_level: str = _setting("info", "debug, info, warning or error.")
 
     def __post_init__(self) -> None:

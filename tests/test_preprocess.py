@@ -84,10 +84,7 @@ def test_broken_exif_is_ignored() -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "I;16"])
 def test_every_opaque_mode_becomes_its_rgb(mode: str) -> None:
     grey = picture(64, 64, seed=1).convert("L")
-    if mode == "I;16":
-        stored = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    else:
-        stored = grey.convert(mode)
+    stored = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
     expected = EXACT.decode(encoded(stored.convert("L") if mode == "1" else grey))
     decoded = EXACT.decode(encoded(stored, "TIFF"))
     assert np.abs(decoded.astype(int) - expected).max() <= 2, mode  # YCbCr and CMYK round once more

@@ -52,7 +52,7 @@ class Device:
 
     def advance(self, now: float) -> None:
         while self._running and self._running[0][0] <= now:
-            finished, lane, batch = heapq.heappop(self._running)
+            finished, _, batch = heapq.heappop(self._running)
             self.scheduler.done(batch, finished)
             for request in batch.requests:
                 self.runs[request.id] += 1

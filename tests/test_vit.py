@@ -63,11 +63,11 @@ def test_variants_have_the_sizes_of_the_papers(name: str, millions: float) -> No
 
 
 def test_sizes_that_do_not_divide_are_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match="image size 224 .* patch size 15"):
+    with pytest.raises(ValueError, match=r"image size 224 .* patch size 15"):
         variant("B/16", patch_size=15)
-    with pytest.raises(ValueError, match="width 768 .* 7 heads"):
+    with pytest.raises(ValueError, match=r"width 768 .* 7 heads"):
         variant("B/16", heads=7)
-    with pytest.raises(ValueError, match="patch size 8 .* reduction 16"):
+    with pytest.raises(ValueError, match=r"patch size 8 .* reduction 16"):
         replace(TINY, stem=(1, 1, 1, 1, 1))
     with pytest.raises(ValueError, match="no variant 'B/17'"):
         variant("B/17")
@@ -81,15 +81,8 @@ def test_a_configuration_finds_its_own_name() -> None:
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
 def test_timms_state_dict_loads_strictly_and_gives_its_logits(pool: str, timm: ModuleType) -> None:
-    theirs = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=32,
-        patch_size=8,
-        depth=2,
-        num_classes=5,
-        global_pool="token" if pool == "token" else "avg",
-        class_token=pool == "token",
-    ).eval()
+    tokens = {"global_pool": "token"} if pool == "token" else {"global_pool": "avg", "class_token": False}
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=5, **tokens).eval()
     ours = ViT(variant("Ti/16", image_size=32, patch_size=8, depth=2, classes=5, pool=pool)).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     images = torch.randn(3, 3, 32, 32)
