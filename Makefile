@@ -38,7 +38,9 @@ $(VENV)/serve.stamp: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 # torch before the rest: its CPU build is chosen by exact version, and what follows finds it installed.
+# timm and torchvision without what they ask for: they would replace torch by another build. The tests compare with them.
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q "torch==2.13.0"
 	$(BIN)/python -m pip install -q -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps timm torchvision
 	touch $@ $(VENV)/serve.stamp

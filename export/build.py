@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from export.card import model_card
 from export.checkpoint import Checkpoint
 from export.golden import golden
 from export.to_onnx import Servable, trace
@@ -44,6 +45,8 @@ def build_bundle(
         reference = golden(servable, checkpoint.preprocessing.image_size)
         save_golden(contents / "golden.npz", reference.pixels, reference.reference)
         (contents / "labels.txt").write_text("".join(f"{label}\n" for label in checkpoint.labels), encoding="utf-8")
+        if training is not None:
+            (contents / "MODEL_CARD.md").write_text(model_card(name, training), encoding="utf-8")
         artefacts = tuple(_prove(contents / GRAPH, reference, candidates, progress))
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,

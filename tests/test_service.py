@@ -105,6 +105,7 @@ def test_server_timing_names_the_stages(client: httpx.Client) -> None:
 
 
 GOOD = encoded(picture())
+ANOTHER_FIELD = b'--x\r\nContent-Disposition: form-data; name="path"\r\n\r\n/etc\r\n--x--\r\n'
 PROBLEMS: dict[str, tuple[int, str, bytes, str, str]] = {
     "empty": (422, "not_an_image", b"", "image/png", ""),
     "text": (422, "not_an_image", b"hello", "image/png", ""),

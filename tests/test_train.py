@@ -1,0 +1,115 @@
+"""Training: it learns, it can be interrupted, and what it stores is what it tested."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import model.train
+from export.checkpoint import load_checkpoint
+from model.config import ViTConfig
+from model.data import ImageArchive, Labelled, augment, mixup
+from model.train import Recipe, evaluate, hold_out, train
+from tests.conftest import encoded
+
+CONFIG = ViTConfig(image_size=16, patch_size=8, width=32, depth=1, heads=2, mlp_width=64, classes=2, stem=(8, 16))
+RECIPE = Recipe(epochs=3, batch_size=16, validation_images=16)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reddish and greenish noise."""
+    from PIL import Image
+
+    random, arrays = np.random.default_rng(0), {"classes": np.array(["red", "green"])}
+    for split, count in (("train", 176), ("test", 32)):
+        labels = random.integers(0, 2, count).astype(np.uint8)
+        images = []
+        for label in labels:
+            pixels = random.integers(0, 160, (16, 16, 3), np.uint8)
+            pixels[..., label] += 60
+            images.append(encoded(Image.fromarray(pixels), "JPEG"))
+        arrays |= {
+            f"{split}_jpeg": np.frombuffer(b"".join(images), np.uint8),
+            f"{split}_offsets": np.cumsum([0] + [len(each) for each in images]),
+            f"{split}_labels": labels,
+        }
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def test_it_learns_and_what_is_stored_is_what_was_tested(archive: Path, tmp_path: Path) -> None:
+    report = train(CONFIG, RECIPE, archive, tmp_path)
+    assert report["test_accuracy"] > 0.9
+    assert [each["epoch"] for each in report["history"]] == [1, 2, 3]
+    assert np.sum(report["confusion"]) == report["test_images"] == 32
+    assert np.trace(report["confusion"]) / 32 == pytest.approx(report["test_accuracy"])
+    assert json.loads((tmp_path / "training.json").read_text()) == json.loads(json.dumps(report))
+    stored = load_checkpoint(tmp_path / "weights.safetensors")
+    assert stored.labels == ("red", "green")
+    assert evaluate(stored.network, ImageArchive(archive).split("test"), RECIPE)[0] == report["test_accuracy"]
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*arguments: object) -> tuple[float, torch.Tensor]:
+        genuine_save(*arguments)  # type: ignore[arg-type]
+        raise Interrupted
+
+    whole = train(CONFIG, RECIPE, archive, tmp_path / "whole")
+    genuine_save = model.train.save_atomically
+    for _ in range(2):
+        monkeypatch.setattr(model.train, "save_atomically", interrupt)
+        with pytest.raises(Interrupted):
+            train(CONFIG, RECIPE, archive, tmp_path / "parts")
+    monkeypatch.setattr(model.train, "save_atomically", genuine_save)
+    parts = train(CONFIG, RECIPE, archive, tmp_path / "parts")
+    assert [each["loss"] for each in parts["history"]] == [each["loss"] for each in whole["history"]]
+    assert parts["confusion"] == whole["confusion"]
+
+
+def test_the_test_set_is_read_only_at_the_end(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    genuine_split, genuine_epoch = ImageArchive.split, model.train.one_epoch
+    monkeypatch.setattr(ImageArchive, "split", lambda self, name: (order.append(name), genuine_split(self, name))[1])
+    monkeypatch.setattr(model.train, "one_epoch", lambda *arguments: (order.append("epoch"), genuine_epoch(*arguments))[1])
+    train(CONFIG, RECIPE, archive, tmp_path)
+    assert order == ["train", "epoch", "epoch", "epoch", "test"]
+
+
+def test_validation_images_are_held_out() -> None:
+    everything = Labelled(torch.arange(100).view(100, 1, 1, 1), torch.arange(100))
+    training, validation = hold_out(everything, Recipe(validation_images=30))
+    assert len(training) == 70
+    assert len(validation) == 30
+    assert sorted(torch.cat([training.classes, validation.classes]).tolist()) == list(range(100))
+
+
+def test_augmenting_moves_and_mirrors_whole_images() -> None:
+    image = torch.arange(64.0).view(1, 1, 8, 8).expand(2000, 3, 8, 8)
+    moved = augment(image, 2, torch.Generator().manual_seed(0))
+    assert moved.shape == image.shape
+    centres = {(int(each[0, 4, 3]), int(each[0, 4, 4])) for each in moved}
+    assert {abs(left - right) for left, right in centres} == {1}, "neighbours stay neighbours"
+    assert {left < right for left, right in centres} == {True, False}, "half are mirrored"
+    assert len(centres) == 2 * 5 * 5
+    assert torch.equal(augment(image, 0, torch.Generator().manual_seed(0))[0].sort().values, image[0].sort().values)
+
+
+def test_mixup_blends_images_and_targets_alike() -> None:
+    images, targets = torch.eye(4).view(4, 4, 1, 1), torch.eye(4)
+    mixed, blended = mixup(images, targets, 0.5, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(mixed.view(4, 4), blended)
+    torch.testing.assert_close(blended.sum(1), torch.ones(4))
+
+
+def test_an_archive_of_other_classes_is_refused(archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the archive has 2 classes; the variant has 10"):
+        train(ViTConfig(**{**CONFIG.__dict__, "classes": 10}), RECIPE, archive, tmp_path)
