@@ -28,6 +28,8 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings) -> None:
     """Blocks. Returns after SIGTERM or SIGINT, when everything admitted has been answered."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # It warns of every malformed form; our answer says so already, and a client shall not write to our log.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     app = create_app(settings)
     config = uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False, log_level=settings.log_level)
     server = _Server(config, app.state.vitserve)

@@ -9,9 +9,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -97,13 +98,33 @@ class Server:
     """A `vitserve serve` of its own process, on a free port."""
 
     process: subprocess.Popen[str]
-    url: str
-    log: list[str]
+    url: str = ""
+    log: list[str] = field(default_factory=list)
+    _ended: bool = False
+    _grown: threading.Condition = field(default_factory=threading.Condition)
+
+    def read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                with self._grown:
+                    self.log.append(line)
+                    self._grown.notify_all()
+        with self._grown:
+            self._ended = True
+            self._grown.notify_all()
+
+    def wait_for(self, pattern: str) -> str:
+        """The last group (or the whole) of the pattern in the log, as soon as it is there."""
+        with self._grown:
+            while not (found := re.search(pattern, "".join(self.log))):
+                assert not self._ended, f"the server ended without {pattern!r}:\n{''.join(self.log)}"
+                assert self._grown.wait(60), f"no {pattern!r} within a minute:\n{''.join(self.log)}"
+            return found.group(found.lastindex or 0)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        self.process.communicate(timeout=60)
-        return self.process.returncode
+        return self.process.wait(60)
 
 
 def start_server(*arguments: str, until: str = "service.state: ready") -> Server:
@@ -112,15 +133,11 @@ def start_server(*arguments: str, until: str = "service.state: ready") -> Server
     environment = os.environ | {"PYTHONWARNINGS": "default"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
-    log, url, reached = [], "", False
-    for line in process.stderr:
-        log.append(line)
-        listening = re.search(r"running on (http://[\d.:]+)", line)
-        url = listening.group(1) if listening else url
-        reached = reached or until in line
-        if url and reached:
-            return Server(process, url, log)
-    raise AssertionError(f"the server ended with {process.wait()}:\n{''.join(log)}")
+    running = Server(process)
+    threading.Thread(target=running.read, daemon=True).start()  # a pipe that nobody reads would stop the server
+    running.url = running.wait_for(r"running on (http://[\d.:]+)")
+    running.wait_for(re.escape(until))
+    return running
 
 
 @pytest.fixture(scope="session")

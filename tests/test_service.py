@@ -295,17 +295,13 @@ def test_sigterm_answers_what_was_admitted_and_ends_with_zero(bundle: Bundle) ->
     with httpx.Client(base_url=running.url) as client:
         assert client.get("/readyz").status_code == 200
         running.process.send_signal(signal.SIGTERM)
-    assert running.process.stderr is not None
-    for line in running.process.stderr:  # in the middle of its shutdown
-        if "Waiting for connections to close" in line or "Shutting down" in line:
-            break
+    running.wait_for("Shutting down")
     finish.set()
     for thread in threads:
         thread.join()
     assert len(answers) == 8
     assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)
-    running.process.communicate(timeout=60)
-    assert running.process.returncode == 0
+    assert running.process.wait(60) == 0
 
 
 def test_a_service_without_a_model_lives_is_not_ready_and_says_why(tmp_path: Path) -> None:
