@@ -1,0 +1,70 @@
+"""The model that comes along: small, recorded, and as good when served as its card says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from model.bundle import Bundle, open_bundle
+from model.preprocess import Decoder
+from service.engines.open import EngineOptions, open_engine
+from service.state import EMBEDDED
+from tests.conftest import ROOT, SHARED, Server, start_server
+
+
+@pytest.fixture(scope="module")
+def default() -> Bundle:
+    return open_bundle(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def default_server() -> Iterator[Server]:
+    running = start_server()
+    yield running
+    assert running.stop() == 0
+
+
+def test_it_is_small_and_meets_its_floor(default: Bundle) -> None:
+    assert sum(each.stat().st_size for each in default.path.iterdir()) <= 12_000_000
+    assert default.manifest.training is not None
+    assert default.manifest.training["test_accuracy"] >= 0.78
+    assert np.sum(default.manifest.training["confusion"]) == default.manifest.training["test_images"]
+    assert {"onnxruntime", "openvino"} == {each.engine for each in default.manifest.artefacts}
+
+
+def test_its_card_says_what_its_record_says(default: Bundle) -> None:
+    card, record = (default.path / "MODEL_CARD.md").read_text(), default.manifest.training
+    assert record is not None
+    assert f"Test accuracy **{record['test_accuracy']:.2%}**" in card
+    assert all(f"| **{label}** | {' | '.join(map(str, row))} |" in card for label, row in zip(record["labels"], record["confusion"], strict=True))
+
+
+def test_its_checkpoint_is_in_the_repository_and_is_its_source(default: Bundle) -> None:
+    record = json.loads((ROOT / "checkpoints" / "default" / "training.json").read_text())
+    assert record == default.manifest.training
+
+
+def test_served_accuracy_is_the_trained_accuracy(default: Bundle) -> None:
+    """All test images through decoder and engine: within one image in a thousand of what torch counted."""
+    path = SHARED / "data" / "cifar10_jpeg.npz"
+    if not path.exists():
+        pytest.skip("the test images are not beside the repository")
+    with np.load(path, allow_pickle=False) as arrays:
+        encoded, offsets, classes = (arrays[f"test_{name}"] for name in ("jpeg", "offsets", "labels"))
+    decoder, engine = Decoder(default.manifest.preprocessing), open_engine(default, EngineOptions(max_batch=64)).engine
+    pixels = np.stack([decoder.decode(encoded[a:b].tobytes()) for a, b in zip(offsets, offsets[1:], strict=False)])
+    predicted = np.concatenate([engine.run(0, part).logits.argmax(1) for part in np.array_split(pixels, 200)])
+    engine.close()
+    assert default.manifest.training is not None
+    assert (predicted == classes).mean() == pytest.approx(default.manifest.training["test_accuracy"], abs=1e-3)
+
+
+def test_it_is_served_when_nothing_else_is_asked_for(default_server: Server, default: Bundle) -> None:
+    with httpx.Client(base_url=default_server.url) as client:
+        model = client.get("/v1/model").json()
+    assert (model["name"], model["version"]) == (default.manifest.name, default.manifest.version)
+    assert len(model["labels"]) == 10
