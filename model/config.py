@@ -76,6 +76,8 @@ def _imagenet(size: str, patch_size: int) -> ViTConfig:
 VARIANTS: dict[str, ViTConfig] = {f"{size}/{patch}": _imagenet(size, patch) for size in _SIZES for patch in (8, 14, 16, 32)} | {
     # For 32-pixel images on a CPU's budget: a plain compact ViT, and the hybrid that is served by default.
     "compact/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10),
+    # So small that the server around it is what is timed.
+    "one-block/4": ViTConfig(32, 4, 32, 1, 1, 64, classes=10),
     "compact-hybrid/4": ViTConfig(32, 4, 192, 4, 3, 768, classes=10, stem=(32, 64, 192)),
 }
 

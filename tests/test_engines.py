@@ -97,7 +97,7 @@ def test_float32_is_float32(bundle: Bundle) -> None:
 def test_auto_takes_the_first_that_is_proven(bundle: Bundle) -> None:
     opened = open_engine(bundle, EngineOptions())
     opened.engine.close()
-    assert (opened.engine.name, opened.engine.precision, opened.refused) == ("onnxruntime", "fp32", ())
+    assert (opened.engine.name, opened.engine.precision, opened.refused) == ("openvino", "fp32", ())
 
 
 def test_one_that_fails_the_golden_gate_is_refused_and_the_next_serves(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_one_that_fails_the_golden_gate_is_refused_and_the_next_serves(bundle: B
 
     def one_is_broken(name: str, precision: Precision, graph: Path, options: EngineOptions) -> Engine:
         engine = genuine(name, precision, graph, options)
-        if name == "onnxruntime":
+        if name == "openvino":
             run = engine.run
             monkeypatch.setattr(engine, "run", lambda lane, images: Outputs(run(lane, images).logits * 1.01, run(lane, images).embedding))
         return engine
@@ -113,10 +113,10 @@ def test_one_that_fails_the_golden_gate_is_refused_and_the_next_serves(bundle: B
     monkeypatch.setattr(opening, "open_one", one_is_broken)
     opened = open_engine(bundle, EngineOptions())
     opened.engine.close()
-    assert opened.engine.name == "openvino"
-    assert "onnxruntime in fp32: golden images: logits differ by" in opened.refused[0]
-    with pytest.raises(NoEngine, match="onnxruntime in fp32: golden images"):
-        open_engine(bundle, EngineOptions(engine="onnxruntime"))
+    assert opened.engine.name == "onnxruntime"
+    assert "openvino in fp32: golden images: logits differ by" in opened.refused[0]
+    with pytest.raises(NoEngine, match="openvino in fp32: golden images"):
+        open_engine(bundle, EngineOptions(engine="openvino"))
 
 
 def test_an_engine_that_the_bundle_lacks_is_named(bundle: Bundle) -> None:

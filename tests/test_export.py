@@ -63,7 +63,7 @@ def test_a_failed_proof_leaves_no_bundle_and_says_what_differs(tmp_path: Path, m
 
     genuine = export.build.trace
     monkeypatch.setattr(export.build, "trace", traces_another_network)
-    with pytest.raises(ExportError, match=r"onnxruntime in fp32 is not equal to its source: logits differ by .* fp32 allows 1e-04"):
+    with pytest.raises(ExportError, match=r"openvino in fp32 is not equal to its source: logits differ by .* fp32 allows 1e-04"):
         build_bundle(checkpoint(), tmp_path / "bundle", name="wrong")
     assert list(tmp_path.iterdir()) == []
 
@@ -114,4 +114,4 @@ def test_engines_are_closed_when_their_proof_fails(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(export.build, "open_one", opens)
     with pytest.raises(ExportError):
         build_bundle(checkpoint(), tmp_path / "bundle", name="wrong")
-    assert closed == ["onnxruntime"]
+    assert closed == ["openvino"]

@@ -226,7 +226,7 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
     client.post("/v1/classify", files=[("a", GOOD), ("b", GOOD)])
     assert [after - ahead for after, ahead in zip(counted(), before, strict=True)] == [2, 1, 3, 1, 3, 4]
     assert metric(client, "vitserve_ready") == 1
-    assert metric(client, "vitserve_model_info", name="tiny", engine="onnxruntime", precision="fp32") == 1
+    assert metric(client, "vitserve_model_info", name="tiny", engine="openvino", precision="fp32") == 1
 
 
 def test_what_operators_ask(client: httpx.Client, bundle: Bundle) -> None:
@@ -234,7 +234,7 @@ def test_what_operators_ask(client: httpx.Client, bundle: Bundle) -> None:
     assert client.get("/readyz").json() == {"status": "ready", "reasons": []}
     model = client.get("/v1/model").json()
     assert (model["name"], model["version"], model["labels"]) == ("tiny", bundle.manifest.version, list(bundle.labels))
-    assert model["serving"]["engine"] == "onnxruntime"
+    assert model["serving"]["engine"] == "openvino"
     assert model["serving"]["parity"]["logits"] < 1e-4
     assert "/v1/classify" in client.get("/openapi.json").json()["paths"]
     assert client.get("/docs").status_code == 200
