@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 
@@ -56,7 +57,7 @@ def test_served_accuracy_is_the_trained_accuracy(default: Bundle) -> None:
     with np.load(path, allow_pickle=False) as arrays:
         encoded, offsets, classes = (arrays[f"test_{name}"] for name in ("jpeg", "offsets", "labels"))
     decoder, engine = Decoder(default.manifest.preprocessing), open_engine(default, EngineOptions(max_batch=64)).engine
-    pixels = np.stack([decoder.decode(encoded[a:b].tobytes()) for a, b in zip(offsets, offsets[1:], strict=False)])
+    pixels = np.stack([decoder.decode(encoded[a:b].tobytes()) for a, b in itertools.pairwise(offsets)])
     predicted = np.concatenate([engine.run(0, part).logits.argmax(1) for part in np.array_split(pixels, 200)])
     engine.close()
     assert default.manifest.training is not None
