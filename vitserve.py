@@ -24,13 +24,13 @@ def _fail(error: Exception) -> typer.Exit:
 
 def _serve(**values: Any) -> None:
     """Serve a bundle over HTTP; without one, the model that comes with vitserve."""
-    try:
-        settings = Settings(**values)
-    except SettingsError as error:
-        raise _fail(error) from error
-    from service.serve import serve
+    from service.supervisor import serve
 
-    serve(settings)
+    try:
+        status = serve(Settings(**values))
+    except (SettingsError, OSError) as error:
+        raise _fail(error) from error
+    raise typer.Exit(status)
 
 
 def _settings_as_options() -> inspect.Signature:

@@ -2,6 +2,7 @@
 
     python -m bench.door --bundle service/default_bundle --image photo.jpg --connections 1 16 64
 
+With --against FOLDER, vitserve of another checkout takes part instead: what a change cost or gained.
 Needs wrk (a Debian package). An error in a run makes its figure void, and is said.
 """
 
@@ -22,6 +23,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,21 +31,30 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 
 
-def commands(bundle: Path, port: int) -> dict[str, list[str]]:
-    python = sys.executable
-    plain = ["uvicorn", "bench.plain:create_app", "--factory", "--port", str(port), "--no-access-log", "--log-level", "error"]
-    return {
-        "plain FastAPI + ONNX Runtime": [python, "-m", *plain],
-        "vitserve": [python, "-m", "vitserve", "serve", "--bundle", str(bundle), "--port", str(port), "--log-level", "error", "--timeout-ms", "60000"],
-    }
+class Contender(NamedTuple):
+    name: str
+    command: list[str]
+    folder: Path
+
+
+def contenders(bundle: Path, port: int, against: Path | None) -> list[Contender]:
+    """The yardstick first."""
+    vitserve = ["-m", "vitserve", "serve", "--bundle", str(bundle.resolve()), "--port", str(port), "--log-level", "error", "--timeout-ms", "60000"]
+    plain = ["-m", "uvicorn", "bench.plain:create_app", "--factory", "--port", str(port), "--no-access-log", "--log-level", "error"]
+    if against is None:
+        yardstick = Contender("plain FastAPI + ONNX Runtime", [sys.executable, *plain], ROOT)
+    else:
+        yardstick = Contender(f"vitserve of {against.name}", [sys.executable, *vitserve], against)
+    return [yardstick, Contender("vitserve", [sys.executable, *vitserve], ROOT)]
 
 
 @contextmanager
-def running(command: list[str], bundle: Path, image: bytes, port: int) -> Iterator[None]:
+def running(contender: Contender, bundle: Path, image: bytes, port: int) -> Iterator[None]:
     """Yields when the server answers the image with 200."""
-    process = subprocess.Popen(command, env=os.environ | {"BUNDLE": str(bundle)})
+    process = subprocess.Popen(contender.command, cwd=contender.folder, env=os.environ | {"BUNDLE": str(bundle.resolve())})
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/classify", data=image, headers={"Content-Type": "image/jpeg"})
     try:
         for _ in range(600):
@@ -53,7 +64,7 @@ def running(command: list[str], bundle: Path, image: bytes, port: int) -> Iterat
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.1)
         else:
-            raise RuntimeError(f"{command} did not answer within a minute")
+            raise RuntimeError(f"{contender.name} did not answer within a minute")
         yield
     finally:
         process.terminate()
@@ -84,8 +95,9 @@ def free_port() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, default=HERE.parent / "service" / "default_bundle")
+    parser.add_argument("--bundle", type=Path, default=ROOT / "service" / "default_bundle")
     parser.add_argument("--image", type=Path, help="what is posted; a JPEG made here unless told")
+    parser.add_argument("--against", type=Path, help="folder of another checkout of vitserve to compare with")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--seconds", type=int, default=6, help="length of each run, after one of a third as warm-up")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each server takes; the median counts")
@@ -96,11 +108,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         image = options.image or made_image(folder)
         port = free_port()
+        servers = contenders(options.bundle, port, options.against)
         rates: dict[tuple[str, int], list[float]] = {}
         medians: dict[tuple[str, int], list[float]] = {}
         for turn in range(options.rounds):
-            for name, command in commands(options.bundle, port).items():
-                with running(command, options.bundle, image.read_bytes(), port):
+            for contender in servers:
+                name = contender.name
+                with running(contender, options.bundle, image.read_bytes(), port):
                     load(port, image, max(options.connections), max(1, options.seconds // 3))
                     for connections in options.connections:
                         result = load(port, image, connections, options.seconds)
@@ -113,10 +127,10 @@ def main() -> None:
         table.add_column("server")
         for connections in options.connections:
             table.add_column(f"{connections} connections", justify="right")
-        for name in commands(options.bundle, port):
-            cells = [f"{statistics.median(rates[name, each]):.0f} ({statistics.median(medians[name, each]):.2f})" for each in options.connections]
+        for name in [each.name for each in servers]:
+            cells = [f"{statistics.median(rates[name, each]):.0f} ({statistics.median(medians[name, each]):.3f})" for each in options.connections]
             table.add_row(name, *cells)
-        first, second = commands(options.bundle, port)
+        first, second = [each.name for each in servers]
         ratios = [f"{statistics.median(rates[second, each]) / statistics.median(rates[first, each]):.2f} ×" for each in options.connections]
         table.add_row("ratio", *ratios)
         console.print(table)

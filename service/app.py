@@ -1,30 +1,30 @@
-"""The HTTP surface: routes, and what each answers. Imported by serve.py and the tests."""
+"""The HTTP surface: routes, and what each answers. Imported by front.py."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from service import errors, openapi
-from service.metrics import Metrics
-from service.requests import parse, read_body
-from service.runtime import Answer
-from service.settings import Settings
-from service.state import Serving, State
+from service.dispatch import Answer, Dispatcher, Moved
+from service.requests import Classification, parse, read_body
+from service.state import State
+
+WATCH_AFTER_SECONDS = 0.005  # to watch whether a client leaves costs as much as to parse its request; most are answered before
 
 log = logging.getLogger(__name__)
 
@@ -32,21 +32,18 @@ Handler = Callable[[Request], Awaitable[Response]]
 Outcome = Answer | errors.ServiceError
 
 
-def create_app(settings: Settings, registry: CollectorRegistry | None = None) -> FastAPI:
-    """The application; its State, which serve.py tells of signals, is ``app.state.vitserve``."""
-    state = State(settings, Metrics(registry or CollectorRegistry()))
-
+def create_app(state: State) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state.begin()
         yield
-        await state.end()
+        state.end()
 
     app = FastAPI(title="vitserve", lifespan=lifespan, openapi_url="/openapi.json")
-    app.state.vitserve = state
     handlers: dict[str, tuple[str, Handler]] = {
         "/v1/classify": ("POST", lambda request: _classify(state, request)),
         "/v1/model": ("GET", lambda request: _model(state)),
+        "/v1/admin/reload": ("POST", lambda request: _reload(state, request)),
         "/livez": ("GET", lambda request: _livez()),
         "/readyz": ("GET", lambda request: _readyz(state)),
         "/metrics": ("GET", lambda request: _metrics(state)),
@@ -72,11 +69,17 @@ def _guarded(state: State, path: str, handler: Handler) -> Handler:
             request_id = uuid.uuid4().hex
             log.exception("request %s failed", request_id)
             response = problem(errors.ServiceError(f"something went wrong inside; the log knows it as {request_id}"))
-        state.metrics.requests.labels(path, str(response.status_code)).inc()
-        state.metrics.request_seconds.labels(path).observe(time.monotonic() - began)
+        if state.draining.is_set():
+            response.headers["Connection"] = "close"
+        asyncio.get_running_loop().call_soon(_count, state, path, str(response.status_code), time.monotonic() - began)  # after it has been sent
         return response
 
     return guarded
+
+
+def _count(state: State, path: str, status: str, seconds: float) -> None:
+    state.metrics.requests.labels(path, status).inc()
+    state.metrics.request_seconds.labels(path).observe(seconds)
 
 
 def problem(error: errors.ServiceError) -> Response:
@@ -85,33 +88,76 @@ def problem(error: errors.ServiceError) -> Response:
 
 async def _classify(state: State, request: Request) -> Response:
     began = time.monotonic()
-    serving = _serving(state)
+    dispatcher = state.serving()
     body = await read_body(request, state.settings.max_body_bytes)
     read_seconds = time.monotonic() - began
     state.metrics.read_seconds.observe(read_seconds)
-    asked = await parse(request, body, state.settings, len(serving.bundle.labels))
-    deadline = began + asked.timeout_ms / 1000
-    outcomes = await asyncio.gather(*(_outcome(state, serving, image, deadline) for image in asked.images))
+    asked = await parse(request, body, state.settings, len(dispatcher.served.labels))
+    outcomes = await _while_connected(request, _outcomes(dispatcher, asked, began))
+    while outcomes is None:  # all images anew: one answer names one model
+        dispatcher = state.serving()
+        outcomes = await _while_connected(request, _outcomes(dispatcher, asked, began, admitted=True))
+    for outcome in outcomes:
+        state.metrics.images.labels("ok" if isinstance(outcome, Answer) else outcome.code).inc()
     first = outcomes[0]
     if isinstance(first, errors.ServiceError) and all(isinstance(each, type(first)) for each in outcomes):
         raise first
-    manifest = serving.bundle.manifest
-    results = [_result(outcome, asked.top_k, serving.bundle.labels) for outcome in outcomes]
-    content = json.dumps({"model": manifest.name, "version": manifest.version, "results": results})
+    served = dispatcher.served
+    results = [_result(outcome, asked.top_k, served.labels) for outcome in outcomes]
+    content = json.dumps({"model": served.name, "version": served.version, "results": results})
     return Response(content, media_type="application/json", headers={"Server-Timing": _server_timing(read_seconds, outcomes)})
 
 
-async def _outcome(state: State, serving: Serving, image: bytes | errors.ServiceError, deadline: float) -> Outcome:
-    """An image's answer, or the error that stands for it in a request of several."""
-    outcome: Outcome
-    try:
+async def _outcomes(dispatcher: Dispatcher, asked: Classification, began: float, admitted: bool = False) -> list[Outcome] | None:
+    """None where another model serves by now and this one could not answer all of them."""
+    deadline = began + asked.timeout_ms / 1000
+
+    async def outcome(image: bytes | errors.ServiceError) -> Outcome | None:
+        """An image's answer, or the error that stands for it in a request of several."""
         if isinstance(image, errors.ServiceError):
-            raise image
-        outcome = await serving.runtime.classify(image, deadline)
-    except errors.ServiceError as error:
-        outcome = error
-    state.metrics.images.labels("ok" if isinstance(outcome, Answer) else outcome.code).inc()
-    return outcome
+            return image
+        try:
+            return await dispatcher.classify(image, deadline, asked.priority, admitted)
+        except errors.ServiceError as error:
+            return error
+        except Moved:
+            return None
+
+    found = [await outcome(asked.images[0])] if len(asked.images) == 1 else await asyncio.gather(*map(outcome, asked.images))
+    known = [each for each in found if each is not None]
+    return known if len(known) == len(found) else None
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, list[Outcome] | None]) -> list[Outcome] | None:
+    """Cancels the work when the client leaves, so that its images free their places. Raises ClientDisconnect."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    watcher: asyncio.Task[None] | None = None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        task.cancel()
+
+    def begin() -> None:
+        nonlocal watcher
+        watcher = loop.create_task(watch())
+
+    timer = loop.call_later(WATCH_AFTER_SECONDS, begin)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if left:
+            task.uncancel()
+            raise ClientDisconnect from None
+        raise
+    finally:
+        timer.cancel()
+        if watcher is not None:
+            watcher.cancel()
 
 
 def _result(outcome: Outcome, top_k: int, labels: tuple[str, ...]) -> dict[str, Any]:
@@ -138,23 +184,25 @@ def _server_timing(read_seconds: float, outcomes: list[Outcome]) -> str:
 
 
 async def _model(state: State) -> Response:
-    serving = _serving(state)
-    engine, scheduler = serving.opened.engine, serving.runtime.scheduler
-    return JSONResponse(
-        serving.bundle.summary()
-        | {
-            "labels": serving.bundle.labels,
-            "serving": {
-                "engine": engine.name,
-                "precision": engine.precision,
-                "parity": asdict(serving.opened.parity),
-                "refused": serving.opened.refused,
-                "lanes": engine.lanes,
-                "batch_size": scheduler.knee,
-                "seconds_per_batch_size": scheduler.measured(),
-            },
-        }
-    )
+    dispatcher = state.serving()
+    served = dispatcher.served
+    serving = served.details["serving"] | dispatcher.ring.measured(0)
+    return JSONResponse(served.details | {"labels": served.labels, "serving": serving})
+
+
+async def _reload(state: State, request: Request) -> Response:
+    """Opens the configured bundle anew. What a client sends is never a path."""
+    key = state.settings.admin_key
+    sent = request.headers.get("authorization", "")
+    if not key:
+        raise errors.Forbidden("no admin_key is set, so this route is closed; SIGHUP reloads too")
+    if not hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
+        raise errors.Forbidden("the bearer token is not the admin key")
+    answer = await state.reload()
+    if answer["result"] != "ok":
+        raise errors.ReloadRefused(f"{answer['result']}: {answer['reason']}")
+    served = state.serving().served
+    return JSONResponse({"model": served.name, "version": served.version})
 
 
 async def _livez() -> Response:
@@ -167,12 +215,4 @@ async def _readyz(state: State) -> Response:
 
 
 async def _metrics(state: State) -> Response:
-    state.reasons()  # brings vitserve_ready up to date
-    return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _serving(state: State) -> Serving:
-    """While draining too: what still arrives on an open connection is admitted and answered."""
-    if state.serving is None:
-        raise errors.NotReady("; ".join(state.reasons()))
-    return state.serving
+    return Response(state.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -2,13 +2,15 @@
 
 ServiceError
 ├── BadRequest 400            malformed body, or an option out of its range
+├── Forbidden 403             the admin key is wrong, or none was set
+├── ReloadRefused 409         the new bundle cannot be served; the old one is
 ├── BodyTooLarge 413          more bytes than the limit
 ├── ImageTooLarge 413         more pixels than the limit, found from the header
 ├── UnsupportedMediaType 415
 ├── NotAnImage 422            no allowed format recognises the bytes
 ├── DamagedImage 422          truncated or broken data
 ├── Overloaded 429            could not be answered in time; Retry-After says when it could
-├── EngineFailed 500          the engine raised while it ran the batch
+├── EngineFailed 500          the engine raised while it ran the batch, or two engines died of it
 ├── NotReady 503              starting, draining, or broken
 └── DeadlineExceeded 504      admitted, and overtaken by its deadline
 """
@@ -45,6 +47,14 @@ class ServiceError(Exception):
 
 class BadRequest(ServiceError):
     status, code, title = 400, "bad_request", "The request is malformed"
+
+
+class Forbidden(ServiceError):
+    status, code, title = 403, "forbidden", "This needs the admin key"
+
+
+class ReloadRefused(ServiceError):
+    status, code, title = 409, "reload_refused", "The bundle cannot be served"
 
 
 class BodyTooLarge(ServiceError):

@@ -1,8 +1,21 @@
-"""What Prometheus sees. The registry is injected, so that a test gets a fresh one. Base units; histograms add up across replicas."""
+"""What Prometheus sees. Base units; histograms add up across processes and replicas.
+
+Counters and histograms live in files, one set a process (prometheus-client's multiprocess mode). The files are named after the process's role
+and not its pid, so that a process that takes over from a dead one goes on counting where it stopped. Gauges are not kept at all: each scrape
+computes them from the slots and from what the supervisor said last, so nobody who died leaves one behind.
+"""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import os
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, values
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from service.control import METRICS_FOLDER
 
 # From 50 µs, because that is what reading and decoding a small image take, to 30 s; each about twice the one before.
 _SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -10,8 +23,9 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
+    """Of a front and of an engine alike; each counts what it sees."""
+
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
         self.requests = Counter("vitserve_requests", "Requests answered.", ["route", "status"], registry=registry)
         self.request_seconds = Histogram(
             "vitserve_request_seconds", "Whole request, from its headers to its answer.", ["route"], registry=registry, buckets=_SECONDS
@@ -23,10 +37,33 @@ class Metrics:
         )
         self.run_seconds = Histogram("vitserve_run_seconds", "The engine's run of a batch.", registry=registry, buckets=_SECONDS)
         self.batch_size = Histogram("vitserve_batch_size", "Images in a batch.", registry=registry, buckets=_SIZES)
-        self.queue_length = Gauge("vitserve_queue_length", "Decoded images that wait for a lane.", registry=registry)
-        self.images_in_flight = Gauge("vitserve_images_in_flight", "Images that hold a slot.", registry=registry)
         self.images = Counter("vitserve_images", "Images by outcome: ok, or the code of the problem.", ["outcome"], registry=registry)
         self.images_shed = Counter("vitserve_images_shed", "Images refused because they could not be answered in time.", ["reason"], registry=registry)
+        self.images_run_again = Counter("vitserve_images_run_again", "Images whose engine died and that were given to the next one.", registry=registry)
         self.engine_failures = Counter("vitserve_engine_failures", "Batches that the engine failed to run.", registry=registry)
-        self.ready = Gauge("vitserve_ready", "1 when the service can answer well now.", registry=registry)
-        self.model_info = Gauge("vitserve_model_info", "Which model is served, by what.", ["name", "version", "engine", "precision"], registry=registry)
+
+
+def in_files(process: str) -> Metrics:
+    """The metrics of a process that the supervisor started: ``process`` is unique among those that run at one time."""
+    values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
+    return Metrics(CollectorRegistry())
+
+
+class Exposition:
+    """All processes' counters and histograms, with the gauges of this moment."""
+
+    def __init__(self, gauges: Callable[[], Iterable[Metric]]) -> None:
+        self._registry = CollectorRegistry()
+        MultiProcessCollector(self._registry, os.environ[METRICS_FOLDER])  # type: ignore[no-untyped-call]
+        self._registry.register(_Now(gauges))
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _Now(Collector):
+    def __init__(self, gauges: Callable[[], Iterable[Metric]]) -> None:
+        self._gauges = gauges
+
+    def collect(self) -> Iterable[Metric]:
+        return self._gauges()

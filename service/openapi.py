@@ -30,6 +30,10 @@ def _option(name: str, meaning: str) -> dict[str, Any]:
     return {"name": name, "in": "query", "description": meaning, "schema": {"type": "integer", "minimum": 1}}
 
 
+def _header(name: str, meaning: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "description": meaning, "schema": {"type": "integer", "minimum": 0, "maximum": 9}}
+
+
 def _get(summary: str, *errors: str) -> dict[str, Any]:
     return {"get": {"summary": summary, "responses": {"200": {"description": summary}} | dict.fromkeys(errors, _PROBLEM)}}
 
@@ -39,7 +43,11 @@ _PATHS: dict[str, Any] = {
         "post": {
             "summary": "Class probabilities of one or several images",
             "description": "Answers have one shape always. Of several images a bad one carries its own `error`, and the others are answered.",
-            "parameters": [_option("top_k", "Predictions per image; 5 unless told."), _option("timeout_ms", "When the caller stops caring, in milliseconds.")],
+            "parameters": [
+                _option("top_k", "Predictions per image; 5 unless told."),
+                _option("timeout_ms", "When the caller stops caring, in milliseconds."),
+                _header("Vitserve-Priority", "9 is answered first; 5 unless told."),
+            ],
             "requestBody": {
                 "required": True,
                 "content": {
@@ -56,6 +64,14 @@ _PATHS: dict[str, Any] = {
         }
     },
     "/v1/model": _get("The bundle served, the engine and precision that serve it, and the parity shown", "503"),
+    "/v1/admin/reload": {
+        "post": {
+            "summary": "Opens the configured bundle anew and serves it once it is proven",
+            "description": "Needs the admin key as a bearer token. A bundle that cannot be served is refused with the reason, and the one before serves on.",
+            "security": [{"adminKey": []}],
+            "responses": {"200": {"description": "The model and version served from now on"}} | dict.fromkeys(("403", "409"), _PROBLEM),
+        }
+    },
     "/livez": _get("The event loop turns"),
     "/readyz": _get("Whether it can answer well now, and the reasons if not", "503"),
     "/metrics": _get("Metrics in Prometheus' text format"),
@@ -64,5 +80,8 @@ _PATHS: dict[str, Any] = {
 
 def describe(app: FastAPI) -> None:
     """Makes the app's OpenAPI document the one above."""
-    document = get_openapi(title=app.title, version=app.version, routes=[]) | {"paths": _PATHS}
+    document = get_openapi(title=app.title, version=app.version, routes=[]) | {
+        "paths": _PATHS,
+        "components": {"securitySchemes": {"adminKey": {"type": "http", "scheme": "bearer"}}},
+    }
     app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's documented way to replace it

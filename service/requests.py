@@ -19,6 +19,8 @@ from starlette.requests import Request
 from service import errors
 from service.settings import Settings
 
+PRIORITY_HEADER = "Vitserve-Priority"
+DEFAULT_PRIORITY = 5
 _OPTIONS = ("top_k", "timeout_ms")
 
 
@@ -29,6 +31,7 @@ class Classification:
     images: list[bytes | errors.ServiceError]
     top_k: int
     timeout_ms: int
+    priority: int  # 9 is the most urgent
 
 
 class _InMemory(MultiPartParser):
@@ -66,7 +69,8 @@ async def parse(request: Request, body: bytes, settings: Settings, classes: int)
         raise errors.BadRequest(f"the request holds {len(images)} images; from 1 to {settings.max_images} are allowed")
     top_k = _whole_number(options, "top_k", min(5, classes), 1, classes)
     timeout_ms = _whole_number(options, "timeout_ms", settings.timeout_ms, 1, 3_600_000)
-    return Classification(images, top_k, timeout_ms)
+    priority = _whole_number({PRIORITY_HEADER: request.headers.get(PRIORITY_HEADER, DEFAULT_PRIORITY)}, PRIORITY_HEADER, DEFAULT_PRIORITY, 0, 9)
+    return Classification(images, top_k, timeout_ms, priority)
 
 
 def _from_json(body: bytes, options: dict[str, Any]) -> list[bytes | errors.ServiceError]:

@@ -1,47 +1,67 @@
 """Decides who is admitted and which requests form the next batch. Pure data structure: no I/O, no thread, no clock of its own.
 
 So that a simulation runs a million requests in virtual time through the very code that serves (tests/test_scheduler.py).
-Imported by runtime.py. Times are monotonic seconds given by the caller.
+Imported by intake.py and ring.py. Times are monotonic seconds given by the caller.
 
-How it promises: requests wait in order of deadline (earliest first). A free lane takes the first ``knee`` of them at once, never waits
-for more, and is busy for the measured seconds of that batch size. So when the request at position p will be done is plain
-arithmetic, and one that would come too late, or would make an admitted one late, is refused on arrival.
+How it promises: requests wait in order of priority, then of deadline (earliest first). A free lane takes the first ``knee`` of them at
+once, never waits for more, and is busy for the seconds promised for that batch size. So when the request at position p will be done is
+plain arithmetic, and one that would come too late, or would make an admitted one late, is refused on arrival.
+
+Were that all, a crowd of unimportant requests would fill the time up to their deadlines, and an urgent one would be refused for their sake.
+So room is left for as many urgent ones as have come of late: what waits behind them is expected to wait longer (the waiting time of a queue
+with priorities, Cobham 1954). Where all have one priority, nothing is set aside.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import accumulate
+from math import exp
+from typing import Literal, NamedTuple
 
 KNEE_SHARE = 0.95  # of the best throughput; a larger batch than reaches this only adds latency
-_CORRECTION = 0.1  # weight of the newest measurement in the seconds per batch size
+_CORRECTION = 0.1  # weight of the newest measurement in the seconds per batch size, and in their deviation
+RANKS = 10
+_MOST_RESERVED = 0.95  # of an engine's time; so that a flood of urgent requests does not set aside all of it for ever
+_RECENT_SECONDS = 5.0  # over which the arrivals of each rank are averaged
+_CAUTION = 2.0  # mean deviations by which a promise is longer than the mean; none where batches always take the same
 
 ShedReason = Literal["deadline", "full"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Request:
-    """Ordered by deadline, then by arrival."""
+class Request(NamedTuple):
+    """Ordered by rank, then deadline, then id. Lower is sooner."""
 
+    rank: int  # 0 is the most urgent, RANKS - 1 the least
     deadline: float  # when the caller stops caring, monotonic seconds
-    id: int  # unique and rising
+    id: int  # unique
+    alone: bool = False  # runs in a batch of its own: an engine died while it ran this one
 
 
-@dataclass(frozen=True, slots=True)
-class Shed:
+class Shed(NamedTuple):
     """Refused: why, and in how many seconds the same request would be admitted if nobody else came."""
 
     reason: ShedReason
     retry_after_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     lane: int
     requests: tuple[Request, ...]
     started: float
+
+
+def done_at(place: int, now: float, free_at: Sequence[float], knee: int, seconds: float, reserved: float = 0.0) -> float:
+    """When the request at this place of the queue (from 1) is sure to be done, if the lanes take full batches in turn.
+
+    ``free_at`` is when each lane will be free, in the past where it is; ``seconds`` what a batch of ``knee`` takes; ``reserved`` the share of
+    the time that will go to more urgent ones still to come. A batch counts as full even if it is not yet: until a lane takes it, anybody may join it.
+    """
+    turn, lane = divmod((place - 1) // knee, len(free_at))
+    wait = max(0.0, sorted(free_at)[lane] - now) + turn * seconds
+    return now + wait / (1 - reserved) + seconds
 
 
 @dataclass
@@ -51,26 +71,33 @@ class Scheduler:
     seconds: Mapping[int, float]  # measured seconds per batch size, 1 … largest
     lanes: int = 1
     capacity: int = 256  # requests waiting at the most
+    free_at: list[float] = field(init=False)  # per lane: when it will be free; in the past if it is
+    measured: list[float] = field(init=False)  # seconds per batch size from 1, as corrected so far
+    reserved: list[float] = field(init=False)  # per rank: share of the time that is left to the more urgent ones
     _waiting: list[Request] = field(default_factory=list, init=False)
-    _free_at: list[float] = field(init=False)  # per lane: when it will be free; in the past if it is
     _busy: list[bool] = field(init=False)
-    _seconds: list[float] = field(init=False)  # index n - 1
+    _arrivals: list[float] = field(init=False)  # per rank, each counting less the longer ago it was
+    _arrived_at: float = field(default=0.0, init=False)
+    _deviation: float = field(default=0.0, init=False)  # mean of |taken / expected - 1|
 
     def __post_init__(self) -> None:
         sizes = sorted(self.seconds)
         if sizes != list(range(1, len(sizes) + 1)) or not sizes:
             raise ValueError(f"seconds are needed for every batch size from 1; given are {sizes}")
-        self._seconds = [self.seconds[size] for size in sizes]
-        self._free_at = [float("-inf")] * self.lanes
+        self.measured = [self.seconds[size] for size in sizes]
+        self.free_at = [0.0] * self.lanes
         self._busy = [False] * self.lanes
+        self.reserved = [0.0] * RANKS
+        self._arrivals = [0.0] * RANKS
         self._settle()
 
     def admit(self, request: Request, now: float) -> Shed | None:
         """Queues the request, or says why not. None means admitted: it will be in exactly one batch, expire, or be withdrawn."""
+        self._count_arrival(request.rank, now)
         if len(self._waiting) >= self.capacity:
             return Shed("full", max(0.0, self._done_at(1, now) - now))
         index = bisect_left(self._waiting, request)
-        late = self._done_at(index + 1, now) - request.deadline
+        late = self._done_at(index + 1, now, self.reserved[request.rank]) - request.deadline
         if late > 0:
             return Shed("deadline", late)
         # Those behind move one place back. Within a batch that changes nothing; only the last of each batch moves into a later one.
@@ -79,19 +106,12 @@ class Scheduler:
             late = self._done_at(place + 2, now) - self._waiting[place].deadline
             if late > 0:
                 return Shed("deadline", late)
-        insort(self._waiting, request)
+        self._waiting.insert(index, request)
         return None
 
-    def would_shed(self, deadline: float, now: float, ahead: int = 0) -> Shed | None:
-        """What admit() would say to a new request of this deadline if ``ahead`` more requests than are queued came before it.
-
-        An estimate for use before decoding. Constant time; those behind it are looked at only by admit().
-        """
-        place = bisect_left(self._waiting, Request(deadline, 2**62)) + ahead + 1
-        if len(self._waiting) + ahead >= self.capacity:
-            return Shed("full", max(0.0, self._done_at(1, now) - now))
-        late = self._done_at(place, now) - deadline
-        return Shed("deadline", late) if late > 0 else None
+    def restore(self, request: Request) -> None:
+        """Queues one that has been admitted before, by an engine that is gone. It is never refused."""
+        insort(self._waiting, request)
 
     def next_batch(self, lane: int, now: float) -> Batch | None:
         """What the free lane shall run now: the most urgent first; None if nobody waits."""
@@ -99,23 +119,29 @@ class Scheduler:
             raise ValueError(f"lane {lane} is still running a batch")
         if not self._waiting:
             return None
-        requests = tuple(self._waiting[: self.knee])
-        del self._waiting[: self.knee]
+        count = 1
+        if not self._waiting[0].alone:
+            while count < min(self.knee, len(self._waiting)) and not self._waiting[count].alone:
+                count += 1
+        requests = tuple(self._waiting[:count])
+        del self._waiting[:count]
         self._busy[lane] = True
-        self._free_at[lane] = now + self._monotone[len(requests) - 1]
+        self.free_at[lane] = now + self.promised(count)
         return Batch(lane, requests, now)
 
     def done(self, batch: Batch, now: float) -> None:
         """The batch has been answered; what it took corrects the measured seconds."""
         self.abandon(batch, now)
         index = len(batch.requests) - 1
-        self._seconds[index] += _CORRECTION * (now - batch.started - self._seconds[index])
+        taken, expected = now - batch.started, self.measured[index]
+        self._deviation += _CORRECTION * (min(1.0, abs(taken / expected - 1)) - self._deviation)
+        self.measured[index] += _CORRECTION * (taken - expected)
         self._settle()
 
     def abandon(self, batch: Batch, now: float) -> None:
         """The batch failed: its lane is free, and nothing was learned about how long one takes."""
         self._busy[batch.lane] = False
-        self._free_at[batch.lane] = now
+        self.free_at[batch.lane] = now
 
     def withdraw(self, request: Request) -> bool:
         """Takes a waiting request out (its caller has left); False if it is not waiting any more."""
@@ -127,39 +153,41 @@ class Scheduler:
 
     def expire(self, now: float) -> list[Request]:
         """Takes out those whose deadline has passed: the engine was slower than it was measured."""
-        count = bisect_left(self._waiting, Request(now, -1))
-        expired = self._waiting[:count]
-        del self._waiting[:count]
+        expired: list[Request] = []
+        start = 0
+        while start < len(self._waiting):  # one turn a rank: within it, the expired are the first
+            rank = self._waiting[start].rank
+            end = bisect_left(self._waiting, (rank, now), start)
+            expired += self._waiting[start:end]
+            del self._waiting[start:end]
+            start = bisect_left(self._waiting, (rank + 1,), start)
         return expired
-
-    def empty(self) -> list[Request]:
-        """Takes out everybody: nothing more will be run."""
-        waiting, self._waiting = self._waiting, []
-        return waiting
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def measured(self) -> dict[int, float]:
-        """Seconds per batch size, as corrected so far."""
-        return dict(enumerate(self._seconds, start=1))
+    def promised(self, size: int) -> float:
+        """Seconds that a batch of this size will take, to be relied on: longer than the mean by as much as batches vary."""
+        return self._monotone[size - 1] * (1 + _CAUTION * self._deviation)
 
-    def _done_at(self, place: int, now: float) -> float:
-        """When the request at this place of the queue (from 1) is sure to be done, if the lanes take full batches in turn.
+    def _done_at(self, place: int, now: float, reserved: float = 0.0) -> float:
+        return done_at(place, now, self.free_at, self.knee, self.promised(self.knee), reserved)
 
-        A batch counts as full even if it is not yet: until a lane takes it, anybody may join it.
-        """
-        lanes = sorted(max(free, now) if busy else now for free, busy in zip(self._free_at, self._busy, strict=True))
-        turn, lane = divmod((place - 1) // self.knee, len(lanes))
-        return lanes[lane] + (turn + 1) * self._monotone[self.knee - 1]
+    def _count_arrival(self, rank: int, now: float) -> None:
+        decay = exp(min(0.0, self._arrived_at - now) / _RECENT_SECONDS)
+        self._arrived_at = now
+        self._arrivals = [count * decay for count in self._arrivals]
+        self._arrivals[rank] += 1
+        share = self.promised(self.knee) / (self.knee * self.lanes * _RECENT_SECONDS)  # of the time that one request takes
+        self.reserved = [min(_MOST_RESERVED, before * share) for before in accumulate(self._arrivals[:-1], initial=0.0)]
 
     def _settle(self) -> None:
         """Derives the knee from the seconds: the smallest batch size within KNEE_SHARE of the best throughput."""
-        rates = [size / seconds for size, seconds in enumerate(self._seconds, start=1)]
+        rates = [size / seconds for size, seconds in enumerate(self.measured, start=1)]
         best = max(rates)
         self.knee = next(size for size, rate in enumerate(rates, start=1) if rate >= KNEE_SHARE * best)
         # A batch is never promised sooner than a smaller one: noise in the measurements must not make it look so.
         self._monotone: list[float] = []
-        for seconds in self._seconds:
+        for seconds in self.measured:
             self._monotone.append(max(seconds, self._monotone[-1] if self._monotone else 0.0))

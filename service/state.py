@@ -1,95 +1,154 @@
-"""The life of the service: starting → ready → draining, or broken, and the reasons it gives. Imported by app.py and serve.py."""
+"""A front's life: starting → ready → draining, the model it serves now, and the reasons it gives. Imported by app.py and front.py."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
-from dataclasses import dataclass
-from pathlib import Path
+import socket
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
-from model.bundle import Bundle, open_bundle
-from model.preprocess import Decoder, prepare_pillow
-from service.engines.open import EngineOptions, Opened, open_engine
-from service.metrics import Metrics
-from service.runtime import Runtime, warm_up
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from model.preprocess import prepare_pillow
+from service import errors, layout
+from service.control import BEATS, Channel, Message, orphaned
+from service.dispatch import Dispatcher
+from service.link import Link
+from service.metrics import Exposition, Metrics
+from service.ring import Ring
 from service.settings import Settings
 
-log = logging.getLogger(__name__)
-
-EMBEDDED = Path(__file__).parent / "default_bundle"
-
-
-@dataclass
-class Serving:
-    """What exists once the engine is open, warm and proven."""
-
-    bundle: Bundle
-    opened: Opened
-    runtime: Runtime
+log = logging.getLogger("service.front")
 
 
 @dataclass
 class State:
     settings: Settings
+    channel: Channel
     metrics: Metrics
-    serving: Serving | None = None
-    failure: str | None = None
-    draining: bool = False
-    _starting: asyncio.Task[None] | None = None
+    front: int
+    epoch: int
+    decode_threads: int
+    draining: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    current: Dispatcher | None = field(default=None, init=False)
+    _generation: int = field(default=-1, init=False)
+    _said: Message = field(default_factory=dict, init=False)  # the supervisor's last status
+    _reloads: dict[int, asyncio.Future[Message]] = field(default_factory=dict, init=False)
+    _ids: Iterator[int] = field(default_factory=itertools.count, init=False)
+
+    def begin(self) -> None:
+        """On the event loop: listens to the supervisor, and tells it that this front lives."""
+        prepare_pillow()
+        self._loop = asyncio.get_running_loop()
+        self._decoders = ThreadPoolExecutor(self.decode_threads, "decode")
+        self._exposition = Exposition(self._gauges)
+        self.channel.setblocking(False)
+        self._loop.add_reader(self.channel.fileno(), self._obey)
+        self._beat()
+
+    def end(self) -> None:
+        self._decoders.shutdown(wait=True)
 
     def reasons(self) -> list[str]:
         """Why the service cannot answer well now; empty when it can."""
         reasons = []
-        if self.draining:
+        if self.draining.is_set():
             reasons.append("draining: the service is stopping")
-        if self.failure is not None:
-            reasons.append(self.failure)
-        elif self.serving is None:
+        if self.current is not None and not self.current.reachable:
+            reasons.append("the engine died and is being restarted")
+        if self._said.get("failure") is not None:
+            reasons.append(self._said["failure"])
+        elif self.current is None:
             reasons.append("starting: the engine is being opened, warmed up and proven")
-        elif self.serving.runtime.broken is not None:
-            reasons.append(self.serving.runtime.broken)
-        self.metrics.ready.set(not reasons)
         return reasons
 
-    def begin(self) -> None:
-        """Opens the engine in the background, so that liveness and the reasons can be asked meanwhile."""
-        prepare_pillow()
-        self._starting = asyncio.create_task(self._start())
+    def serving(self) -> Dispatcher:
+        """While draining too: what still arrives on an open connection is admitted and answered. Raises NotReady."""
+        if self.current is None:
+            raise errors.NotReady("; ".join(self.reasons()))
+        return self.current
 
-    async def end(self) -> None:
-        if self._starting is not None:
-            await self._starting
-        if self.serving is not None:
-            await self.serving.runtime.drain()
-
-    async def _start(self) -> None:
+    async def reload(self) -> Message:
+        """Has the supervisor open the bundle anew; returns what came of it when it is known."""
+        asked = next(self._ids)
+        answer: asyncio.Future[Message] = self._loop.create_future()
+        self._reloads[asked] = answer
         try:
-            bundle, opened, seconds = await asyncio.to_thread(_open, self.settings)
-        except Exception as error:  # whatever it is, the service lives on, never becomes ready, and says why
-            self.failure = f"{type(error).__name__}: {error}"
-            log.critical("the service cannot become ready: %s", self.failure)
-            return
-        manifest, settings = bundle.manifest, self.settings
-        runtime = Runtime(
-            engine=opened.engine,
-            decoder=Decoder(manifest.preprocessing, settings.max_image_pixels, settings.jpeg_draft),
-            metrics=self.metrics,
-            seconds=seconds,
-            slots=settings.slots,
-            decode_threads=settings.decode_threads or os.cpu_count() or 1,
-            loop=asyncio.get_running_loop(),
-        )
-        runtime.start()
-        self.serving = Serving(bundle, opened, runtime)
-        engine = opened.engine
-        self.metrics.model_info.labels(manifest.name, manifest.version, engine.name, engine.precision).set(1)
-        log.info("ready: %s %s on %s in %s, batches of up to %d", manifest.name, manifest.version, engine.name, engine.precision, runtime.scheduler.knee)
-        self.reasons()
+            self.channel.send({"kind": "reload", "id": asked})
+            return await answer
+        finally:
+            del self._reloads[asked]
 
+    def exposition(self) -> bytes:
+        return self._exposition.text()
 
-def _open(settings: Settings) -> tuple[Bundle, Opened, dict[int, float]]:
-    bundle = open_bundle(Path(settings.bundle) if settings.bundle else EMBEDDED)
-    options = EngineOptions(settings.engine, settings.precision, settings.lanes, settings.threads, settings.max_batch)
-    opened = open_engine(bundle, options)
-    return bundle, opened, warm_up(opened.engine, bundle.manifest.preprocessing.image_size)
+    # -- what the supervisor says
+
+    def _beat(self) -> None:
+        try:
+            self.channel.send({"kind": "alive"})
+        except BlockingIOError:
+            pass  # a supervisor that does not read will not judge either
+        except OSError:
+            orphaned()
+        self._loop.call_later(self.settings.hang_seconds / BEATS, self._beat)
+
+    def _obey(self) -> None:
+        while True:
+            try:
+                received = self.channel.receive()
+            except BlockingIOError:
+                return
+            if received is None:
+                orphaned()
+                return
+            message, descriptors = received
+            match message["kind"]:
+                case "connect":
+                    self._connect(message, *descriptors)
+                case "status":
+                    self._said = message
+                case "reloaded":
+                    if message["id"] in self._reloads:  # else its caller has left
+                        self._reloads[message["id"]].set_result(message)
+                case "drain":
+                    self.draining.set()
+
+    def _connect(self, message: dict[str, Any], ring: int, link: int) -> None:
+        """An engine is there. If it is of a newer model than the one served, that one is served from now on."""
+        if message["generation"] != self._generation:
+            before, self._generation = self.current, message["generation"]
+            self.current = Dispatcher(Ring(ring), self.front, self.epoch, self.settings, self.metrics, self._decoders, self._loop)
+            if before is not None:
+                before.retire()
+        os.close(ring)
+        assert self.current is not None
+        self.current.connect(message["engine"], Link(socket.socket(fileno=link), message["engine"], message["epoch"], self.current.stuck))
+        served = self.current.served
+        log.info("ready: %s %s on %s in %s", served.name, served.version, served.engine, served.precision)
+
+    def _gauges(self) -> Iterable[Metric]:
+        ready = GaugeMetricFamily("vitserve_ready", "1 when the service can answer well now.")
+        ready.add_metric([], float(not self.reasons()))
+        queue = GaugeMetricFamily("vitserve_queue_length", "Decoded images that wait for a lane.")
+        flight = GaugeMetricFamily("vitserve_images_in_flight", "Images that hold a slot.")
+        model = GaugeMetricFamily("vitserve_model_info", "Which model is served, by what.", labels=["name", "version", "engine", "precision"])
+        if self.current is not None:
+            ring, served = self.current.ring, self.current.served
+            queue.add_metric([], ring.count(layout.WAITING))
+            flight.add_metric([], ring.count(layout.HELD, layout.WAITING, layout.RUNNING))
+            model.add_metric([served.name, served.version, served.engine, served.precision], 1)
+        restarts = CounterMetricFamily("vitserve_restarts", "Processes that died and were replaced.", labels=["process", "cause"])
+        for process, causes in self._said.get("restarts", {}).items():
+            for cause, count in causes.items():
+                restarts.add_metric([process, cause], count)
+        reloads = CounterMetricFamily("vitserve_reloads", "Reloads of the bundle by result.", labels=["result"])
+        for result, count in self._said.get("reloads", {}).items():
+            reloads.add_metric([result], count)
+        return ready, queue, flight, model, restarts, reloads

@@ -122,12 +122,25 @@ class Server:
                 assert self._grown.wait(60), f"no {pattern!r} within a minute:\n{''.join(self.log)}"
             return found.group(found.lastindex or 0)
 
+    def pids(self, module: str) -> list[int]:
+        """Of the processes that the supervisor has started to run this module, in the order of their start."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                command = (folder / "cmdline").read_bytes().split(b"\0")
+            except (OSError, IndexError):  # it has ended meanwhile
+                continue
+            if parent == self.process.pid and module.encode() in command:
+                found.append(int(folder.name))
+        return sorted(found)
+
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
 
-def start_server(*arguments: str, until: str = "service.state: ready") -> Server:
+def start_server(*arguments: str, until: str = "service.front: ready") -> Server:
     """Returns when the log says so; whatever it says instead is in the failure."""
     command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", *arguments]
     environment = os.environ | {"PYTHONWARNINGS": "default"}

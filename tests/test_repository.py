@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "model": {"model"},
     "export": {"model", "export", "service.engines"},
     "service": {"service", "model.bundle", "model.config", "model.parity", "model.preprocess"},
-    "bench": {"bench", "model.bundle", "service.engines"},
+    "bench": {"bench", "model.bundle", "service"},
     "vitserve.py": {"service", "export", "model"},
 }
 TORCH_FREE = ("model/bundle.py", "model/config.py", "model/parity.py", "model/preprocess.py", "vitserve.py")
@@ -71,8 +71,17 @@ def test_help_imports_no_stage() -> None:
 
 
 def test_the_service_imports_no_torch() -> None:
-    loaded = modules_after("import service.serve, service.app, service.engines.onnxruntime_engine, service.engines.openvino_engine")
+    loaded = modules_after("import service.front, service.engine_process, service.engines.onnxruntime_engine, service.engines.openvino_engine")
     assert not loaded & {"torch", "onnx", "onnxscript", "export"}
+
+
+def test_the_supervisor_imports_nothing_heavy() -> None:
+    loaded = modules_after("import service.supervisor")
+    assert not loaded & {"numpy", "torch", "fastapi", "uvicorn", "onnxruntime", "openvino", "PIL", "pydantic", "prometheus_client", "typer"}
+
+
+def test_a_front_imports_no_engine() -> None:
+    assert not modules_after("import service.front") & {"onnxruntime", "openvino"}
 
 
 def test_settings_are_a_table_in_the_readme() -> None:
@@ -98,7 +107,10 @@ def test_settings_are_options_and_environment_variables() -> None:
         ({"engine": "tpu"}, "engine is 'tpu'; it must be one of auto, onnxruntime, openvino"),
         ({"engine": "onnxruntime", "precision": "bf16"}, "no bf16 on a CPU"),
         ({"slots": 4, "max_images": 4}, "4 slots cannot fill 1 lanes with batches of 8"),
-        ({"slots": 32}, "max_images is 64, but there are only 32 slots"),
+        ({"slots": 32}, "max_images is 64, but each of 1 fronts has only 32 slots for them"),
+        ({"workers": 8}, "max_images is 64, but each of 8 fronts has only 32 slots for them"),
+        ({"engines": -1}, "engines is -1; it must be 0 (choose for me) or more"),
+        ({"hang_seconds": 0.0}, "hang_seconds is 0.0; it must be above 0"),
     ],
 )
 def test_contradictions_refuse_to_start(values: dict[str, object], message: str) -> None:

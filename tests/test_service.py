@@ -295,7 +295,7 @@ def test_sigterm_answers_what_was_admitted_and_ends_with_zero(bundle: Bundle) ->
     with httpx.Client(base_url=running.url) as client:
         assert client.get("/readyz").status_code == 200
         running.process.send_signal(signal.SIGTERM)
-    running.wait_for("Shutting down")
+    running.wait_for("draining")
     finish.set()
     for thread in threads:
         thread.join()
@@ -305,7 +305,7 @@ def test_sigterm_answers_what_was_admitted_and_ends_with_zero(bundle: Bundle) ->
 
 
 def test_a_service_without_a_model_lives_is_not_ready_and_says_why(tmp_path: Path) -> None:
-    running = start_server("--bundle", str(tmp_path), until="cannot become ready")
+    running = start_server("--bundle", str(tmp_path), until="the bundle cannot be served")
     try:
         with httpx.Client(base_url=running.url) as client:
             assert client.get("/livez").status_code == 200

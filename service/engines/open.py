@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.bundle import Artefact, Bundle
 from model.parity import Outputs, Parity, Precision, compare
+from service import machine
 from service.engines.engine import Engine, EngineUnavailable
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> Opened:
 
 def open_one(name: str, precision: Precision, graph: Path, options: EngineOptions) -> Engine:
     """Raises EngineUnavailable where the library is absent or the hardware cannot do it."""
-    threads = options.threads or max(1, (os.cpu_count() or 1) // options.lanes)
+    threads = options.threads or max(1, machine.cores() // options.lanes)
     try:
         if name == "onnxruntime":
             from service.engines.onnxruntime_engine import OnnxRuntimeEngine

@@ -1,0 +1,65 @@
+"""A child process as the supervisor sees it: its channel and its end. Imported by supervisor.py."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from service.control import Channel, Message
+
+log = logging.getLogger("service.supervisor")
+
+
+class Child:
+    """Runs ``module`` in a process group of its own; ``opening`` is its first message. A child has ended when its channel has."""
+
+    def __init__(self, module: str, name: str, epoch: int, opening: Message, descriptors: Sequence[int]) -> None:
+        self.name, self.epoch, self.hung = name, epoch, False
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+        with theirs:
+            command = [sys.executable, "-P", "-m", module, str(theirs.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | {"PYTHONPATH": path}, start_new_session=True)
+        ours.setblocking(False)
+        self._channel = Channel(ours)
+        self._readable = asyncio.Event()
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._readable.set)
+        self.send(opening, descriptors)
+
+    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        try:
+            self._channel.send(message, descriptors)
+        except BlockingIOError:
+            log.error("%s does not read what it is told; it is killed", self.name)
+            self.kill()
+        except OSError:
+            pass  # it has died; whoever listens to it learns of it
+
+    async def receive(self) -> tuple[Message, list[int]] | None:
+        """None at its end."""
+        while True:
+            try:
+                return self._channel.receive()
+            except BlockingIOError:
+                self._readable.clear()
+                await self._readable.wait()
+
+    def kill(self) -> None:
+        """Even one that is stopped. Nothing to do once it has been reaped."""
+        self._process.kill()
+
+    async def ended(self) -> str:
+        """Reaps it. Returns what ended it, in words."""
+        if self._channel.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            self._channel.close()
+        self.kill()  # should it live on without its channel
+        code = await asyncio.to_thread(self._process.wait)
+        return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"

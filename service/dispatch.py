@@ -1,0 +1,317 @@
+"""A front's way to the engines of one model: admission, decoding into slots, submission, answers. Imported by state.py and app.py.
+
+On the event loop, except that decode threads run _decode() to its end. One lock guards slots and links; it is never held while decoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from model.parity import Floats, softmax
+from model.preprocess import Decoder, ImageError
+from service import errors, wire
+from service.link import Link
+from service.metrics import Metrics
+from service.ring import Ring, urgency
+from service.scheduler import Shed
+from service.served import Served
+from service.settings import Settings
+from service.slots import FATAL, Slots, Ticket
+
+log = logging.getLogger(__name__)
+
+_SHED_DETAIL = {
+    "full": "every slot is taken",
+    "deadline": "the work admitted before this image leaves no room before its deadline",
+}
+
+
+class Moved(Exception):
+    """The model has been replaced and its engines are gone: the image, which was admitted, is to be given to the next model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    probabilities: Floats  # [classes]
+    decode_seconds: float
+    queue_seconds: float
+    run_seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    ticket: Ticket
+    encoded: bytes
+    future: asyncio.Future[Answer]
+    received: float
+    admitted: bool  # by an engine before: never refused again
+    decoded: bool = False
+    decode_seconds: float = 0.0
+    left: bool = False  # nobody waits for it any more
+
+
+Outcome = Answer | errors.ServiceError | Moved
+
+
+@dataclass
+class Dispatcher:
+    """connect() → classify() … → retire(), after which it closes its links as soon as nothing is left to answer."""
+
+    ring: Ring
+    front: int
+    epoch: int
+    settings: Settings
+    metrics: Metrics
+    decoders: Executor
+    loop: asyncio.AbstractEventLoop
+    retired: bool = field(default=False, init=False)
+    _jobs: dict[int, _Job] = field(default_factory=dict, init=False)  # by sequence number
+    _links: dict[int, Link] = field(default_factory=dict, init=False)  # by engine
+    _lost_at: dict[int, float] = field(default_factory=dict, init=False)  # by engine that died and is not back
+    _waiters: deque[asyncio.Future[None]] = field(default_factory=deque, init=False)  # of admitted images, for a slot
+
+    def __post_init__(self) -> None:
+        self.served = Served.from_json(self.ring.description)
+        self.decoder = Decoder(self.served.preprocessing, self.settings.max_image_pixels, self.settings.jpeg_draft)
+        self.slots = Slots(self.ring, self.front, self.epoch)
+        self._lock = threading.Lock()
+
+    async def classify(self, encoded: bytes, deadline: float, priority: int, admitted: bool = False) -> Answer:
+        """One image's answer. ``deadline`` is in time.monotonic()'s seconds; one ``admitted`` before, by another model, is not refused.
+
+        Raises Overloaded at once, before decoding, where the deadline cannot be met; NotAnImage, DamagedImage, ImageTooLarge; EngineFailed;
+        DeadlineExceeded; Moved.
+        """
+        if self.retired:
+            raise Moved
+        ticket = await self._slot(deadline, priority) if admitted else self._admit(deadline, priority)
+        job = _Job(ticket, encoded, self.loop.create_future(), time.monotonic(), admitted)
+        self._jobs[ticket.sequence] = job
+        self.decoders.submit(self._decode, job)
+        try:
+            # One that runs at its deadline is still answered; the engine itself answers those that wait at theirs.
+            async with asyncio.timeout(max(0.0, deadline - job.received) + 2 * self.ring.batch_seconds()):
+                return await job.future
+        except TimeoutError:
+            raise errors.DeadlineExceeded("the deadline passed before an answer was there") from None
+        finally:
+            self._leave(job)
+
+    # -- links
+
+    def connect(self, engine: int, link: Link) -> None:
+        """Submits what waits for an engine."""
+        with self._lock:
+            self._links[engine] = link
+            self._lost_at.pop(engine, None)
+            homeless = [job for job in self._jobs.values() if job.decoded and job.ticket.engine is None]
+            for job in homeless:
+                self._submit(job)
+        self.loop.add_reader(link.fileno(), self._read, engine, link)
+
+    def retire(self) -> None:
+        """Another model serves from now on."""
+        self.retired = True
+        self._close_when_done()
+
+    @property
+    def reachable(self) -> bool:
+        """Whether an engine is there."""
+        return bool(self._links)
+
+    def stuck(self, link: Link) -> None:
+        """On any thread: the link is to be flushed as soon as its socket takes more."""
+        self.loop.call_soon_threadsafe(lambda: self.loop.add_writer(link.fileno(), self._flush, link))
+
+    def _flush(self, link: Link) -> None:
+        if link.flush():
+            self.loop.remove_writer(link.fileno())
+
+    def _read(self, engine: int, link: Link) -> None:
+        try:
+            for message in link.receive():
+                epoch, answers = wire.unpack_answers(message)
+                if epoch != link.peer_epoch:
+                    log.error("engine %d, epoch %d, sent a message of epoch %d; it is dropped", engine, link.peer_epoch, epoch)
+                    continue
+                for answer in answers:
+                    self._take_answer(answer)
+        except EOFError:
+            self._lose(engine, link)
+
+    def _lose(self, engine: int, link: Link) -> None:
+        """The engine died, or was retired when nothing was left to answer. What it left unanswered goes to another, or waits for the next."""
+        with self._lock:
+            self._disconnect(engine, link)
+            self._lost_at[engine] = time.monotonic()
+            for ticket in self.slots.lost(engine):
+                job = self._jobs[ticket.sequence]
+                if ticket.crashes >= FATAL:
+                    log.error("image %d was being run by %d engines that died; it is not run again", ticket.sequence, ticket.crashes)
+                    self._end(job, errors.EngineFailed(f"{ticket.crashes} engines died while they ran this image"))
+                elif job.left:
+                    self._end(job, errors.EngineFailed("nobody waits for it"))
+                else:
+                    job.admitted = True
+                    self.metrics.images_run_again.inc()
+                    self._submit(job)
+
+    def _disconnect(self, engine: int, link: Link) -> None:
+        """The lock is held."""
+        del self._links[engine]
+        self.loop.remove_reader(link.fileno())
+        self.loop.remove_writer(link.fileno())
+        link.close()
+
+    def _close_when_done(self) -> None:
+        with self._lock:
+            if not self._links:
+                for job in [job for job in self._jobs.values() if job.decoded]:
+                    self._end(job, Moved())
+            elif not self._jobs:
+                for engine, link in list(self._links.items()):
+                    self._disconnect(engine, link)
+
+    # -- admission
+
+    def _admit(self, deadline: float, priority: int) -> Ticket:
+        with self._lock:
+            admitted = self.slots.admit(deadline, priority, time.monotonic(), self._engines())
+        if isinstance(admitted, Shed):
+            raise self._refuse(admitted)
+        return admitted
+
+    async def _slot(self, deadline: float, priority: int) -> Ticket:
+        """For an image that was admitted before: waits for a slot if it must."""
+        while True:
+            with self._lock:
+                ticket = self.slots.take(deadline, priority)
+            if ticket is not None:
+                return ticket
+            waiter: asyncio.Future[None] = self.loop.create_future()
+            self._waiters.append(waiter)
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    await waiter
+            except TimeoutError:
+                raise errors.DeadlineExceeded("the deadline passed before a slot was free") from None
+
+    def _engines(self) -> dict[int, float]:
+        """From when on each engine runs, for Ring.outlook(). Those that are gone count only where there is no other."""
+        if self._links:
+            return dict.fromkeys(self._links, 0.0)
+        return {engine: lost_at + self.ring.start_seconds(engine) for engine, lost_at in self._lost_at.items()}
+
+    def _refuse(self, shed: Shed) -> errors.Overloaded:
+        self.metrics.images_shed.labels(shed.reason).inc()
+        return errors.Overloaded(_SHED_DETAIL[shed.reason], shed.reason, shed.retry_after_seconds)
+
+    # -- on a decode thread
+
+    def _decode(self, job: _Job) -> None:
+        began = time.monotonic()
+        outcome: Outcome | None = None
+        try:
+            if job.left or job.ticket.deadline <= began:
+                outcome = errors.DeadlineExceeded("the deadline passed before the image could be decoded")
+            else:
+                self.ring.pixels[job.ticket.slot] = self.decoder.decode(job.encoded)
+        except ImageError as error:
+            outcome = errors.of_image(error)
+        except Exception:  # answered, so that nobody waits for what will not come
+            log.exception("decoding failed in a way that it should not")
+            outcome = errors.ServiceError("the image could not be decoded")
+        job.decode_seconds = time.monotonic() - began
+        self.metrics.decode_seconds.observe(job.decode_seconds)
+        with self._lock:
+            job.decoded = True
+            if outcome is None and job.left:
+                outcome = errors.DeadlineExceeded("nobody waits for it")
+            if outcome is None:
+                self._submit(job)
+            else:
+                self._end(job, outcome)
+
+    # -- with the lock held
+
+    def _submit(self, job: _Job) -> None:
+        """Gives the image to the engine that will have it done first; without one, it waits for one."""
+        ticket = job.ticket
+        if not self._links:
+            if self.retired:
+                self._end(job, Moved())
+            return
+        outlook = self.ring.outlook(urgency(ticket.priority, ticket.deadline), time.monotonic(), self._engines()) if len(self._links) > 1 else None
+        engine = outlook.engine if outlook is not None else next(iter(self._links))
+        ask = wire.ALONE if ticket.crashes else wire.AGAIN if job.admitted else wire.ASK
+        self.slots.submit(ticket, engine)
+        self._tell(engine, ticket, ask)
+
+    def _tell(self, engine: int, ticket: Ticket, ask: int) -> None:
+        submission = wire.Submission(ticket.slot, ask, ticket.priority, ticket.sequence, ticket.deadline)
+        self._links[engine].send(wire.pack_submission(self.epoch, submission))
+
+    def _end(self, job: _Job, outcome: Outcome) -> None:
+        """Frees a slot that the front holds, and answers."""
+        self.slots.release(job.ticket)
+        self._close(job, outcome)
+
+    def _close(self, job: _Job, outcome: Outcome) -> None:
+        del self._jobs[job.ticket.sequence]
+        self.loop.call_soon_threadsafe(self._settle, job, outcome)
+
+    # -- on the event loop
+
+    def _take_answer(self, answer: wire.Answer) -> None:
+        with self._lock:
+            logits = self.ring.logits[answer.slot].copy()
+            ticket = self.slots.answered(answer.slot, answer.sequence)
+            if ticket is None:
+                log.error("an answer for slot %d names image %d, which is not there; it is dropped", answer.slot, answer.sequence)
+                return
+            job = self._jobs.pop(ticket.sequence)
+        self._settle(job, self._outcome(job, answer, logits))
+
+    def _outcome(self, job: _Job, answer: wire.Answer, logits: Floats) -> Outcome:
+        if answer.outcome == wire.DONE:
+            queued = max(0.0, answer.started - job.received - job.decode_seconds)
+            self.metrics.queue_seconds.observe(queued)
+            return Answer(softmax(logits), job.decode_seconds, queued, answer.seconds)
+        if answer.outcome == wire.SHED_DEADLINE:
+            return self._refuse(Shed("deadline", answer.retry_after_seconds))
+        if answer.outcome == wire.SHED_FULL:
+            return self._refuse(Shed("full", answer.retry_after_seconds))
+        if answer.outcome == wire.FAILED:
+            return errors.EngineFailed("the engine failed while it ran this image")
+        return errors.DeadlineExceeded("the deadline passed while the image waited")
+
+    def _settle(self, job: _Job, outcome: Outcome) -> None:
+        if not job.future.done():
+            if isinstance(outcome, Answer):
+                job.future.set_result(outcome)
+            else:
+                job.future.set_exception(outcome)
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                break
+        if self.retired:
+            self._close_when_done()
+
+    def _leave(self, job: _Job) -> None:
+        """The caller waits no more. Nothing to do where it was answered."""
+        with self._lock:
+            if job.ticket.sequence not in self._jobs:
+                return
+            job.left = True
+            if job.ticket.engine is not None:
+                self._tell(job.ticket.engine, job.ticket, wire.WITHDRAW)
+            elif job.decoded:
+                self._end(job, errors.DeadlineExceeded("nobody waits for it"))

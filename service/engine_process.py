@@ -1,0 +1,352 @@
+"""The process that owns a device: it opens the engine, proves it, and runs batches of what the fronts send.
+
+    python -m service.engine_process <descriptor of the supervisor's channel>
+
+Whatever ends a thread ends the process: the supervisor starts another, and the fronts send their images again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from model.bundle import Bundle, BundleError, open_bundle, sha256
+from service import layout, wire
+from service.control import BEATS, Channel, Message, orphaned, start_child
+from service.engines.engine import Engine
+from service.engines.open import EngineOptions, NoEngine, Opened, open_engine
+from service.intake import Answers, Intake
+from service.layout import Shape
+from service.link import Link
+from service.metrics import Metrics, in_files
+from service.ring import Ring
+from service.scheduler import Batch, Scheduler
+from service.served import Served
+from service.settings import Settings
+
+log = logging.getLogger("service.engine")
+
+EMBEDDED = Path(__file__).parent / "default_bundle"
+OVERDUE = 5  # times the promised seconds of a batch after which its lane is taken to hang, if that is more than hang_seconds
+_PR_SET_PDEATHSIG = 1
+
+Work = tuple[Batch, list[int]]  # a batch, and the slots of its images
+
+
+class EngineProcess:
+    """Runs batches until it is retired and the last front has let go of it.
+
+    One thread more than lanes, all alike: one of them reads what fronts and supervisor say, the others run batches or stand by. When the reader
+    finds a batch for a free lane, it runs that batch itself and another takes over reading: work is never handed from thread to thread.
+    """
+
+    def __init__(self, engine: Engine, ring: Ring, index: int, epoch: int, seconds: Mapping[int, float], metrics: Metrics, hang_seconds: float) -> None:
+        self.engine, self.ring, self.index, self.epoch, self.metrics = engine, ring, index, epoch, metrics
+        self.intake = Intake(ring, index, Scheduler(seconds, engine.lanes, ring.shape.slots))
+        self._hang_seconds = hang_seconds
+        self._links: dict[int, Link] = {}  # by front
+        self._running: dict[int, Batch] = {}  # by lane
+        self._lock = threading.Lock()  # guards the intake and the two above; never held while a batch runs
+        self._reading = threading.Lock()  # held by the reader
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._woken = socket.socketpair()  # for the reader, when a front's socket did not take an answer
+        self._failing = False  # in an outage of the engine, which is logged once
+        self._retired = False
+        self._over = threading.Event()
+        self._beat_at = 0.0
+        ring.publish(index, self.intake.scheduler)
+
+    def run(self, channel: Channel) -> None:
+        """Returns when retired and no front is connected."""
+        channel.setblocking(False)
+        self._channel = channel
+        self._woken.setblocking(False)
+        self._selector.register(channel, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        for number in range(self.engine.lanes + 1):
+            threading.Thread(target=self._serve, name=f"hand-{number}", daemon=True).start()
+        self._over.wait()
+
+    def _serve(self) -> None:
+        try:
+            while not self._over.is_set():
+                with self._reading:
+                    work = self._read_until_there_is_work()
+                while work is not None:
+                    work = self._run(*work)
+        except BaseException:  # a thread that ended silently would leave callers waiting
+            log.critical("a thread ended, and with it this process", exc_info=True)
+            os._exit(os.EX_SOFTWARE)
+
+    # -- by the reader
+
+    def _read_until_there_is_work(self) -> Work | None:
+        """None when this process is to end."""
+        while True:
+            with self._lock:
+                work = self._next()
+            if work is not None:
+                return work
+            if self._retired and not self._links:
+                self._over.set()
+            if self._over.is_set():
+                return None
+            self._beat()
+            arrived: list[tuple[int, wire.Submission]] = []
+            for key, events in self._selector.select(self._hang_seconds / BEATS):
+                if isinstance(key.fileobj, Link):
+                    if events & selectors.EVENT_READ:
+                        arrived += self._read(key.fileobj)
+                    elif key.fileobj.flush():
+                        self._selector.modify(key.fileobj, selectors.EVENT_READ)
+                elif key.fileobj is self._channel:
+                    self._obey()
+                else:
+                    self._watch_stuck_links()
+            if arrived:
+                with self._lock:
+                    answers = self.intake.submit(arrived, time.monotonic())
+                self._send(answers)
+
+    def _read(self, link: Link) -> list[tuple[int, wire.Submission]]:
+        arrived: list[tuple[int, wire.Submission]] = []
+        try:
+            for message in link.receive():
+                epoch, submissions = wire.unpack_submissions(message)
+                if epoch != link.peer_epoch:
+                    log.error("front %d, epoch %d, sent a message of epoch %d; it is dropped", link.peer, link.peer_epoch, epoch)
+                    continue
+                arrived += [(link.peer, each) for each in submissions]
+        except EOFError:
+            self._lose(link)
+            return []
+        return arrived
+
+    def _obey(self) -> None:
+        while True:
+            try:
+                received = self._channel.receive()
+            except BlockingIOError:
+                return
+            if received is None:
+                orphaned()
+                return
+            message, descriptors = received
+            if message["kind"] == "connect":
+                self._connect(message["front"], Link(socket.socket(fileno=descriptors[0]), message["front"], message["epoch"], self._stuck))
+            elif message["kind"] == "retire":
+                self._retired = True
+
+    def _connect(self, front: int, link: Link) -> None:
+        if front in self._links:  # an earlier incarnation, whose end has not been noticed yet
+            self._lose(self._links[front])
+        with self._lock:
+            self._links[front] = link
+        self._selector.register(link, selectors.EVENT_READ)
+
+    def _lose(self, link: Link) -> None:
+        self._selector.unregister(link)
+        with self._lock:
+            self.intake.front_lost(link.peer)
+            del self._links[link.peer]
+        link.close()
+
+    def _beat(self) -> None:
+        """Says that this process lives, or ends it where a lane hangs."""
+        now = time.monotonic()
+        if now < self._beat_at:
+            return
+        self._beat_at = now + self._hang_seconds / BEATS
+        with self._lock:
+            for batch in self._running.values():
+                bound = max(self._hang_seconds, OVERDUE * self.intake.scheduler.promised(len(batch.requests)))
+                if now - batch.started > bound:
+                    log.critical("a batch of %d has been running for %.1f s; the bound is %.1f s", len(batch.requests), now - batch.started, bound)
+                    os._exit(os.EX_SOFTWARE)
+        try:
+            self._channel.send({"kind": "alive"})
+        except BlockingIOError:
+            return  # a supervisor that does not read will not judge either
+        except OSError:
+            orphaned()
+
+    def _watch_stuck_links(self) -> None:
+        self._woken.recv(64)
+        for link in self._links.values():
+            if not link.flush():
+                self._selector.modify(link, selectors.EVENT_READ | selectors.EVENT_WRITE)
+
+    # -- by a runner
+
+    def _run(self, batch: Batch, slots: list[int]) -> Work | None:
+        """Runs the batch, answers it, and returns what the lane shall run next."""
+        pixels = self.ring.pixels[slots[0] : slots[0] + 1] if len(slots) == 1 else self.ring.pixels[slots]
+        failure = None
+        try:
+            outputs = self.engine.run(batch.lane, pixels)
+            if not np.isfinite(outputs.logits).all():
+                raise FloatingPointError("the engine's logits are not finite")
+        except Exception as error:
+            failure = error
+        now = time.monotonic()
+        with self._lock:
+            if failure is None:
+                for row, image in self.intake.wanted(batch):
+                    self.ring.logits[image.slot] = outputs.logits[row]
+                    self.ring.embedding[image.slot] = outputs.embedding[row]
+            answers = self.intake.close(batch, now, failed=failure is not None)
+        self._send(answers)
+        self._report(batch, now, failure)
+        with self._lock:
+            self._running.pop(batch.lane)
+            if failure is None:
+                self.intake.scheduler.done(batch, now)
+            else:
+                self.intake.scheduler.abandon(batch, now)
+            self.ring.publish(self.index, self.intake.scheduler)
+            return self._next()
+
+    def _next(self) -> Work | None:
+        """The lock is held."""
+        now = time.monotonic()
+        self._send(self.intake.expire(now))
+        for lane in range(self.engine.lanes):
+            if lane not in self._running and (work := self.intake.next_batch(lane, now)) is not None:
+                self._running[lane] = work[0]
+                self.ring.publish(self.index, self.intake.scheduler)
+                return work
+        return None
+
+    def _report(self, batch: Batch, now: float, failure: Exception | None) -> None:
+        self.metrics.run_seconds.observe(now - batch.started)
+        self.metrics.batch_size.observe(len(batch.requests))
+        if failure is not None:
+            self.metrics.engine_failures.inc()
+            if not self._failing:  # the first of an outage, not one a batch
+                log.error("the engine failed to run a batch", exc_info=failure)
+        self._failing = failure is not None
+
+    # -- by both
+
+    def _send(self, answers: Answers) -> None:
+        by_front: dict[int, list[wire.Answer]] = {}
+        for front, answer in answers:
+            by_front.setdefault(front, []).append(answer)
+        for front, its in by_front.items():
+            link = self._links.get(front)
+            if link is not None:
+                for message in wire.pack_answers(self.epoch, its):
+                    link.send(message)
+
+    def _stuck(self, link: Link) -> None:
+        self._wake.send(b"1")
+
+
+class Refused(Exception):
+    """The bundle cannot be served: ``result`` is for the metric, the message for people."""
+
+    def __init__(self, result: str, reason: str) -> None:
+        super().__init__(reason)
+        self.result = result
+
+
+def open_model(settings: Settings) -> tuple[Bundle, Opened]:
+    """Raises Refused."""
+    try:
+        bundle = open_bundle(Path(settings.bundle) if settings.bundle else EMBEDDED)
+    except BundleError as error:
+        raise Refused("bad_bundle", str(error)) from error
+    options = EngineOptions(settings.engine, settings.precision, settings.lanes, settings.threads, settings.max_batch)
+    try:
+        return bundle, open_engine(bundle, options)
+    except NoEngine as error:
+        raise Refused("no_engine", str(error)) from error
+
+
+def warm_up(engine: Engine, image_size: int) -> dict[int, float]:
+    """Runs every batch size and returns the seconds each took: kernels are chosen, memory is touched, and the scheduler has its figures.
+
+    A quick batch is run three times and the best counts; a slow one is not repeated, because the start waits for it.
+    """
+    seconds = {}
+    for size in range(1, engine.max_batch + 1):
+        pixels = np.zeros((size, image_size, image_size, 3), np.uint8)
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < 0.1:
+            began = time.monotonic()
+            engine.run(0, pixels)
+            times.append(time.monotonic() - began)
+        seconds[size] = min(times)
+    return seconds
+
+
+def describe(bundle: Bundle, opened: Opened) -> Served:
+    manifest, engine = bundle.manifest, opened.engine
+    serving = {"engine": engine.name, "precision": engine.precision, "parity": vars(opened.parity), "refused": opened.refused, "lanes": engine.lanes}
+    return Served(
+        manifest.name,
+        manifest.version,
+        sha256(bundle.path / "bundle.json"),
+        bundle.labels,
+        manifest.preprocessing,
+        engine.name,
+        engine.precision,
+        bundle.summary() | {"serving": serving},
+    )
+
+
+def make_ring(bundle: Bundle, opened: Opened, served: Served, settings: Settings, fronts: int, engines: int) -> int:
+    engine, golden = opened.engine, bundle.golden()
+    classes, width = golden.reference.logits.shape[1], golden.reference.embedding.shape[1]
+    shape = Shape(fronts, settings.slots // fronts, engines, engine.lanes, engine.max_batch, golden.pixels.shape[1], classes, width)
+    return layout.create(shape, served.to_json())
+
+
+def main() -> None:
+    began = time.monotonic()
+    channel, opening, descriptors = start_child()
+    _die_with_the_supervisor()
+    settings = Settings(**opening["settings"])
+    try:
+        process, founded = _open(settings, opening, descriptors)
+    except Refused as refused:
+        channel.send({"kind": "refused", "result": refused.result, "reason": str(refused)[:10_000]})
+        return
+    process.ring.publish_start(process.index, time.monotonic() - began)
+    channel.send({"kind": "opened"}, founded)
+    process.run(channel)
+    process.engine.close()
+
+
+def _open(settings: Settings, opening: Message, descriptors: list[int]) -> tuple[EngineProcess, list[int]]:
+    """The process's work, and the descriptor of the ring if it was made here. Raises Refused."""
+    bundle, opened = open_model(settings)
+    seconds = warm_up(opened.engine, bundle.manifest.preprocessing.image_size)
+    served = describe(bundle, opened)
+    founded = [] if descriptors else [make_ring(bundle, opened, served, settings, opening["fronts"], opening["engines"])]
+    ring = Ring((descriptors or founded)[0])
+    if Served.from_json(ring.description).identity != served.identity:
+        raise Refused("changed", f"the bundle at {bundle.path} is not the one that is being served")
+    metrics = in_files(opening["process"])
+    return EngineProcess(opened.engine, ring, opening["engine"], opening["epoch"], seconds, metrics, settings.hang_seconds), founded
+
+
+def _die_with_the_supervisor() -> None:
+    """Even while the main thread stands still, in a foreign library say. Where there is no prctl, the channel's end is noticed later."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""How one model's shared memory is laid out: an anonymous ring of slots, with what the engines publish of themselves.
+
+    header | outlook of each engine | columns of the slots | pixels | logits | embedding | description
+
+Needs no numpy, so that the supervisor can clear a dead front's slots. Imported by ring.py, which gives the arrays, and supervisor.py.
+A slot's column entries are written by its front, except that an engine turns WAITING into RUNNING and then its urgency into infinity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import math
+import mmap
+import os
+import struct
+import tempfile
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# States of a slot. Held: its front has it (decoding, or no engine is there). Waiting, running: an engine has it.
+FREE, HELD, WAITING, RUNNING = range(4)
+
+# Columns of an engine's outlook: seconds that opening it took; images in a full batch; seconds promised for one;
+# then the share of its time that is left to more urgent images, for each of ten ranks; then when each lane will be free (monotonic seconds);
+# then the measured seconds of each batch size.
+START, KNEE, BATCH, RESERVED = range(4)
+LANES = RESERVED + 10
+
+NOWHERE = 255  # in the column of engines: none has it
+
+_MAGIC = b"vitring1"
+_HEADER = struct.Struct("<8s9Q")
+_PAGE = 4096
+_SIZES = {"u1": 1, "<u8": 8, "<f8": 8, "<f4": 4}
+
+
+class RingError(ValueError):
+    """The memory is not a ring, or not one of this layout."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    fronts: int
+    share: int  # slots of each front
+    engines: int
+    lanes: int  # of each engine
+    max_batch: int
+    image_size: int
+    classes: int
+    width: int
+
+    @property
+    def slots(self) -> int:
+        return self.fronts * self.share
+
+
+class Region(NamedTuple):
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * _SIZES[self.dtype]
+
+
+def regions(shape: Shape) -> dict[str, Region]:
+    """Each begins on a page of its own, so that no two writers share a cache line."""
+    slots, side = shape.slots, shape.image_size
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+        "outlook": ("<f8", (shape.engines, LANES + shape.lanes + shape.max_batch)),
+        "states": ("u1", (slots,)),
+        "engines": ("u1", (slots,)),  # which engine has it, or NOWHERE
+        "sequences": ("<u8", (slots,)),
+        "urgencies": ("<f8", (slots,)),  # the smaller, the sooner it runs; infinite where nothing waits to be run
+        "pixels": ("u1", (slots, side, side, 3)),
+        "logits": ("<f4", (slots, shape.classes)),
+        "embedding": ("<f4", (slots, shape.width)),
+    }
+    found: dict[str, Region] = {}
+    end = _HEADER.size
+    for name, (dtype, extent) in wanted.items():
+        found[name] = Region(-(-end // _PAGE) * _PAGE, dtype, extent)
+        end = found[name].end
+    return found
+
+
+def create(shape: Shape, description: bytes) -> int:
+    """Makes the memory, unnamed, and returns its descriptor. It can neither shrink nor grow afterwards."""
+    start = regions(shape)["embedding"].end
+    header = _HEADER.pack(_MAGIC, *dataclasses.astuple(shape), len(description))
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("vitserve-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, start + len(description))
+    if hasattr(fcntl, "F_ADD_SEALS"):
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    os.pwrite(descriptor, header, 0)
+    os.pwrite(descriptor, description, start)
+    for front in range(shape.fronts):
+        clear_share(descriptor, front)
+    return descriptor
+
+
+def read(memory: mmap.mmap) -> tuple[Shape, bytes]:
+    """The shape and the description. Raises RingError."""
+    if len(memory) < _HEADER.size:
+        raise RingError(f"the memory has {len(memory)} bytes; a ring's header has {_HEADER.size}")
+    magic, *extents, length = _HEADER.unpack_from(memory)
+    if magic != _MAGIC:
+        raise RingError(f"the memory begins with {magic!r}; a ring begins with {_MAGIC!r}")
+    shape = Shape(*extents)
+    start = regions(shape)["embedding"].end
+    if len(memory) != start + length:
+        raise RingError(f"the memory has {len(memory)} bytes; its header asks for {start + length}")
+    return shape, memory[start:]
+
+
+def clear_share(descriptor: int, front: int) -> None:
+    """Frees the slots of a front that has died. Nobody else may write them: its successor has not been started yet."""
+    with mmap.mmap(descriptor, 0) as memory:
+        shape, _ = read(memory)
+        columns = regions(shape)
+        for name, value in (("states", bytes([FREE])), ("urgencies", struct.pack("<d", math.inf))):
+            start = columns[name].offset + front * shape.share * len(value)
+            memory[start : start + shape.share * len(value)] = value * shape.share

@@ -1,0 +1,70 @@
+"""One end of the socket between a front and an engine. Imported by dispatch.py and engine_process.py."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from service import wire
+
+
+class Link:
+    """Sends whole messages from any thread and never blocks: what the socket does not take now waits in order, until flush().
+
+    A peer that stands still must not make others stand still. What is sent to one that has died is dropped, as if it had died a moment later.
+    """
+
+    def __init__(self, connection: socket.socket, peer: int, peer_epoch: int, stuck: Callable[[Link], None]) -> None:
+        """``stuck`` is called, on the sending thread, when a message has to wait: flush() is due once the socket is writable."""
+        connection.setblocking(False)
+        self.peer, self.peer_epoch = peer, peer_epoch
+        self._connection, self._stuck = connection, stuck
+        self._backlog: deque[bytes] = deque()
+        self._lock = threading.Lock()
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def send(self, message: bytes) -> None:
+        with self._lock:
+            if not self._backlog and self._taken(message):
+                return
+            self._backlog.append(message)
+            first = len(self._backlog) == 1
+        if first:
+            self._stuck(self)
+
+    def flush(self) -> bool:
+        """Sends what waits; True when nothing does any more."""
+        with self._lock:
+            while self._backlog and self._taken(self._backlog[0]):
+                self._backlog.popleft()
+            return not self._backlog
+
+    def receive(self) -> Iterator[bytes]:
+        """The messages that are there. Raises EOFError when the peer has gone."""
+        while True:
+            try:
+                message = self._connection.recv(wire.MAX_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise EOFError from error
+            if not message:
+                raise EOFError
+            yield message
+
+    def close(self) -> None:
+        with self._lock:  # not under a thread that is sending
+            self._connection.close()
+
+    def _taken(self, message: bytes) -> bool:
+        try:
+            self._connection.send(message)
+        except BlockingIOError:
+            return False
+        except OSError:  # it has gone; whoever reads this link learns of it
+            return True
+        return True
