@@ -55,8 +55,10 @@ class Intake:
         if batch is None:
             return None
         slots = [self._images[request.id].slot for request in batch.requests]
-        self.ring.urgencies[slots] = float("inf")  # not before anybody any more
-        self.ring.states[slots] = RUNNING  # if this process dies now, the front will know whom it was running
+        # A front may have died, of which this process has not heard yet: its slots are its successor's.
+        ours = [slot for slot, request in zip(slots, batch.requests, strict=True) if self.ring.sequences[slot] == request.id]
+        self.ring.urgencies[ours] = float("inf")  # not before anybody any more
+        self.ring.states[ours] = RUNNING  # if this process dies now, the front will know whom it was running
         return batch, slots
 
     def wanted(self, batch: Batch) -> list[tuple[int, Image]]:

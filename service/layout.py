@@ -124,6 +124,6 @@ def clear_share(descriptor: int, front: int) -> None:
     with mmap.mmap(descriptor, 0) as memory:
         shape, _ = read(memory)
         columns = regions(shape)
-        for name, value in (("states", bytes([FREE])), ("urgencies", struct.pack("<d", math.inf))):
+        for name, value in (("states", bytes([FREE])), ("sequences", bytes(8)), ("urgencies", struct.pack("<d", math.inf))):
             start = columns[name].offset + front * shape.share * len(value)
             memory[start : start + shape.share * len(value)] = value * shape.share

@@ -77,6 +77,17 @@ def test_measured_seconds_follow_what_batches_take() -> None:
     assert scheduler.measured[0] == pytest.approx(0.3, rel=1e-3)
 
 
+def test_one_that_does_not_wait_cannot_be_withdrawn() -> None:
+    scheduler = Scheduler({1: 0.1})
+    for number in range(2):
+        assert scheduler.admit(request(9.0, number), 0.0) is None
+    assert scheduler.next_batch(0, 0.0) is not None
+    assert not scheduler.withdraw(request(9.0, 0)), "it is running"
+    assert not scheduler.withdraw(request(5.0, 7)), "it never came"
+    assert scheduler.withdraw(request(9.0, 1))
+    assert scheduler.waiting == 0
+
+
 def test_a_failed_batch_frees_its_lane_and_teaches_nothing() -> None:
     scheduler = Scheduler({1: 0.1})
     scheduler.admit(request(9.0, 0), 0.0)
@@ -127,6 +138,7 @@ def test_whatever_happens_every_request_is_accounted_for_once(actions: list[tupl
             gone = min(waiting, default=new)
             assert scheduler.withdraw(gone) is (gone in waiting)
             waiting.discard(gone)
+            assert not any(scheduler.withdraw(each) for batch in running.values() for each in batch.requests), "those that run, run"
         elif action == "expire":
             expired = scheduler.expire(now)
             assert set(expired) == {each for each in waiting if each.deadline < now}
