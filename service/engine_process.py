@@ -63,7 +63,7 @@ class EngineProcess:
         self._wake, self._woken = socket.socketpair()  # for the reader, when a front's socket did not take an answer
         self._failing = False  # in an outage of the engine, which is logged once
         self._retired = False
-        self._over = threading.Event()
+        self._over = False
         self._beat_at = 0.0
         ring.publish(index, self.intake.scheduler)
 
@@ -74,13 +74,17 @@ class EngineProcess:
         self._woken.setblocking(False)
         self._selector.register(channel, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
-        for number in range(self.engine.lanes + 1):
-            threading.Thread(target=self._serve, name=f"hand-{number}", daemon=True).start()
-        self._over.wait()
+        hands = [threading.Thread(target=self._serve, name=f"hand-{number}", daemon=True) for number in range(self.engine.lanes + 1)]
+        for hand in hands:
+            hand.start()
+        for hand in hands:
+            hand.join()
+        for each in (self._selector, self._wake, self._woken):
+            each.close()
 
     def _serve(self) -> None:
         try:
-            while not self._over.is_set():
+            while not self._over:
                 with self._reading:
                     work = self._read_until_there_is_work()
                 while work is not None:
@@ -99,8 +103,8 @@ class EngineProcess:
             if work is not None:
                 return work
             if self._retired and not self._links:
-                self._over.set()
-            if self._over.is_set():
+                self._over = True
+            if self._over:
                 return None
             self._beat()
             arrived: list[tuple[int, wire.Submission]] = []
