@@ -70,7 +70,7 @@ class State:
 
     def serving(self) -> Dispatcher:
         """While draining too: what still arrives on an open connection is admitted and answered. Raises NotReady."""
-        if self.current is None:
+        if self.current is None or (self._said.get("failure") is not None and not self.current.reachable):
             raise errors.NotReady("; ".join(self.reasons()))
         return self.current
 

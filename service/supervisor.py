@@ -27,6 +27,7 @@ log = logging.getLogger("service.supervisor")
 START_SECONDS = 600.0  # for a child to import, open and prove what it serves
 ATTEMPTS = 5  # starts in a row that end before the child says that it lives; then the supervisor gives up
 _FIRST_PAUSE_SECONDS = 0.25  # before the second attempt; doubled for each further one
+_LONGEST_PAUSE_SECONDS = 30.0
 _GOODBYE_SECONDS = 5.0  # for an engine to end once nobody is connected to it
 
 
@@ -141,9 +142,7 @@ class Supervisor:
                 self._failure = None
             except StartFailed as failure:
                 result, reason = failure.result, str(failure)
-                log.error("the bundle cannot be served (%s): %s", result, reason)
-                if self._serving is None or not self._serving.engines:
-                    self._failure = f"the bundle cannot be served: {reason}"
+                self._refused(failure)
             if reload:
                 self._reloads[result] = self._reloads.get(result, 0) + 1
                 log.info("reload: %s", result)
@@ -157,6 +156,12 @@ class Supervisor:
             attempts = 0
             await self._reload_wanted.wait()
             reload = True
+
+    def _refused(self, failure: StartFailed) -> None:
+        log.error("the bundle cannot be served (%s): %s", failure.result, failure)
+        if self._serving is None or not self._serving.engines:
+            self._failure = f"the bundle cannot be served: {failure}"
+            self._tell_status()
 
     async def _load(self) -> None:
         """Opens the bundle in a new engine, and has the fronts switch to it once it is proven. Raises StartFailed."""
@@ -208,8 +213,11 @@ class Supervisor:
                         log.warning("%s; it is opened as a new model", failure)
                         self._reload_wanted.set()
                         return
+                    if failure.result != "died":  # it would be refused again; a reload may find it repaired
+                        self._refused(failure)
+                        return
                     attempts += 1
-                    await self._pause(attempts, str(failure))
+                    await self._pause(attempts, str(failure), needed=not generation.engines)
                     continue
                 self._join(generation, index, child)
             attempts = 0
@@ -297,14 +305,14 @@ class Supervisor:
         self._children.discard(child)
         return how
 
-    async def _pause(self, attempts: int, reason: str) -> None:
-        """Before a further start; longer after each that failed. Raises GaveUp after too many."""
-        if attempts >= ATTEMPTS:
+    async def _pause(self, attempts: int, reason: str, needed: bool = True) -> None:
+        """Before a further start; longer after each that failed. Raises GaveUp after too many, if what is started is ``needed``."""
+        if attempts >= ATTEMPTS and needed:
             raise GaveUp(f"{reason}; that was attempt {attempts} of {ATTEMPTS}")
         if attempts:
             log.error("%s; another attempt follows", reason)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), _FIRST_PAUSE_SECONDS * 2 ** (attempts - 1))
+                await asyncio.wait_for(self._stopping.wait(), min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (attempts - 1)))
 
     # -- what fronts and operators are told
 
