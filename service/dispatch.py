@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -144,6 +145,9 @@ class Dispatcher:
                     self._take_answer(answer)
         except EOFError:
             self._lose(engine, link)
+        except wire.WireError:  # a fault of ours; whom it concerns is unknown
+            log.critical("engine %d does not speak as it should", engine, exc_info=True)
+            os._exit(os.EX_SOFTWARE)
 
     def _lose(self, engine: int, link: Link) -> None:
         """The engine died, or was retired when nothing was left to answer. What it left unanswered goes to another, or waits for the next."""

@@ -99,7 +99,7 @@ class Scheduler:
         index = bisect_left(self._waiting, request)
         late = self._done_at(index + 1, now, self.reserved[request.rank]) - request.deadline
         if late > 0:
-            return Shed("deadline", late)
+            return Shed("deadline", late * (1 - self.reserved[request.rank]))  # by so much the wait before it must shrink
         # Those behind move one place back. Within a batch that changes nothing; only the last of each batch moves into a later one.
         first = (index // self.knee + 1) * self.knee - 1
         for place in range(first, len(self._waiting), self.knee):

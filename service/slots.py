@@ -56,10 +56,10 @@ class Slots:
         As the scheduler sets time aside for the urgent that are to come, a like share of the slots is kept free for them.
         """
         outlook = self.ring.outlook(urgency(priority, deadline), now, engines)
+        reserved = self.ring.reserved(priority)
         if outlook.done_at > deadline:
-            return Shed("deadline", outlook.done_at - deadline)
-        kept = int(self.ring.reserved(priority) * self.ring.shape.share)
-        ticket = self.take(deadline, priority) if len(self._free) > kept else None
+            return Shed("deadline", (outlook.done_at - deadline) * (1 - reserved))
+        ticket = self.take(deadline, priority) if len(self._free) > int(reserved * self.ring.shape.share) else None
         if ticket is None:
             return Shed("full", self.ring.outlook(-math.inf, now, engines).done_at - now)
         return ticket
