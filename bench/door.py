@@ -1,4 +1,6 @@
-"""Requests per second at the door: vitserve against plain FastAPI + ONNX Runtime, same graph, same image, in one run, taking turns.
+"""Requests per second at the door: vitserve against plain FastAPI + ONNX Runtime, same graph, same image, in one run.
+
+Both are up all the time and take turns in short spells, because a machine's speed drifts; ratios and differences are medians over pairs of spells.
 
     python -m bench.door --bundle service/default_bundle --image photo.jpg --connections 1 16 64
 
@@ -21,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,24 +40,35 @@ class Contender(NamedTuple):
     name: str
     command: list[str]
     folder: Path
+    port: int
 
 
-def contenders(bundle: Path, port: int, against: Path | None) -> list[Contender]:
-    """The yardstick first."""
-    vitserve = ["-m", "vitserve", "serve", "--bundle", str(bundle.resolve()), "--port", str(port), "--log-level", "error", "--timeout-ms", "60000"]
-    plain = ["-m", "uvicorn", "bench.plain:create_app", "--factory", "--port", str(port), "--no-access-log", "--log-level", "error"]
+class Spell(NamedTuple):
+    rate: float  # requests a second
+    p50_ms: float
+
+
+def contenders(bundle: Path, against: Path | None) -> tuple[Contender, Contender]:
+    """The yardstick, and vitserve."""
+    ports = free_port(), free_port()
+
+    def vitserve(name: str, folder: Path, port: int) -> Contender:
+        command = ["-m", "vitserve", "serve", "--bundle", str(bundle.resolve()), "--port", str(port), "--log-level", "error", "--timeout-ms", "60000"]
+        return Contender(name, [sys.executable, *command], folder, port)
+
+    plain = ["-m", "uvicorn", "bench.plain:create_app", "--factory", "--port", str(ports[0]), "--no-access-log", "--log-level", "error"]
     if against is None:
-        yardstick = Contender("plain FastAPI + ONNX Runtime", [sys.executable, *plain], ROOT)
+        yardstick = Contender("plain FastAPI + ONNX Runtime", [sys.executable, *plain], ROOT, ports[0])
     else:
-        yardstick = Contender(f"vitserve of {against.name}", [sys.executable, *vitserve], against)
-    return [yardstick, Contender("vitserve", [sys.executable, *vitserve], ROOT)]
+        yardstick = vitserve(f"vitserve of {against.name}", against, ports[0])
+    return yardstick, vitserve("vitserve", ROOT, ports[1])
 
 
 @contextmanager
-def running(contender: Contender, bundle: Path, image: bytes, port: int) -> Iterator[None]:
+def running(contender: Contender, bundle: Path, image: bytes) -> Iterator[None]:
     """Yields when the server answers the image with 200."""
     process = subprocess.Popen(contender.command, cwd=contender.folder, env=os.environ | {"BUNDLE": str(bundle.resolve())})
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/classify", data=image, headers={"Content-Type": "image/jpeg"})
+    request = urllib.request.Request(f"http://127.0.0.1:{contender.port}/v1/classify", data=image, headers={"Content-Type": "image/jpeg"})
     try:
         for _ in range(600):
             try:
@@ -71,11 +84,14 @@ def running(contender: Contender, bundle: Path, image: bytes, port: int) -> Iter
         process.wait()
 
 
-def load(port: int, image: Path, connections: int, seconds: int) -> dict[str, float]:
-    script = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "60s", "-s", str(HERE / "post.lua"), f"http://127.0.0.1:{port}/v1/classify"]
+def load(contender: Contender, image: Path, connections: int, seconds: int) -> Spell:
+    url = f"http://127.0.0.1:{contender.port}/v1/classify"
+    script = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "60s", "-s", str(HERE / "post.lua"), url]
     out = subprocess.run(script, env=os.environ | {"IMAGE": str(image)}, capture_output=True, text=True, check=True).stdout
     result: dict[str, float] = json.loads(out.split("RESULT ", 1)[1])
-    return result
+    if result["errors"]:
+        sys.exit(f"{contender.name} at {connections} connections: {result['errors']:.0f} errors; the figure is void")
+    return Spell(result["requests"] / result["seconds"], result["p50_ms"])
 
 
 def made_image(folder: str) -> Path:
@@ -99,41 +115,41 @@ def main() -> None:
     parser.add_argument("--image", type=Path, help="what is posted; a JPEG made here unless told")
     parser.add_argument("--against", type=Path, help="folder of another checkout of vitserve to compare with")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--seconds", type=int, default=6, help="length of each run, after one of a third as warm-up")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each server takes; the median counts")
+    parser.add_argument("--seconds", type=int, default=2, help="length of a spell")
+    parser.add_argument("--rounds", type=int, default=8, help="spells that each server has")
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("wrk is needed: apt-get install wrk")
-    console = Console(width=140)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         image = options.image or made_image(folder)
-        port = free_port()
-        servers = contenders(options.bundle, port, options.against)
-        rates: dict[tuple[str, int], list[float]] = {}
-        medians: dict[tuple[str, int], list[float]] = {}
-        for turn in range(options.rounds):
-            for contender in servers:
-                name = contender.name
-                with running(contender, options.bundle, image.read_bytes(), port):
-                    load(port, image, max(options.connections), max(1, options.seconds // 3))
-                    for connections in options.connections:
-                        result = load(port, image, connections, options.seconds)
-                        if result["errors"]:
-                            sys.exit(f"{name} at {connections} connections: {result['errors']:.0f} errors; the figure is void")
-                        rates.setdefault((name, connections), []).append(result["requests"] / result["seconds"])
-                        medians.setdefault((name, connections), []).append(result["p50_ms"])
-                        console.print(f"[dim]round {turn + 1}, {name}, {connections}: {rates[name, connections][-1]:.0f}/s[/dim]")
-        table = Table(title=f"requests/s (p50 ms), {image.stat().st_size / 1000:.0f} KB {image.name}, median of {options.rounds}")
-        table.add_column("server")
-        for connections in options.connections:
-            table.add_column(f"{connections} connections", justify="right")
-        for name in [each.name for each in servers]:
-            cells = [f"{statistics.median(rates[name, each]):.0f} ({statistics.median(medians[name, each]):.3f})" for each in options.connections]
-            table.add_row(name, *cells)
-        first, second = [each.name for each in servers]
-        ratios = [f"{statistics.median(rates[second, each]) / statistics.median(rates[first, each]):.2f} ×" for each in options.connections]
-        table.add_row("ratio", *ratios)
-        console.print(table)
+        pair = contenders(options.bundle, options.against)
+        for each in pair:
+            stack.enter_context(running(each, options.bundle, image.read_bytes()))
+            load(each, image, max(options.connections), options.seconds)
+        spells = {connections: take_turns(pair, image, connections, options.seconds, options.rounds) for connections in options.connections}
+        Console(width=140).print(report(pair, spells, f"{image.stat().st_size / 1000:.0f} KB {image.name}, {options.rounds} spells of {options.seconds} s"))
+
+
+def take_turns(pair: tuple[Contender, Contender], image: Path, connections: int, seconds: int, rounds: int) -> list[tuple[Spell, Spell]]:
+    found = []
+    for turn in range(rounds):
+        order = pair if turn % 2 else pair[::-1]  # neither always comes after the other
+        spells = {each.name: load(each, image, connections, seconds) for each in order}
+        found.append((spells[pair[0].name], spells[pair[1].name]))
+    return found
+
+
+def report(pair: tuple[Contender, Contender], spells: dict[int, list[tuple[Spell, Spell]]], title: str) -> Table:
+    table = Table("server", *(f"{connections} connections" for connections in spells), title=f"requests/s (p50 ms), {title}")
+    for place, each in enumerate(pair):
+        medians = [
+            (statistics.median(turn[place].rate for turn in turns), statistics.median(turn[place].p50_ms for turn in turns)) for turns in spells.values()
+        ]
+        table.add_row(each.name, *(f"{rate:.0f} ({p50:.3f})" for rate, p50 in medians))
+    ratios = [statistics.median(second.rate / first.rate for first, second in turns) for turns in spells.values()]
+    later = [statistics.median(second.p50_ms - first.p50_ms for first, second in turns) for turns in spells.values()]
+    table.add_row("ratio (difference)", *(f"{ratio:.2f} × ({difference:+.3f})" for ratio, difference in zip(ratios, later, strict=True)))
+    return table
 
 
 if __name__ == "__main__":

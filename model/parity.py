@@ -56,8 +56,10 @@ def compare(outputs: Outputs, reference: Outputs) -> Parity:
 
 def softmax(logits: Floats) -> Floats:
     """Logits [n, classes] → probabilities, float32. The maximum is subtracted first, so that nothing overflows."""
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: Floats = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    greatest: Floats = np.maximum.reduce(logits, axis=-1, keepdims=True)  # half the time of .max(), which matters for one row
+    exponentials = np.exp(logits - greatest)
+    total: Floats = np.add.reduce(exponentials, axis=-1, keepdims=True)
+    probabilities: Floats = exponentials / total
     return probabilities
 
 

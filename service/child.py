@@ -26,7 +26,7 @@ class Child:
         path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
         with theirs:
             command = [sys.executable, "-P", "-m", module, str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | {"PYTHONPATH": path}, start_new_session=True)
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | {"PYTHONPATH": path}, process_group=0)
         ours.setblocking(False)
         self._channel = Channel(ours)
         self._readable = asyncio.Event()

@@ -58,6 +58,7 @@ class _Job:
 
 
 Outcome = Answer | errors.ServiceError | Moved
+Ask = tuple[Link, Ticket, int]  # what to send, and to which engine
 
 
 @dataclass
@@ -95,13 +96,13 @@ class Dispatcher:
         job = _Job(ticket, encoded, self.loop.create_future(), time.monotonic(), admitted)
         self._jobs[ticket.sequence] = job
         self.decoders.submit(self._decode, job)
+        # One that runs at its deadline is still answered; the engine itself answers those that wait at theirs.
+        patience = max(0.0, deadline - job.received) + 2 * self.ring.batch_seconds()
+        timer = self.loop.call_later(patience, self._answer, job, errors.DeadlineExceeded("the deadline passed before an answer was there"))
         try:
-            # One that runs at its deadline is still answered; the engine itself answers those that wait at theirs.
-            async with asyncio.timeout(max(0.0, deadline - job.received) + 2 * self.ring.batch_seconds()):
-                return await job.future
-        except TimeoutError:
-            raise errors.DeadlineExceeded("the deadline passed before an answer was there") from None
+            return await job.future
         finally:
+            timer.cancel()
             self._leave(job)
 
     # -- links
@@ -112,8 +113,8 @@ class Dispatcher:
             self._links[engine] = link
             self._lost_at.pop(engine, None)
             homeless = [job for job in self._jobs.values() if job.decoded and job.ticket.engine is None]
-            for job in homeless:
-                self._submit(job)
+            asks = [self._submit(job) for job in homeless]
+        self._send_all(asks)
         self.loop.add_reader(link.fileno(), self._read, engine, link)
 
     def retire(self) -> None:
@@ -135,14 +136,17 @@ class Dispatcher:
             self.loop.remove_writer(link.fileno())
 
     def _read(self, engine: int, link: Link) -> None:
+        """One message, which is one batch; if there are more, the event loop calls again."""
         try:
-            for message in link.receive():
-                epoch, answers = wire.unpack_answers(message)
-                if epoch != link.peer_epoch:
-                    log.error("engine %d, epoch %d, sent a message of epoch %d; it is dropped", engine, link.peer_epoch, epoch)
-                    continue
-                for answer in answers:
-                    self._take_answer(answer)
+            message = link.receive()
+            if message is None:
+                return
+            epoch, answers = wire.unpack_answers(message)
+            if epoch != link.peer_epoch:
+                log.error("engine %d, epoch %d, sent a message of epoch %d; it is dropped", engine, link.peer_epoch, epoch)
+                return
+            for answer in answers:
+                self._take_answer(answer)
         except EOFError:
             self._lose(engine, link)
         except wire.WireError:  # a fault of ours; whom it concerns is unknown
@@ -154,6 +158,7 @@ class Dispatcher:
         with self._lock:
             self._disconnect(engine, link)
             self._lost_at[engine] = time.monotonic()
+            asks = []
             for ticket in self.slots.lost(engine):
                 job = self._jobs[ticket.sequence]
                 if ticket.crashes >= FATAL:
@@ -164,7 +169,8 @@ class Dispatcher:
                 else:
                     job.admitted = True
                     self.metrics.images_run_again.inc()
-                    self._submit(job)
+                    asks.append(self._submit(job))
+        self._send_all(asks)
 
     def _disconnect(self, engine: int, link: Link) -> None:
         """The lock is held."""
@@ -232,34 +238,47 @@ class Dispatcher:
             log.exception("decoding failed in a way that it should not")
             outcome = errors.ServiceError("the image could not be decoded")
         job.decode_seconds = time.monotonic() - began
-        self.metrics.decode_seconds.observe(job.decode_seconds)
+        ask: Ask | None = None
         with self._lock:
             job.decoded = True
             if outcome is None and job.left:
                 outcome = errors.DeadlineExceeded("nobody waits for it")
             if outcome is None:
-                self._submit(job)
+                ask = self._submit(job)
             else:
                 self._end(job, outcome)
+        if ask is not None:
+            self._send(*ask)
+            if job.left:  # it may have been withdrawn before it was sent
+                self._send(ask[0], job.ticket, wire.WITHDRAW)
+        self.metrics.decode_seconds.observe(job.decode_seconds)
+
+    # Sending gives up the interpreter lock; done under ours, everybody would wait for both. So it is done after: should the engine have died by then,
+    # the message goes to a closed link, and _lose() has taken care of the image already.
+
+    def _send(self, link: Link, ticket: Ticket, ask: int) -> None:
+        submission = wire.Submission(ticket.slot, ask, ticket.priority, ticket.sequence, ticket.deadline)
+        link.send(wire.pack_submission(self.epoch, submission))
+
+    def _send_all(self, asks: list[Ask | None]) -> None:
+        for ask in asks:
+            if ask is not None:
+                self._send(*ask)
 
     # -- with the lock held
 
-    def _submit(self, job: _Job) -> None:
-        """Gives the image to the engine that will have it done first; without one, it waits for one."""
+    def _submit(self, job: _Job) -> Ask | None:
+        """Gives the image to the engine that will have it done first, to whom the caller sends what is returned; without one, it waits for one."""
         ticket = job.ticket
         if not self._links:
             if self.retired:
                 self._end(job, Moved())
-            return
+            return None
         outlook = self.ring.outlook(urgency(ticket.priority, ticket.deadline), time.monotonic(), self._engines()) if len(self._links) > 1 else None
         engine = outlook.engine if outlook is not None else next(iter(self._links))
         ask = wire.ALONE if ticket.crashes else wire.AGAIN if job.admitted else wire.ASK
         self.slots.submit(ticket, engine)
-        self._tell(engine, ticket, ask)
-
-    def _tell(self, engine: int, ticket: Ticket, ask: int) -> None:
-        submission = wire.Submission(ticket.slot, ask, ticket.priority, ticket.sequence, ticket.deadline)
-        self._links[engine].send(wire.pack_submission(self.epoch, submission))
+        return self._links[engine], ticket, ask
 
     def _end(self, job: _Job, outcome: Outcome) -> None:
         """Frees a slot that the front holds, and answers."""
@@ -285,7 +304,6 @@ class Dispatcher:
     def _outcome(self, job: _Job, answer: wire.Answer, logits: Floats) -> Outcome:
         if answer.outcome == wire.DONE:
             queued = max(0.0, answer.started - job.received - job.decode_seconds)
-            self.metrics.queue_seconds.observe(queued)
             return Answer(softmax(logits), job.decode_seconds, queued, answer.seconds)
         if answer.outcome == wire.SHED_DEADLINE:
             return self._refuse(Shed("deadline", answer.retry_after_seconds))
@@ -295,12 +313,15 @@ class Dispatcher:
             return errors.EngineFailed("the engine failed while it ran this image")
         return errors.DeadlineExceeded("the deadline passed while the image waited")
 
-    def _settle(self, job: _Job, outcome: Outcome) -> None:
+    def _answer(self, job: _Job, outcome: Outcome) -> None:
         if not job.future.done():
             if isinstance(outcome, Answer):
                 job.future.set_result(outcome)
             else:
                 job.future.set_exception(outcome)
+
+    def _settle(self, job: _Job, outcome: Outcome) -> None:
+        self._answer(job, outcome)
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
@@ -315,7 +336,8 @@ class Dispatcher:
             if job.ticket.sequence not in self._jobs:
                 return
             job.left = True
-            if job.ticket.engine is not None:
-                self._tell(job.ticket.engine, job.ticket, wire.WITHDRAW)
-            elif job.decoded:
+            link = self._links[job.ticket.engine] if job.ticket.engine is not None else None
+            if link is None and job.decoded:
                 self._end(job, errors.DeadlineExceeded("nobody waits for it"))
+        if link is not None:
+            self._send(link, job.ticket, wire.WITHDRAW)

@@ -6,6 +6,7 @@ python -m service.front <descriptor of the supervisor's channel>
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from types import FrameType
@@ -51,7 +52,8 @@ def main() -> None:
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     settings = Settings(**opening["settings"])
     state = State(settings, channel, in_files(opening["process"]), opening["front"], opening["epoch"], opening["decode_threads"])
-    config = uvicorn.Config(create_app(state), log_config=None, access_log=False, log_level="warning")
+    config = uvicorn.Config(create_app(state), log_config=None, access_log=False, log_level="warning", proxy_headers=False)
+    gc.freeze()  # what has been made by now stays; to look through it again and again for garbage would stop the loop for tens of milliseconds
     _Server(config, state).run([socket.socket(fileno=descriptors[0])])
 
 

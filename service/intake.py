@@ -5,6 +5,7 @@ Between wire.py's messages and the scheduler, which knows neither fronts nor slo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -57,8 +58,9 @@ class Intake:
         slots = [self._images[request.id].slot for request in batch.requests]
         # A front may have died, of which this process has not heard yet: its slots are its successor's.
         ours = [slot for slot, request in zip(slots, batch.requests, strict=True) if self.ring.sequences[slot] == request.id]
-        self.ring.urgencies[ours] = float("inf")  # not before anybody any more
-        self.ring.states[ours] = RUNNING  # if this process dies now, the front will know whom it was running
+        for slot in ours:
+            self.ring.urgencies[slot] = math.inf  # not before anybody any more
+            self.ring.states[slot] = RUNNING  # if this process dies now, the front will know whom it was running
         return batch, slots
 
     def wanted(self, batch: Batch) -> list[tuple[int, Image]]:
@@ -89,7 +91,7 @@ class Intake:
         return len(self._images)
 
     def _enter(self, front: int, each: wire.Submission, now: float) -> wire.Answer | None:
-        if not 0 <= each.slot < self.ring.shape.slots or int(self.ring.sequences[each.slot]) != each.sequence:
+        if not 0 <= each.slot < self.ring.shape.slots or self.ring.sequences[each.slot] != each.sequence:
             self.stale += 1
             return None
         image = Image(front, each.slot, Request(9 - each.priority, each.deadline, each.sequence, each.ask == wire.ALONE))

@@ -77,7 +77,8 @@ class Scheduler:
     _waiting: list[Request] = field(default_factory=list, init=False)
     _busy: list[bool] = field(init=False)
     _arrivals: list[float] = field(init=False)  # per rank, each counting less the longer ago it was
-    _arrived_at: float = field(default=0.0, init=False)
+    _arrived: list[int] = field(init=False)  # per rank, since they were last counted
+    _counted_at: float = field(default=0.0, init=False)
     _deviation: float = field(default=0.0, init=False)  # mean of |taken / expected - 1|
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class Scheduler:
         self.free_at = [0.0] * self.lanes
         self._busy = [False] * self.lanes
         self.reserved = [0.0] * RANKS
-        self._arrivals = [0.0] * RANKS
+        self._arrivals, self._arrived = [0.0] * RANKS, [0] * RANKS
         self._settle()
 
     def admit(self, request: Request, now: float) -> Shed | None:
@@ -175,19 +176,21 @@ class Scheduler:
         return done_at(place, now, self.free_at, self.knee, self.promised(self.knee), reserved)
 
     def _count_arrival(self, rank: int, now: float) -> None:
-        decay = exp(min(0.0, self._arrived_at - now) / _RECENT_SECONDS)
-        self._arrived_at = now
-        self._arrivals = [count * decay for count in self._arrivals]
-        self._arrivals[rank] += 1
+        """What is set aside follows in steps of a fiftieth of the time over which it is averaged, so that most arrivals cost next to nothing."""
+        self._arrived[rank] += 1
+        if now - self._counted_at < _RECENT_SECONDS / 50:
+            return
+        decay = exp((self._counted_at - now) / _RECENT_SECONDS)
+        self._counted_at = now
+        self._arrivals = [count * decay + new for count, new in zip(self._arrivals, self._arrived, strict=True)]
+        self._arrived = [0] * RANKS
         share = self.promised(self.knee) / (self.knee * self.lanes * _RECENT_SECONDS)  # of the time that one request takes
         self.reserved = [min(_MOST_RESERVED, before * share) for before in accumulate(self._arrivals[:-1], initial=0.0)]
 
     def _settle(self) -> None:
         """Derives the knee from the seconds: the smallest batch size within KNEE_SHARE of the best throughput."""
         rates = [size / seconds for size, seconds in enumerate(self.measured, start=1)]
-        best = max(rates)
-        self.knee = next(size for size, rate in enumerate(rates, start=1) if rate >= KNEE_SHARE * best)
+        enough = KNEE_SHARE * max(rates)
+        self.knee = next(size for size, rate in enumerate(rates, start=1) if rate >= enough)
         # A batch is never promised sooner than a smaller one: noise in the measurements must not make it look so.
-        self._monotone: list[float] = []
-        for seconds in self.measured:
-            self._monotone.append(max(seconds, self._monotone[-1] if self._monotone else 0.0))
+        self._monotone = list(accumulate(self.measured, max))

@@ -51,25 +51,25 @@ def pack_answers(epoch: int, answers: list[Answer]) -> Iterable[bytes]:
     """As few messages as hold them."""
     for start in range(0, len(answers), _AT_ONCE):
         part = answers[start : start + _AT_ONCE]
-        yield b"".join([_HEADER.pack(epoch, len(part)), *(_ANSWER.pack(*each) for each in part)])
+        yield b"".join([_HEADER.pack(epoch, len(part)), *[_ANSWER.pack(*each) for each in part]])
 
 
 def unpack_submissions(message: bytes) -> tuple[int, list[Submission]]:
     """The sender's epoch, and what it asks. Raises WireError."""
     epoch, records = _open(message, _SUBMISSION)
-    return epoch, [Submission._make(each) for each in _SUBMISSION.iter_unpack(records)]
+    return epoch, list(map(Submission._make, _SUBMISSION.iter_unpack(records)))
 
 
 def unpack_answers(message: bytes) -> tuple[int, list[Answer]]:
     """The sender's epoch, and its answers. Raises WireError."""
     epoch, records = _open(message, _ANSWER)
-    return epoch, [Answer._make(each) for each in _ANSWER.iter_unpack(records)]
+    return epoch, list(map(Answer._make, _ANSWER.iter_unpack(records)))
 
 
-def _open(message: bytes, record: struct.Struct) -> tuple[int, memoryview]:
+def _open(message: bytes, record: struct.Struct) -> tuple[int, bytes]:
     if len(message) < _HEADER.size:
         raise WireError(f"a message has {len(message)} bytes; its header alone has {_HEADER.size}")
     epoch, count = _HEADER.unpack_from(message)
     if len(message) != _HEADER.size + count * record.size:
         raise WireError(f"a message has {len(message)} bytes; its {count} records take {_HEADER.size + count * record.size}")
-    return epoch, memoryview(message)[_HEADER.size :]
+    return epoch, message[_HEADER.size :]

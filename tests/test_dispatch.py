@@ -259,7 +259,7 @@ def test_what_a_dead_engine_left_is_run_by_the_next() -> None:
             await asyncio.sleep(0)
         sent = [wire.unpack_submissions(first.recv(wire.MAX_BYTES))[1][0] for _ in range(10)]
         assert {each.ask for each in sent} == {wire.ASK}
-        house.dispatcher.ring.states[[sent[0].slot, sent[1].slot]] = layout.RUNNING
+        house.dispatcher.ring.states[sent[0].slot] = house.dispatcher.ring.states[sent[1].slot] = layout.RUNNING
         (message,) = wire.pack_answers(EPOCH, [wire.Answer(sent[2].slot, wire.FAILED, sent[2].sequence)])
         first.send(message)
         first.close()

@@ -154,10 +154,10 @@ def test_who_reads_nothing_stops_nobody_and_misses_nothing() -> None:
         assert stuck == [link], "said once, when the first message had to wait"
         received = []
         while not link.flush():
-            received += list(peer.receive())
-        received += list(peer.receive())
+            received += list(iter(peer.receive, None))
+        received += list(iter(peer.receive, None))
         assert received == sent
         link.close()
         with pytest.raises(EOFError):
-            list(peer.receive())
+            list(iter(peer.receive, None))
         peer.send(b"to nobody")
