@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 DATA ?= data/cifar10_jpeg.npz
 RUN ?= runs/default
 
-.PHONY: serve test check train bundle bench clean
+.PHONY: serve test test-slow check train bundle bench clean
 
 serve: $(VENV)/serve.stamp
 	$(BIN)/vitserve serve
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q
+
+# Full-size checkpoints, a million simulated images: half an hour.
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q -m slow
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

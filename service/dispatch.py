@@ -57,6 +57,9 @@ class _Job:
     left: bool = False  # nobody waits for it any more
 
 
+RETURNS = 2.0  # times that an answer's way back takes on average, which are kept free before the deadline
+_NEWEST = 0.1  # weight of the newest in that average
+
 Outcome = Answer | errors.ServiceError | Moved
 Ask = tuple[Link, Ticket, int]  # what to send, and to which engine
 
@@ -77,6 +80,7 @@ class Dispatcher:
     _links: dict[int, Link] = field(default_factory=dict, init=False)  # by engine
     _lost_at: dict[int, float] = field(default_factory=dict, init=False)  # by engine that died and is not back
     _waiters: deque[asyncio.Future[None]] = field(default_factory=deque, init=False)  # of admitted images, for a slot
+    _return_seconds: float = field(default=0.0, init=False)  # from the end of a batch to its answer here, of late
 
     def __post_init__(self) -> None:
         self.served = Served.from_json(self.ring.description)
@@ -92,7 +96,8 @@ class Dispatcher:
         """
         if self.retired:
             raise Moved
-        ticket = await self._slot(deadline, priority) if admitted else self._admit(deadline, priority)
+        due = deadline - RETURNS * self._return_seconds  # at the engine
+        ticket = await self._slot(due, priority) if admitted else self._admit(due, priority)
         job = _Job(ticket, encoded, self.loop.create_future(), time.monotonic(), admitted)
         self._jobs[ticket.sequence] = job
         self.decoders.submit(self._decode, job)
@@ -304,6 +309,7 @@ class Dispatcher:
     def _outcome(self, job: _Job, answer: wire.Answer, logits: Floats) -> Outcome:
         if answer.outcome == wire.DONE:
             queued = max(0.0, answer.started - job.received - job.decode_seconds)
+            self._return_seconds += _NEWEST * (time.monotonic() - answer.started - answer.seconds - self._return_seconds)
             return Answer(softmax(logits), job.decode_seconds, queued, answer.seconds)
         if answer.outcome == wire.SHED_DEADLINE:
             return self._refuse(Shed("deadline", answer.retry_after_seconds))

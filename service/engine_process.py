@@ -41,6 +41,7 @@ log = logging.getLogger("service.engine")
 EMBEDDED = Path(__file__).parent / "default_bundle"
 # Fronts go first where both want the same core: what they decode meanwhile makes the next batch larger, and a refusal is not kept waiting.
 NICENESS = 5
+FIRST_MARGIN = 0.15  # of the promises, until it is known how well this machine keeps them
 OVERDUE = 5  # times the promised seconds of a batch after which its lane is taken to hang, if that is more than hang_seconds
 _PR_SET_PDEATHSIG = 1
 
@@ -56,7 +57,7 @@ class EngineProcess:
 
     def __init__(self, engine: Engine, ring: Ring, index: int, epoch: int, seconds: Mapping[int, float], metrics: Metrics, hang_seconds: float) -> None:
         self.engine, self.ring, self.index, self.epoch, self.metrics = engine, ring, index, epoch, metrics
-        self.intake = Intake(ring, index, Scheduler(seconds, engine.lanes, ring.shape.slots))
+        self.intake = Intake(ring, index, Scheduler(seconds, engine.lanes, ring.shape.slots, FIRST_MARGIN))
         self._hang_seconds = hang_seconds
         self._links: dict[int, Link] = {}  # by front
         self._running: dict[int, Batch] = {}  # by lane

@@ -19,6 +19,8 @@ from service.metrics import in_files
 from service.settings import Settings
 from service.state import State
 
+# Longer than the 60 s that balancers keep an idle connection: they are to close it, not we under a request that is on its way.
+KEEP_ALIVE_SECONDS = 75
 LINGER_SECONDS = 1.0  # a client about to use a connection that it kept finds it open for so long after the drain began
 
 
@@ -52,7 +54,9 @@ def main() -> None:
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     settings = Settings(**opening["settings"])
     state = State(settings, channel, in_files(opening["process"]), opening["front"], opening["epoch"], opening["decode_threads"])
-    config = uvicorn.Config(create_app(state), log_config=None, access_log=False, log_level="warning", proxy_headers=False)
+    config = uvicorn.Config(
+        create_app(state), log_config=None, access_log=False, log_level="warning", proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS
+    )
     gc.freeze()  # what has been made by now stays; to look through it again and again for garbage would stop the loop for tens of milliseconds
     _Server(config, state).run([socket.socket(fileno=descriptors[0])])
 

@@ -21,10 +21,10 @@ from typing import NamedTuple
 # States of a slot. Held: its front has it (decoding, or no engine is there). Waiting, running: an engine has it.
 FREE, HELD, WAITING, RUNNING = range(4)
 
-# Columns of an engine's outlook: seconds that opening it took; images in a full batch; seconds promised for one;
+# Columns of an engine's outlook: seconds that opening it took; images in a full batch; seconds promised for one; how many times its mean that is;
 # then the share of its time that is left to more urgent images, for each of ten ranks; then when each lane will be free (monotonic seconds);
 # then the measured seconds of each batch size.
-START, KNEE, BATCH, RESERVED = range(4)
+START, KNEE, BATCH, CAUTION, RESERVED = range(5)
 LANES = RESERVED + 10
 
 NOWHERE = 255  # in the column of engines: none has it

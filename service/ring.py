@@ -26,6 +26,7 @@ class Outlook(NamedTuple):
 
     engine: int
     done_at: float
+    caution: float = 1.0  # how many times the mean its promises are
 
 
 class Ring:
@@ -45,7 +46,7 @@ class Ring:
         self.pixels: Pixels = self._array("pixels")
         self.logits: Floats = self._array("logits")
         self.embedding: Floats = self._array("embedding")
-        self._all_states, self._all_engines, self._all_urgencies = self._array("states"), self._array("engines"), self._array("urgencies")
+        self._all_engines, self._all_urgencies = self._array("engines"), self._array("urgencies")
         self._outlook = self._array("outlook")
         self._row = struct.Struct(f"<{self._outlook.shape[1]}d")
 
@@ -60,7 +61,7 @@ class Ring:
     # -- written by an engine
 
     def publish(self, engine: int, scheduler: Scheduler) -> None:
-        values = (scheduler.knee, scheduler.promised(scheduler.knee), *scheduler.reserved, *scheduler.free_at, *scheduler.measured)
+        values = (scheduler.knee, scheduler.promised(scheduler.knee), scheduler.caution, *scheduler.reserved, *scheduler.free_at, *scheduler.measured)
         self._row.pack_into(self._memory, self._place(engine), self.start_seconds(engine), *values)
 
     def publish_start(self, engine: int, seconds: float) -> None:
@@ -92,7 +93,7 @@ class Ring:
             knee, seconds, reserved = max(1, int(row[layout.KNEE])), row[layout.BATCH], row[layout.RESERVED + rank]
             done = done_at(before[engine] + part + 1, max(now, runs_from), free_at, knee, seconds, reserved)
             if done < best.done_at:
-                best = Outlook(engine, done)
+                best = Outlook(engine, done, row[layout.CAUTION] or 1.0)
         return best
 
     def reserved(self, priority: int) -> float:
@@ -113,8 +114,9 @@ class Ring:
         return {"batch_size": int(row[layout.KNEE]), "seconds_per_batch_size": dict(enumerate(seconds, start=1))}
 
     def count(self, *states: int) -> int:
-        """Slots in one of these states."""
-        return int(np.isin(self._all_states, states).sum())
+        """Slots in one of these states, at one moment: others write meanwhile."""
+        moment = bytes(self.states)
+        return sum(moment.count(state) for state in states)
 
 
 def urgency(priority: int, deadline: float) -> float:

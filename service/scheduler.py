@@ -27,6 +27,9 @@ RANKS = 10
 _MOST_RESERVED = 0.95  # of an engine's time; so that a flood of urgent requests does not set aside all of it for ever
 _RECENT_SECONDS = 5.0  # over which the arrivals of each rank are averaged
 _CAUTION = 2.0  # mean deviations by which a promise is longer than the mean; none where batches always take the same
+TOLERATED = 0.003  # share of the admitted that may miss their deadline; promises grow longer until it is no more
+_STEP = 0.02  # by which a promise grows when one is late
+_WIDEST = 1.0
 
 ShedReason = Literal["deadline", "full"]
 
@@ -71,6 +74,7 @@ class Scheduler:
     seconds: Mapping[int, float]  # measured seconds per batch size, 1 … largest
     lanes: int = 1
     capacity: int = 256  # requests waiting at the most
+    margin: float = 0.0  # share by which promises are longer than batches and their deviation say; learned from those that were late
     free_at: list[float] = field(init=False)  # per lane: when it will be free; in the past if it is
     measured: list[float] = field(init=False)  # seconds per batch size from 1, as corrected so far
     reserved: list[float] = field(init=False)  # per rank: share of the time that is left to the more urgent ones
@@ -100,13 +104,13 @@ class Scheduler:
         index = bisect_left(self._waiting, request)
         late = self._done_at(index + 1, now, self.reserved[request.rank]) - request.deadline
         if late > 0:
-            return Shed("deadline", late * (1 - self.reserved[request.rank]))  # by so much the wait before it must shrink
+            return Shed("deadline", late * (1 - self.reserved[request.rank]) / self.caution)  # in which the wait before it shrinks by so much
         # Those behind move one place back. Within a batch that changes nothing; only the last of each batch moves into a later one.
         first = (index // self.knee + 1) * self.knee - 1
         for place in range(first, len(self._waiting), self.knee):
             late = self._done_at(place + 2, now) - self._waiting[place].deadline
             if late > 0:
-                return Shed("deadline", late)
+                return Shed("deadline", late / self.caution)
         self._waiting.insert(index, request)
         return None
 
@@ -138,6 +142,7 @@ class Scheduler:
         self._deviation += _CORRECTION * (min(1.0, abs(taken / expected - 1)) - self._deviation)
         self.measured[index] += _CORRECTION * (taken - expected)
         self._settle()
+        self._learn(len(batch.requests), sum(now > request.deadline for request in batch.requests))
 
     def abandon(self, batch: Batch, now: float) -> None:
         """The batch failed: its lane is free, and nothing was learned about how long one takes."""
@@ -162,15 +167,22 @@ class Scheduler:
             expired += self._waiting[start:end]
             del self._waiting[start:end]
             start = bisect_left(self._waiting, (rank + 1,), start)
+        if expired:
+            self._learn(len(expired), len(expired))
         return expired
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def caution(self) -> float:
+        """How many times the mean a promise is: by as much longer as batches vary, and as promises were broken of late."""
+        return 1 + _CAUTION * self._deviation + self.margin
+
     def promised(self, size: int) -> float:
-        """Seconds that a batch of this size will take, to be relied on: longer than the mean by as much as batches vary."""
-        return self._monotone[size - 1] * (1 + _CAUTION * self._deviation)
+        """Seconds that a batch of this size will take, to be relied on."""
+        return self._monotone[size - 1] * self.caution
 
     def _done_at(self, place: int, now: float, reserved: float = 0.0) -> float:
         return done_at(place, now, self.free_at, self.knee, self.promised(self.knee), reserved)
@@ -186,6 +198,11 @@ class Scheduler:
         self._arrived = [0] * RANKS
         share = self.promised(self.knee) / (self.knee * self.lanes * _RECENT_SECONDS)  # of the time that one request takes
         self.reserved = [min(_MOST_RESERVED, before * share) for before in accumulate(self._arrivals[:-1], initial=0.0)]
+
+    def _learn(self, ended: int, late: int) -> None:
+        """A machine that slows down for longer than a batch (a neighbour, the front decoding) makes all that wait late, which no deviation foretells."""
+        self.margin += _STEP * (late - TOLERATED * ended)
+        self.margin = min(_WIDEST, max(0.0, self.margin))
 
     def _settle(self) -> None:
         """Derives the knee from the seconds: the smallest batch size within KNEE_SHARE of the best throughput."""

@@ -58,7 +58,7 @@ class Slots:
         outlook = self.ring.outlook(urgency(priority, deadline), now, engines)
         reserved = self.ring.reserved(priority)
         if outlook.done_at > deadline:
-            return Shed("deadline", (outlook.done_at - deadline) * (1 - reserved))
+            return Shed("deadline", (outlook.done_at - deadline) * (1 - reserved) / outlook.caution)
         ticket = self.take(deadline, priority) if len(self._free) > int(reserved * self.ring.shape.share) else None
         if ticket is None:
             return Shed("full", self.ring.outlook(-math.inf, now, engines).done_at - now)

@@ -51,7 +51,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Slow enough, tens of milliseconds an image, to be found running."""
     torch.manual_seed(0)
     made = Checkpoint(ViT(SLOW).eval(), tuple(f"class {index}" for index in range(SLOW.classes)), Preprocessing(SLOW.image_size))
-    return build_bundle(made, tmp_path_factory.mktemp("bundles") / "slow", name="slow")
+    return build_bundle(made, tmp_path_factory.mktemp("bundles") / "slow", name="slow", candidates=[("onnxruntime", "fp32")])
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,11 +16,12 @@ from hypothesis import strategies as st
 
 from bench.simulation import SECONDS
 from service import layout, wire
-from service.layout import FREE, WAITING, RingError, Shape
+from service.layout import FREE, RUNNING, WAITING, RingError, Shape
 from service.link import Link
 from service.ring import Ring, urgency
 from service.scheduler import Request, Scheduler
 from service.slots import Slots
+from tests.conftest import ROOT
 
 SHAPE = Shape(fronts=2, share=4, engines=2, lanes=2, max_batch=8, image_size=16, classes=7, width=5)
 
@@ -86,19 +89,19 @@ def test_an_outlook_counts_what_is_before_the_image_and_takes_the_soonest_engine
         scheduler = Scheduler({size: float(size) for size in range(1, 9)}, lanes=2)
         scheduler.free_at = [free_at, free_at + 1]
         ring.publish(engine, scheduler)
-    assert ring.outlook(urgency(5, 99.0), 0.0, {0: 0.0, 1: 0.0}) == (1, 11.0)
+    assert ring.outlook(urgency(5, 99.0), 0.0, {0: 0.0, 1: 0.0})[:2] == (1, 11.0)
     slots = Slots(ring, 0, 1)
     tickets = [slots.take(deadline, 5) for deadline in (20.0, 90.0, 40.0)]
     assert None not in tickets
-    assert ring.outlook(urgency(5, 30.0), 0.0, {0: 0.0, 1: 0.0}) == (1, 12.0), "one before it, that nobody has yet"
+    assert ring.outlook(urgency(5, 30.0), 0.0, {0: 0.0, 1: 0.0})[:2] == (1, 12.0), "one before it, that nobody has yet"
     for ticket in tickets:
         assert ticket is not None
         slots.submit(ticket, 1)
-    assert ring.outlook(urgency(5, 30.0), 0.0, {0: 0.0, 1: 0.0}) == (1, 12.0)
-    assert ring.outlook(urgency(5, 95.0), 0.0, {0: 0.0, 1: 0.0}) == (1, 13.0)
-    assert ring.outlook(urgency(9, 95.0), 0.0, {0: 0.0, 1: 0.0}) == (1, 11.0), "more urgent than all of them"
-    assert ring.outlook(urgency(5, 95.0), 0.0, {0: 0.0}) == (0, 51.0)
-    assert ring.outlook(urgency(5, 95.0), 0.0, {0: 70.0}) == (0, 71.0), "an engine that is being restarted runs from then on"
+    assert ring.outlook(urgency(5, 30.0), 0.0, {0: 0.0, 1: 0.0})[:2] == (1, 12.0)
+    assert ring.outlook(urgency(5, 95.0), 0.0, {0: 0.0, 1: 0.0})[:2] == (1, 13.0)
+    assert ring.outlook(urgency(9, 95.0), 0.0, {0: 0.0, 1: 0.0})[:2] == (1, 11.0), "more urgent than all of them"
+    assert ring.outlook(urgency(5, 95.0), 0.0, {0: 0.0})[:2] == (0, 51.0)
+    assert ring.outlook(urgency(5, 95.0), 0.0, {0: 70.0})[:2] == (0, 71.0), "an engine that is being restarted runs from then on"
 
 
 def test_an_outlook_is_what_the_scheduler_itself_decides(memory: int) -> None:
@@ -161,3 +164,27 @@ def test_who_reads_nothing_stops_nobody_and_misses_nothing() -> None:
         with pytest.raises(EOFError):
             list(iter(peer.receive, None))
         peer.send(b"to nobody")
+
+
+WRITER = """
+import sys
+from service.ring import Ring
+ring = Ring(int(sys.argv[1]))
+print("writing", flush=True)
+while True:
+    for state in range(4):
+        ring.states[:] = bytes([state]) * len(ring.states)
+"""
+
+
+def test_slots_can_be_counted_while_another_process_writes_them(memory: int) -> None:
+    ring = Ring(memory)
+    command = [sys.executable, "-c", WRITER, str(memory)]
+    with subprocess.Popen(command, pass_fds=[memory], cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        try:
+            for _ in range(20_000):
+                assert 0 <= ring.count(RUNNING) <= len(ring.states)
+        finally:
+            writer.kill()

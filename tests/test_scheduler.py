@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -181,3 +184,32 @@ def test_one_that_was_admitted_before_is_never_refused_and_runs_alone_if_suspect
         batches.append([each.id for each in batch.requests])
         scheduler.done(batch, 0.004)
     assert batches == [[0], [1, 2]]
+
+
+def test_promises_grow_until_those_that_are_late_are_few() -> None:
+    """A machine whose speed wanders for seconds at a time, at three times what it can do: the queue becomes shorter, not the throughput."""
+    chance, now, pace, due = random.Random(0), 0.0, 1.0, 0.0
+    scheduler = Scheduler({1: 0.01})
+    ended: list[bool] = []
+    began = time_running = 0.0
+    while now < 200.0:
+        while due <= now:
+            scheduler.admit(request(due + 0.5, round(due * 1e9)), due)
+            due += chance.expovariate(300)
+        if now > 20.0 and not began:
+            began = now
+            ended.clear()
+        late = scheduler.expire(now)
+        ended += [False] * len(late)
+        batch = scheduler.next_batch(0, now)
+        if batch is None:
+            now = due
+            continue
+        pace = min(2.0, max(0.5, pace * math.exp(chance.gauss(0, 0.03))))
+        now += 0.01 * pace
+        time_running += 0.01 * pace if began else 0.0
+        scheduler.done(batch, now)
+        ended.append(now <= batch.requests[0].deadline)
+    assert ended.count(False) / len(ended) < 0.01
+    assert time_running / (now - began) > 0.95
+    assert scheduler.margin > 0
