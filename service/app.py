@@ -98,8 +98,7 @@ def _count(state: State, path: str, status: str, seconds: float) -> None:
     state.metrics.request_seconds.labels(path).observe(seconds)
 
 
-def _count_images(state: State, read_seconds: float, outcomes: list[Outcome]) -> None:
-    state.metrics.read_seconds.observe(read_seconds)
+def _count_images(state: State, outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         if isinstance(outcome, Answer):
             state.metrics.images.labels("ok").inc()
@@ -109,7 +108,8 @@ def _count_images(state: State, read_seconds: float, outcomes: list[Outcome]) ->
 
 
 def problem(error: errors.ServiceError) -> Response:
-    return JSONResponse(error.problem(), error.status, error.headers(), media_type="application/problem+json")
+    """In ASCII: whatever a client wrote into a message can be sent back."""
+    return Response(json.dumps(error.problem()), error.status, error.headers(), media_type="application/problem+json")
 
 
 async def _classify(state: State, request: Request) -> Response:
@@ -117,12 +117,13 @@ async def _classify(state: State, request: Request) -> Response:
     dispatcher = state.serving()
     body = await read_body(request, state.settings.max_body_bytes)
     read_seconds = time.monotonic() - began
+    asyncio.get_running_loop().call_soon(state.metrics.read_seconds.observe, read_seconds)  # while the image is being decoded
     asked = await parse(request, body, state.settings, len(dispatcher.served.labels))
     outcomes = await _while_connected(request, _outcomes(dispatcher, asked, began))
     while outcomes is None:  # all images anew: one answer names one model
         dispatcher = state.serving()
         outcomes = await _while_connected(request, _outcomes(dispatcher, asked, began, admitted=True))
-    asyncio.get_running_loop().call_soon(_count_images, state, read_seconds, outcomes)  # after it has been sent
+    asyncio.get_running_loop().call_soon(_count_images, state, outcomes)  # after it has been sent
     first = outcomes[0]
     if isinstance(first, errors.ServiceError) and all(isinstance(each, type(first)) for each in outcomes):
         raise first

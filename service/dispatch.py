@@ -58,6 +58,7 @@ class _Job:
 
 
 RETURNS = 2.0  # times that an answer's way back takes on average, which are kept free before the deadline
+_MOST_RETURN = 0.25  # of the time that a caller gives; or a front that stood still once would refuse all, and so never learn better
 _NEWEST = 0.1  # weight of the newest in that average
 
 Outcome = Answer | errors.ServiceError | Moved
@@ -96,8 +97,7 @@ class Dispatcher:
         """
         if self.retired:
             raise Moved
-        due = deadline - RETURNS * self._return_seconds  # at the engine
-        ticket = await self._slot(due, priority) if admitted else self._admit(due, priority)
+        ticket = await self._slot(deadline, priority) if admitted else self._admit(self._due(deadline), priority)
         job = _Job(ticket, encoded, self.loop.create_future(), time.monotonic(), admitted)
         self._jobs[ticket.sequence] = job
         self.decoders.submit(self._decode, job)
@@ -114,6 +114,8 @@ class Dispatcher:
 
     def connect(self, engine: int, link: Link) -> None:
         """Submits what waits for an engine."""
+        if engine in self._links:  # an earlier incarnation, whose end has not been read yet
+            self._lose(engine, self._links[engine])
         with self._lock:
             self._links[engine] = link
             self._lost_at.pop(engine, None)
@@ -134,7 +136,11 @@ class Dispatcher:
 
     def stuck(self, link: Link) -> None:
         """On any thread: the link is to be flushed as soon as its socket takes more."""
-        self.loop.call_soon_threadsafe(lambda: self.loop.add_writer(link.fileno(), self._flush, link))
+        self.loop.call_soon_threadsafe(self._watch, link)
+
+    def _watch(self, link: Link) -> None:
+        if self._links.get(link.peer) is link:  # it may have been closed meanwhile, and its descriptor be another's
+            self.loop.add_writer(link.fileno(), self._flush, link)
 
     def _flush(self, link: Link) -> None:
         if link.flush():
@@ -161,6 +167,8 @@ class Dispatcher:
     def _lose(self, engine: int, link: Link) -> None:
         """The engine died, or was retired when nothing was left to answer. What it left unanswered goes to another, or waits for the next."""
         with self._lock:
+            if self._links.get(engine) is not link:
+                return  # its successor is connected already
             self._disconnect(engine, link)
             self._lost_at[engine] = time.monotonic()
             asks = []
@@ -194,6 +202,10 @@ class Dispatcher:
                     self._disconnect(engine, link)
 
     # -- admission
+
+    def _due(self, deadline: float) -> float:
+        """When the engine must be done, for the answer to be there at the deadline."""
+        return deadline - min(RETURNS * self._return_seconds, _MOST_RETURN * max(0.0, deadline - time.monotonic()))
 
     def _admit(self, deadline: float, priority: int) -> Ticket:
         with self._lock:

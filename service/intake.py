@@ -94,7 +94,7 @@ class Intake:
         if not 0 <= each.slot < self.ring.shape.slots or self.ring.sequences[each.slot] != each.sequence:
             self.stale += 1
             return None
-        image = Image(front, each.slot, Request(9 - each.priority, each.deadline, each.sequence, each.ask == wire.ALONE))
+        image = Image(front, each.slot, Request(9 - each.priority, each.deadline, each.sequence, each.ask == wire.ALONE, each.ask != wire.ASK))
         if each.ask == wire.ASK:
             shed = self.scheduler.admit(image.request, now)
             if shed is not None:

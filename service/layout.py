@@ -21,7 +21,7 @@ from typing import NamedTuple
 # States of a slot. Held: its front has it (decoding, or no engine is there). Waiting, running: an engine has it.
 FREE, HELD, WAITING, RUNNING = range(4)
 
-# Columns of an engine's outlook: seconds that opening it took; images in a full batch; seconds promised for one; how many times its mean that is;
+# Columns of an engine's outlook: seconds that opening it took; images in a full batch; the mean of its seconds; how many times that it is promised in;
 # then the share of its time that is left to more urgent images, for each of ten ranks; then when each lane will be free (monotonic seconds);
 # then the measured seconds of each batch size.
 START, KNEE, BATCH, CAUTION, RESERVED = range(5)

@@ -16,7 +16,7 @@ import numpy as np
 from model.parity import Floats
 from model.preprocess import Pixels
 from service import layout
-from service.scheduler import Scheduler, done_at
+from service.scheduler import Scheduler, caution_at, done_at
 
 URGENCY_PER_PRIORITY = 1e9  # seconds; more than any monotonic clock's reading, so that a priority outweighs every deadline
 
@@ -61,7 +61,7 @@ class Ring:
     # -- written by an engine
 
     def publish(self, engine: int, scheduler: Scheduler) -> None:
-        values = (scheduler.knee, scheduler.promised(scheduler.knee), scheduler.caution, *scheduler.reserved, *scheduler.free_at, *scheduler.measured)
+        values = (scheduler.knee, scheduler.mean(scheduler.knee), scheduler.caution, *scheduler.reserved, *scheduler.free_at, *scheduler.measured)
         self._row.pack_into(self._memory, self._place(engine), self.start_seconds(engine), *values)
 
     def publish_start(self, engine: int, seconds: float) -> None:
@@ -90,10 +90,11 @@ class Ring:
         for engine, runs_from in engines.items():
             row = self._row.unpack_from(self._memory, self._place(engine))
             free_at = row[layout.LANES : layout.LANES + self.shape.lanes]
-            knee, seconds, reserved = max(1, int(row[layout.KNEE])), row[layout.BATCH], row[layout.RESERVED + rank]
-            done = done_at(before[engine] + part + 1, max(now, runs_from), free_at, knee, seconds, reserved)
+            place, start = before[engine] + part + 1, max(now, runs_from)
+            caution = caution_at(place, start, free_at, row[layout.CAUTION])
+            done = done_at(place, start, free_at, max(1, int(row[layout.KNEE])), row[layout.BATCH] * caution, row[layout.RESERVED + rank])
             if done < best.done_at:
-                best = Outlook(engine, done, row[layout.CAUTION] or 1.0)
+                best = Outlook(engine, done, caution)
         return best
 
     def reserved(self, priority: int) -> float:
@@ -105,7 +106,7 @@ class Ring:
 
     def batch_seconds(self) -> float:
         """The longest that a full batch is promised to take."""
-        return float(self._outlook[:, layout.BATCH].max())
+        return float((self._outlook[:, layout.BATCH] * self._outlook[:, layout.CAUTION]).max())
 
     def measured(self, engine: int) -> dict[str, Any]:
         """What an engine has measured of itself."""

@@ -30,6 +30,7 @@ _CAUTION = 2.0  # mean deviations by which a promise is longer than the mean; no
 TOLERATED = 0.003  # share of the admitted that may miss their deadline; promises grow longer until it is no more
 _STEP = 0.02  # by which a promise grows when one is late
 _WIDEST = 1.0
+_OUTLIER = 4.0  # times the mean, as which a batch counts that took longer: one that was stopped for a minute says nothing about the next
 
 ShedReason = Literal["deadline", "full"]
 
@@ -41,6 +42,7 @@ class Request(NamedTuple):
     deadline: float  # when the caller stops caring, monotonic seconds
     id: int  # unique
     alone: bool = False  # runs in a batch of its own: an engine died while it ran this one
+    restored: bool = False  # admitted by an engine that is gone: if it is late, that is why
 
 
 class Shed(NamedTuple):
@@ -65,6 +67,11 @@ def done_at(place: int, now: float, free_at: Sequence[float], knee: int, seconds
     turn, lane = divmod((place - 1) // knee, len(free_at))
     wait = max(0.0, sorted(free_at)[lane] - now) + turn * seconds
     return now + wait / (1 - reserved) + seconds
+
+
+def caution_at(place: int, now: float, free_at: Sequence[float], caution: float) -> float:
+    """How many times a batch's mean is promised at this place: once where it finds an idle lane, so that whoever is too cautious learns it."""
+    return 1.0 if place == 1 and min(free_at) <= now else caution
 
 
 @dataclass
@@ -104,12 +111,13 @@ class Scheduler:
         index = bisect_left(self._waiting, request)
         late = self._done_at(index + 1, now, self.reserved[request.rank]) - request.deadline
         if late > 0:
-            return Shed("deadline", late * (1 - self.reserved[request.rank]) / self.caution)  # in which the wait before it shrinks by so much
+            pace = (1 - self.reserved[request.rank]) / caution_at(index + 1, now, self.free_at, self.caution)
+            return Shed("deadline", late * pace)  # in which the wait before it shrinks by so much
         # Those behind move one place back. Within a batch that changes nothing; only the last of each batch moves into a later one.
         first = (index // self.knee + 1) * self.knee - 1
         for place in range(first, len(self._waiting), self.knee):
             late = self._done_at(place + 2, now) - self._waiting[place].deadline
-            if late > 0:
+            if late > 0 and self._done_at(place + 1, now) <= self._waiting[place].deadline:  # it would not be late anyway
                 return Shed("deadline", late / self.caution)
         self._waiting.insert(index, request)
         return None
@@ -138,11 +146,12 @@ class Scheduler:
         """The batch has been answered; what it took corrects the measured seconds."""
         self.abandon(batch, now)
         index = len(batch.requests) - 1
-        taken, expected = now - batch.started, self.measured[index]
+        expected = self.measured[index]
+        taken = min(now - batch.started, _OUTLIER * expected)
         self._deviation += _CORRECTION * (min(1.0, abs(taken / expected - 1)) - self._deviation)
         self.measured[index] += _CORRECTION * (taken - expected)
         self._settle()
-        self._learn(len(batch.requests), sum(now > request.deadline for request in batch.requests))
+        self._learn(batch.requests, now)
 
     def abandon(self, batch: Batch, now: float) -> None:
         """The batch failed: its lane is free, and nothing was learned about how long one takes."""
@@ -167,8 +176,7 @@ class Scheduler:
             expired += self._waiting[start:end]
             del self._waiting[start:end]
             start = bisect_left(self._waiting, (rank + 1,), start)
-        if expired:
-            self._learn(len(expired), len(expired))
+        self._learn(expired, now)
         return expired
 
     @property
@@ -182,10 +190,14 @@ class Scheduler:
 
     def promised(self, size: int) -> float:
         """Seconds that a batch of this size will take, to be relied on."""
-        return self._monotone[size - 1] * self.caution
+        return self.mean(size) * self.caution
+
+    def mean(self, size: int) -> float:
+        return self._monotone[size - 1]
 
     def _done_at(self, place: int, now: float, reserved: float = 0.0) -> float:
-        return done_at(place, now, self.free_at, self.knee, self.promised(self.knee), reserved)
+        seconds = self.mean(self.knee) * caution_at(place, now, self.free_at, self.caution)
+        return done_at(place, now, self.free_at, self.knee, seconds, reserved)
 
     def _count_arrival(self, rank: int, now: float) -> None:
         """What is set aside follows in steps of a fiftieth of the time over which it is averaged, so that most arrivals cost next to nothing."""
@@ -199,10 +211,14 @@ class Scheduler:
         share = self.promised(self.knee) / (self.knee * self.lanes * _RECENT_SECONDS)  # of the time that one request takes
         self.reserved = [min(_MOST_RESERVED, before * share) for before in accumulate(self._arrivals[:-1], initial=0.0)]
 
-    def _learn(self, ended: int, late: int) -> None:
-        """A machine that slows down for longer than a batch (a neighbour, the front decoding) makes all that wait late, which no deviation foretells."""
-        self.margin += _STEP * (late - TOLERATED * ended)
-        self.margin = min(_WIDEST, max(0.0, self.margin))
+    def _learn(self, ended: Sequence[Request], now: float) -> None:
+        """A machine that slows down for longer than a batch (a neighbour, the front decoding) makes all that wait late, which no deviation foretells.
+
+        Those that are late together are late for one reason, and count once.
+        """
+        judged = [request for request in ended if not request.restored]
+        late = any(now > request.deadline for request in judged)
+        self.margin = min(_WIDEST, max(0.0, self.margin + _STEP * (late - TOLERATED * len(judged))))
 
     def _settle(self) -> None:
         """Derives the knee from the seconds: the smallest batch size within KNEE_SHARE of the best throughput."""

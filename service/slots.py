@@ -58,7 +58,9 @@ class Slots:
         outlook = self.ring.outlook(urgency(priority, deadline), now, engines)
         reserved = self.ring.reserved(priority)
         if outlook.done_at > deadline:
-            return Shed("deadline", (outlook.done_at - deadline) * (1 - reserved) / outlook.caution)
+            late = outlook.done_at - deadline
+            restart = min(late, max(0.0, engines[outlook.engine] - now))  # that passes as the clock does; the queue shrinks as batches run
+            return Shed("deadline", restart + (late - restart) * (1 - reserved) / outlook.caution)
         ticket = self.take(deadline, priority) if len(self._free) > int(reserved * self.ring.shape.share) else None
         if ticket is None:
             return Shed("full", self.ring.outlook(-math.inf, now, engines).done_at - now)

@@ -165,7 +165,7 @@ class Supervisor:
 
     async def _load(self) -> None:
         """Opens the bundle in a new engine, and has the fronts switch to it once it is proven. Raises StartFailed."""
-        if self._older is not None:
+        if self._older is not None and self._older.keepers:
             await asyncio.wait(self._older.keepers)  # bounded: see _retire()
         self._generations += 1
         generation = Generation(self._generations)
@@ -184,6 +184,7 @@ class Supervisor:
         for engine in generation.engines.values():
             engine.send({"kind": "retire"})
             asyncio.get_running_loop().call_later(self.settings.drain_seconds, engine.kill)
+        self._forget_if_ended(generation)  # its engines may have ended before, refused when they were to be replaced
 
     # -- engines
 
@@ -196,6 +197,9 @@ class Supervisor:
 
     def _forget(self, generation: Generation, task: asyncio.Task[None]) -> None:
         generation.keepers.discard(task)
+        self._forget_if_ended(generation)
+
+    def _forget_if_ended(self, generation: Generation) -> None:
         if generation.retired and not generation.keepers and generation.ring is not None:
             os.close(generation.ring)
             generation.ring = None
@@ -219,6 +223,10 @@ class Supervisor:
                     attempts += 1
                     await self._pause(attempts, str(failure), needed=not generation.engines)
                     continue
+                if self._serving is not generation or self._stopping.is_set():  # the fronts are not to come back to an old model
+                    child.kill()
+                    await self._ended(child)
+                    return
                 self._join(generation, index, child)
             attempts = 0
             await self._listen(child, lambda child, message: None)

@@ -184,6 +184,30 @@ def test_what_cannot_be_in_time_is_refused_before_it_is_decoded() -> None:
     with_house(work, Scripted(), seconds=2.0)
 
 
+def test_a_front_that_stood_still_once_admits_again_and_learns_better() -> None:
+    async def work(house: House) -> list[Answer | BaseException]:
+        house.dispatcher._return_seconds = 1e6  # as if an answer had lain unread for weeks
+        return await outcomes(house, 60)
+
+    assert all(isinstance(each, Answer) for each in with_house(work, Scripted()))
+
+
+def test_an_engines_successor_may_be_connected_before_its_end_is_read() -> None:
+    async def work(house: House) -> list[Answer | BaseException]:
+        house.dispatcher.ring.publish(0, Scheduler(dict.fromkeys(range(1, 5), 0.001)))
+        first = house.link()
+        asked = asyncio.create_task(outcomes(house, 6))
+        while house.dispatcher.ring.count(layout.WAITING) < 6:
+            await asyncio.sleep(0)
+        first.close()
+        house.start(Scripted(), 0.001)  # before the event loop has had a turn to read the end
+        return [*await asked, *await outcomes(house, 6)]
+
+    found = with_house(work)
+    assert len(found) == 12
+    assert all(isinstance(each, Answer) for each in found)
+
+
 def test_without_a_free_slot_an_image_is_refused() -> None:
     release = threading.Event()
 

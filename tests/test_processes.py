@@ -392,6 +392,22 @@ def test_an_engine_killed_while_it_opens_the_new_bundle_leaves_the_old_model_ser
         assert running.stop() == 0
 
 
+def test_an_engine_that_is_replaced_during_a_reload_does_not_take_the_old_model_back(bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]) -> None:
+    """Both open the same folder at the same time: which of them is there first, differs."""
+    with serving("--bundle", str(bundle.path), *PATIENT) as running:
+        with Load(running.url, expected, connections=4) as load:
+            for number in range(4):
+                load.wait_for(20)
+                kill(running.pids(ENGINE)[0])
+                running.process.send_signal(signal.SIGHUP)
+                wait_until(lambda: count(running, "reload: ok") == number + 1, "reloaded")  # noqa: B023
+            load.wait_for(20)
+            wait_until(lambda: len(running.pids(ENGINE)) == 1, "one engine left")
+            load.wait_for(20)
+        assert set(load.counts) == {"200"}, load.complaints[:3]
+        assert running.stop() == 0
+
+
 def test_an_engine_that_finds_another_bundle_after_a_crash_serves_that_as_a_reload(
     tmp_path: Path, bundle: Bundle, other: Bundle, expected: dict[tuple[str, str], np.ndarray]
 ) -> None:
@@ -405,6 +421,10 @@ def test_an_engine_that_finds_another_bundle_after_a_crash_serves_that_as_a_relo
             kill(running.pids(ENGINE)[0])
             running.wait_for("is not the one that is being served; it is opened as a new model")
             running.wait_for("ready: other")
+            load.wait_for(100)
+            for number in range(2):  # nothing is left of the model that ended so
+                running.process.send_signal(signal.SIGHUP)
+                wait_until(lambda: count(running, "reload: ok") == number + 2, "reloaded")  # noqa: B023
             load.wait_for(100)
         assert set(load.counts) == {"200"}, load.complaints[:3]
         assert set(load.versions) == set(expected)

@@ -19,7 +19,7 @@ from service import layout, wire
 from service.layout import FREE, RUNNING, WAITING, RingError, Shape
 from service.link import Link
 from service.ring import Ring, urgency
-from service.scheduler import Request, Scheduler
+from service.scheduler import Request, Scheduler, Shed
 from service.slots import Slots
 from tests.conftest import ROOT
 
@@ -188,3 +188,13 @@ def test_slots_can_be_counted_while_another_process_writes_them(memory: int) -> 
                 assert 0 <= ring.count(RUNNING) <= len(ring.states)
         finally:
             writer.kill()
+
+
+def test_retry_after_counts_a_restart_as_the_clock_does(memory: int) -> None:
+    """Only the queue is passed at the pace of batches; the time until an engine is there again is not shortened by caution."""
+    ring = Ring(memory)
+    scheduler = Scheduler(dict.fromkeys(SECONDS, 0.1), lanes=2, margin=0.5)
+    ring.publish(0, scheduler)
+    shed = Slots(ring, 0, 0).admit(1.0, 5, 0.0, {0: 8.0})
+    assert isinstance(shed, Shed)
+    assert shed.retry_after_seconds == pytest.approx(7.1, abs=0.1)

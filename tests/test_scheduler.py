@@ -213,3 +213,30 @@ def test_promises_grow_until_those_that_are_late_are_few() -> None:
     assert ended.count(False) / len(ended) < 0.01
     assert time_running / (now - began) > 0.95
     assert scheduler.margin > 0
+
+
+def test_an_idle_engine_is_tried_however_cautious_it_has_become() -> None:
+    scheduler = Scheduler({1: 0.03}, margin=1.0)
+    assert scheduler.admit(request(0.05, 0), 0.0) is None
+    assert scheduler.admit(request(0.10, 1), 0.0) is not None, "behind another, caution counts"
+
+
+def test_those_who_are_late_together_count_once_and_those_of_a_dead_engine_not_at_all() -> None:
+    scheduler = Scheduler({1: 0.01})
+    for identity in range(60):
+        scheduler.restore(Request(4, 1.0, identity, restored=True))
+    assert len(scheduler.expire(2.0)) == 60
+    assert scheduler.margin == 0.0
+    for identity in range(60):
+        assert scheduler.admit(request(9.0, identity), 2.0) is None
+    assert len(scheduler.expire(10.0)) == 60
+    assert 0.0 < scheduler.margin < 0.05
+
+
+def test_a_batch_that_was_stopped_for_a_minute_says_little_about_the_next() -> None:
+    scheduler = Scheduler({1: 0.01})
+    assert scheduler.admit(request(99.0, 0), 0.0) is None
+    batch = scheduler.next_batch(0, 0.0)
+    assert batch is not None
+    scheduler.done(batch, 60.0)
+    assert scheduler.mean(1) < 0.02

@@ -143,6 +143,13 @@ def test_problems_have_a_status_and_a_stable_code(client: httpx.Client, status: 
     assert problem.keys() >= {"type", "title", "status", "detail"}
 
 
+def test_what_a_client_wrote_can_be_sent_back_in_a_message(client: httpx.Client) -> None:
+    """A lone surrogate, which no UTF-8 holds."""
+    answer = client.post("/v1/classify", content=b'{"images":[],"\\ud800":1}', headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+    assert metric(client, "vitserve_requests_total", route="/v1/classify", status="400") > 0
+
+
 def test_messages_name_both_numbers(client: httpx.Client) -> None:
     assert "20000 × 20000 pixels; the limit is 50,000,000" in classify(client, png_header(20000, 20000)).json()["detail"]
     assert "top_k is 8; it must be from 1 to 7" in classify(client, GOOD, top_k=8).json()["detail"]
