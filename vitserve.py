@@ -50,37 +50,41 @@ app.command("serve")(_serve)
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help="A checkpoint written by `vitserve train` (weights.safetensors), or random:B/16 to measure a variant.")],
+    source: Annotated[str, typer.Argument(help="FILE or FOLDER of a checkpoint, hf:owner/name[@revision], timm:NAME, or random:VARIANT; see docs/models.md.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
-    name: Annotated[str, typer.Option(help="The model's name, as clients will see it; the checkpoint's folder unless told.")] = "",
+    name: Annotated[str, typer.Option(help="The model's name, as clients will see it; the source's own unless told.")] = "",
     version: Annotated[str, typer.Option(help="The model's version; the first digits of the graph's sha256 unless told.")] = "",
+    image_size: Annotated[int, typer.Option(help="Pixels; positions are interpolated to it. 0 keeps the checkpoint's.")] = 0,
+    labels: Annotated[Path | None, typer.Option(help="File of one label a line, in place of the checkpoint's.")] = None,
+    architecture: Annotated[str, typer.Option(help="timm's name of the network, for a bare state dict of timm's.")] = "",
 ) -> None:
     """Export a checkpoint to a bundle, proving every engine equal to its source before it is accepted."""
     from rich.console import Console
 
     from export.build import ExportError, build_bundle
-    from export.checkpoint import load_checkpoint, random_checkpoint
+    from export.checkpoint import load_checkpoint
 
     console = Console(stderr=True)
-    prefix, _, variant = source.partition(":")
-    random = prefix == "random" and bool(variant)
     record = Path(source).with_name("training.json")
     try:
-        with console.status("reading the checkpoint") as status:
+        checkpoint = load_checkpoint(
+            source, image_size=image_size or None, labels=labels.read_text(encoding="utf-8").splitlines() if labels else None, architecture=architecture
+        )
+        with console.status("exporting") as status:
 
             def progress(step: str) -> None:
                 status.update(step)
                 console.print(f"[dim]{step}[/dim]")
 
             bundle = build_bundle(
-                random_checkpoint(variant) if random else load_checkpoint(Path(source)),
+                checkpoint,
                 output,
-                name=name or (source if random else Path(source).resolve().parent.name),
+                name=name or _name_of(source),
                 version=version or None,
                 training=json.loads(record.read_text()) if record.exists() else None,
                 progress=progress,
             )
-    except (ValueError, ExportError) as error:
+    except (ValueError, OSError, ExportError) as error:
         raise _fail(error) from error
     for artefact in bundle.manifest.artefacts:
         typer.echo(
@@ -88,6 +92,14 @@ def export(
             f"probabilities by {artefact.parity.probability:.1e}, top-1 agreement {artefact.parity.top1_agreement:.1%}"
         )
     typer.echo(f"{bundle.manifest.name} {bundle.manifest.version} → {output}")
+
+
+def _name_of(source: str) -> str:
+    """A file's folder or its own name where the folder says nothing; everything else as it was called."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    return path.resolve().name if path.is_dir() else path.resolve().parent.name if path.name == "weights.safetensors" else path.stem
 
 
 @app.command()

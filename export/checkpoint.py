@@ -1,50 +1,56 @@
-"""Reads a checkpoint: vitserve's own safetensors file, with its shape, labels and preprocessing in the metadata. Imported by export/build.py."""
+"""Finds out whose checkpoint it is, and makes the network of it: with its labels and preprocessing, at another image size if asked.
+
+Imported by export/build.py and vitserve.py.
+
+random:VARIANT            a variant with random weights              hf:owner/name[@revision]  a model on the hub
+FILE.safetensors          written by `vitserve train`                timm:NAME                 likewise, of timm's own there
+FOLDER                    config.json and weights, of transformers or timm
+FILE                      .npz of Google's, or a state dict of torchvision's or (with its architecture named) timm's
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.config import ViTConfig, variant
+from export.positions import at_image_size
+from export.sources import google_source, huggingface_source, timm_source, torchvision_source
+from export.sources.source import Source
+from export.tensors import CheckpointError, Tensors, fill, read_tensors
+from model.config import ResNetConfig, ViTConfig, variant
 from model.preprocess import Preprocessing
+from model.resnet import ResNet
 from model.vit import ViT
 
-
-class CheckpointError(ValueError):
-    """The file is not a checkpoint that can be exported."""
+IMAGENET_LABELS = Path(__file__).parent / "imagenet_labels.txt"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    network: ViT  # float32, in evaluation mode
+    network: ViT | ResNet  # float32, in evaluation mode
     labels: tuple[str, ...]
     preprocessing: Preprocessing
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Raises CheckpointError, naming each tensor that is missing, unexpected or misshapen."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: _single(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    missing = {"config", "labels", "mean", "std"} - metadata.keys()
-    if missing:
-        raise CheckpointError(f"{path} has no {', '.join(sorted(missing))} in its metadata; it was not written by `vitserve train`")
-    fields = json.loads(metadata["config"])
-    config = ViTConfig(**fields | {"stem": tuple(fields["stem"]) if fields["stem"] else None})
-    network = ViT(config)
-    try:
-        network.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
-    preprocessing = Preprocessing(config.image_size, mean=tuple(json.loads(metadata["mean"])), std=tuple(json.loads(metadata["std"])))
-    return Checkpoint(network.eval(), tuple(json.loads(metadata["labels"])), preprocessing)
+def load_checkpoint(source: str | Path, *, image_size: int | None = None, labels: Sequence[str] | None = None, architecture: str = "") -> Checkpoint:
+    """``labels`` take the place of the checkpoint's; ``architecture`` is timm's name for a bare state dict.
+
+    Raises CheckpointError, naming each tensor that is missing, unexpected or misshapen; ValueError for sizes that do not divide.
+    """
+    kind, _, name = str(source).partition(":")
+    if kind == "random" and name:
+        return random_checkpoint(name)
+    if kind in ("hf", "timm") and name:
+        return _made(_from_folder(_fetched(name if kind == "hf" else f"timm/{name}")), image_size, labels)
+    path = Path(source)
+    return _made(_from_folder(path) if path.is_dir() else _from_file(path, architecture), image_size, labels)
 
 
 def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
@@ -56,5 +62,123 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
     return Checkpoint(network, tuple(f"class {index}" for index in range(config.classes)), Preprocessing(config.image_size))
 
 
-def _single(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _made(source: Source, image_size: int | None, labels: Sequence[str] | None) -> Checkpoint:
+    config, weights, preprocessing = source.config, source.weights, source.preprocessing
+    wanted = image_size or preprocessing.image_size
+    network: ViT | ResNet
+    if isinstance(config, ResNetConfig):
+        config = replace(config, image_size=wanted)
+        with torch.device("meta"):
+            network = ResNet(config)
+    else:
+        config, weights = at_image_size(config, weights, wanted)
+        with torch.device("meta"):
+            network = ViT(config)
+    network.to_empty(device="cpu")
+    fill(network, weights)
+    return Checkpoint(network.eval(), _labels(source, labels), replace(preprocessing, image_size=wanted))
+
+
+def _labels(source: Source, given: Sequence[str] | None) -> tuple[str, ...]:
+    classes = source.config.classes
+    if given is not None:
+        if len(given) != classes:
+            raise CheckpointError(f"{len(given)} labels were given; the head has {classes} classes")
+        return tuple(given)
+    if source.labels is not None:
+        return source.labels
+    if classes == 1000:
+        return tuple(IMAGENET_LABELS.read_text(encoding="utf-8").splitlines())
+    return tuple(f"class {index}" for index in range(classes))
+
+
+def _fetched(name: str) -> Path:
+    from export.hub import HubError, fetch  # only who asks for it needs huggingface_hub
+
+    try:
+        return fetch(name).path
+    except HubError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _from_folder(folder: Path) -> Source:
+    config = _json(folder / "config.json")
+    found = [folder / name for name in _WEIGHTS if (folder / name).exists()]
+    index = folder / "model.safetensors.index.json"
+    if not found and index.exists():
+        named: dict[str, torch.Tensor] = {}
+        for shard in sorted(set(_json(index).get("weight_map", {}).values())):
+            if Path(shard).name != shard:
+                raise CheckpointError(f"{index} names a file outside its folder: {shard!r}")
+            named |= read_tensors(folder / shard)
+    elif found:
+        named = read_tensors(found[0])
+    else:
+        raise CheckpointError(f"{folder} holds no weights; looked for {', '.join(_WEIGHTS)}")
+    if "architecture" in config:
+        arguments = config.get("model_args", {})
+        return timm_source.read(
+            Tensors(named), config["architecture"], config.get("pretrained_cfg", config), config.get("global_pool"), arguments.get("num_heads")
+        )
+    return huggingface_source.read(Tensors(named), config, _json(folder / "preprocessor_config.json"))
+
+
+def _from_file(path: Path, architecture: str) -> Source:
+    if path.suffix == ".safetensors" and not architecture:
+        ours = _own(path)
+        if ours is not None:
+            return ours
+    tensors = Tensors(read_tensors(path))
+    if google_source.MARK in tensors:
+        return google_source.read(tensors)
+    if torchvision_source.MARK in tensors:
+        return torchvision_source.read(tensors)
+    if timm_source.MARK in tensors or timm_source.BIT_MARK in tensors:
+        if not architecture:
+            raise CheckpointError(f"{path} has timm's names; say which architecture it is (--architecture vit_base_patch16_224), or export its folder")
+        return timm_source.read(tensors, architecture, _pretrained_cfg(architecture))
+    raise CheckpointError(f"{path} is nobody's whose names are known: not Google's, torchvision's, timm's, nor written by `vitserve train`")
+
+
+def _pretrained_cfg(architecture: str) -> dict[str, Any]:
+    """timm's, who alone knows how the images of a bare state dict are to be prepared."""
+    try:
+        from timm import get_pretrained_cfg
+    except (ImportError, RuntimeError) as error:
+        raise CheckpointError(f"how {architecture} wants its images only timm knows, and it is not installed; export the folder of save_for_hf") from error
+    found = get_pretrained_cfg(architecture)
+    if found is None:
+        raise CheckpointError(f"timm knows no architecture {architecture!r}")
+    settings: dict[str, Any] = found.to_dict()  # type: ignore[no-untyped-call]  # as timm has it
+    return settings
+
+
+def _own(path: Path) -> Source | None:
+    """What `vitserve train` wrote, with shape, labels and normalisation in its metadata; None where it did not write this."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    if not {"config", "labels", "mean", "std"} <= metadata.keys():
+        return None
+    fields = json.loads(metadata["config"])
+    config: ViTConfig | ResNetConfig
+    if "blocks" in fields:
+        config = ResNetConfig(**fields | {"blocks": tuple(fields["blocks"])})
+    else:
+        config = ViTConfig(**fields | {name: tuple(fields[name]) if fields.get(name) else None for name in ("stem", "resnet")})
+    mean, std = (tuple(json.loads(metadata[name])) for name in ("mean", "std"))
+    return Source(config, read_tensors(path), Preprocessing(config.image_size, mean=mean, std=std), tuple(json.loads(metadata["labels"])))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return loaded

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from model.preprocess import Preprocessing
-from model.vit import ViT
 
 OPSET = 23  # the first with Attention as one operator; what TensorRT's parser and ONNX Runtime both read as such
+
+
+_LARGEST_BYTES = 1_900_000_000  # of weights inside the graph: protobuf ends at 2 GiB. Larger ones lie beside it, in model.onnx.data
 
 
 class Servable(nn.Module):
@@ -21,7 +23,7 @@ class Servable(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, network: ViT, preprocessing: Preprocessing) -> None:
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
@@ -36,7 +38,7 @@ class Servable(nn.Module):
 
 
 def trace(network: Servable, image_size: int, path: Path) -> None:
-    """Writes the graph of ``network`` to ``path``, weights inside, the batch its only dynamic axis."""
+    """Writes the graph of ``network`` to ``path``, weights inside if they fit, the batch its only dynamic axis."""
     example = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
     batch = torch.export.Dim("n", min=1, max=1024)
     with warnings.catch_warnings():
@@ -51,6 +53,6 @@ def trace(network: Servable, image_size: int, path: Path) -> None:
             dynamic_shapes=({0: batch},),
             input_names=["pixels"],
             output_names=["logits", "embedding"],
-            external_data=False,
+            external_data=sum(each.numel() * each.element_size() for each in network.parameters()) > _LARGEST_BYTES,
             verbose=False,
         )

@@ -18,7 +18,7 @@ import numpy as np
 import pydantic
 from pydantic.dataclasses import dataclass as validated
 
-from model.config import ViTConfig
+from model.config import ResNetConfig, ViTConfig
 from model.parity import Outputs, Parity, Precision
 from model.preprocess import Pixels, Preprocessing
 
@@ -47,7 +47,7 @@ class Manifest:
     name: str
     version: str  # by default the first twelve digits of the graph's sha256
     variant: str
-    config: ViTConfig
+    config: ViTConfig | ResNetConfig
     preprocessing: Preprocessing
     artefacts: tuple[Artefact, ...]
     files: dict[str, str] = field(default_factory=dict)  # name → sha256

@@ -69,6 +69,8 @@ class Preprocessing:
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    squash: bool = False  # both sides become what otherwise the shorter one does, whatever the image's shape
+    floor_crop: bool = False  # where the crop cannot be centred to the pixel: further left and up (transformers), or to the even pixel (torchvision)
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
@@ -79,6 +81,8 @@ class Preprocessing:
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after the resize: the shorter side becomes floor(image size / crop), as in timm's evaluation transform."""
         short = math.floor(self.image_size / self.crop)
+        if self.squash:
+            return short, short
         if width <= height:
             return short, int(short * height / width)
         return int(short * width / height), short
@@ -137,7 +141,8 @@ class Decoder:
         if image.size != wanted:
             image = image.resize(wanted, _RESAMPLING[self.preprocessing.interpolation])
         side = self.preprocessing.image_size
-        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+        half = math.floor if self.preprocessing.floor_crop else round
+        left, top = half((image.width - side) / 2), half((image.height - side) / 2)
         return np.asarray(image.crop((left, top, left + side, top + side)))
 
 

@@ -15,10 +15,13 @@ from typer.testing import CliRunner
 
 import export.build
 from export.build import ExportError, build_bundle
-from export.checkpoint import CheckpointError, load_checkpoint
+from export.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from export.to_onnx import Servable
 from model.bundle import Bundle, open_bundle
+from model.config import ResNetConfig
 from model.parity import TOLERANCE, Outputs, compare
+from model.preprocess import Preprocessing
+from model.resnet import ResNet
 from service.engines.engine import Engine
 from tests.conftest import TINY, checkpoint, network
 from vitserve import app
@@ -40,11 +43,24 @@ def test_the_graph_is_canonical(bundle: Bundle) -> None:
     assert [node.op_type for node in graph.graph.node].count("Attention") == TINY.depth
 
 
-@pytest.mark.parametrize("change", [{"pool": "mean"}, {"representation_width": 24}, {"stem": (8, 16, 24)}], ids=["mean", "representation", "hybrid"])
+@pytest.mark.parametrize(
+    "change",
+    [{"pool": "mean", "class_token": False, "norm_after_pool": True}, {"representation_width": 24}, {"stem": (8, 16, 24)}],
+    ids=["mean", "representation", "hybrid"],
+)
 def test_every_relative_exports_and_is_proven(change: dict[str, object], tmp_path: Path) -> None:
     made = build_bundle(checkpoint(replace(TINY, **change)), tmp_path / "bundle", name="relative")
     for artefact in made.manifest.artefacts:
         assert artefact.parity.logits <= TOLERANCE[artefact.precision]
+
+
+def test_a_resnet_exports_and_is_proven(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    resnet = ResNet(ResNetConfig(32, (1, 1), 1, 5)).eval()
+    torch.nn.init.normal_(resnet.head.fc.weight)
+    made = build_bundle(Checkpoint(resnet, tuple("abcde"), Preprocessing(32)), tmp_path / "bundle", name="resnet")
+    assert open_bundle(tmp_path / "bundle").manifest.config == made.manifest.config == resnet.config
+    assert made.golden().reference.embedding.shape[1] == resnet.config.embedding_width
 
 
 def test_golden_outputs_are_the_torch_networks(bundle: Bundle) -> None:
@@ -97,7 +113,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_checkpoint(tmp_path / "noise")
     save_file({"a": torch.zeros(1)}, tmp_path / "bare")
-    with pytest.raises(CheckpointError, match="has no config, labels, mean, std"):
+    with pytest.raises(CheckpointError, match="nobody's whose names are known"):
         load_checkpoint(tmp_path / "bare")
 
 

@@ -14,7 +14,7 @@ from tests.conftest import TINY, network
 
 OPTIONS = {
     "token": TINY,
-    "mean": replace(TINY, pool="mean"),
+    "mean": replace(TINY, pool="mean", class_token=False, norm_after_pool=True),
     "representation": replace(TINY, representation_width=20),
     "hybrid": replace(TINY, stem=(8, 16, 24)),
 }
@@ -33,7 +33,7 @@ def test_a_batch_of_n_equals_n_batches_of_one(config: ViTConfig) -> None:
 
 
 def test_without_positions_the_order_of_patches_does_not_matter() -> None:
-    made, image = network(replace(TINY, pool="mean")), torch.randn(1, 3, 16, 16)
+    made, image = network(replace(TINY, pool="mean", class_token=False, norm_after_pool=True)), torch.randn(1, 3, 16, 16)
     swapped = torch.cat([image[..., 8:], image[..., :8]], dim=-1)
     with torch.inference_mode():
         assert not torch.allclose(made(image)[0], made(swapped)[0], atol=1e-4)
@@ -83,7 +83,8 @@ def test_a_configuration_finds_its_own_name() -> None:
 def test_timms_state_dict_loads_strictly_and_gives_its_logits(pool: str, timm: ModuleType) -> None:
     tokens = {"global_pool": "token"} if pool == "token" else {"global_pool": "avg", "class_token": False}
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=5, **tokens).eval()
-    ours = ViT(variant("Ti/16", image_size=32, patch_size=8, depth=2, classes=5, pool=pool)).eval()
+    without = {"class_token": False, "norm_after_pool": True} if pool == "mean" else {}
+    ours = ViT(variant("Ti/16", image_size=32, patch_size=8, depth=2, classes=5, pool=pool, **without)).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     images = torch.randn(3, 3, 32, 32)
     with torch.inference_mode():
