@@ -41,7 +41,7 @@ log = logging.getLogger("service.engine")
 EMBEDDED = Path(__file__).parent / "default_bundle"
 # Fronts go first where both want the same core: what they decode meanwhile makes the next batch larger, and a refusal is not kept waiting.
 NICENESS = 5
-FIRST_MARGIN = 0.15  # of the promises, until it is known how well this machine keeps them
+FIRST_MARGIN = 0.25  # of the promises, until it is known how well this machine keeps them
 OVERDUE = 5  # times the promised seconds of a batch after which its lane is taken to hang, if that is more than hang_seconds
 _PR_SET_PDEATHSIG = 1
 

@@ -29,6 +29,7 @@ _RECENT_SECONDS = 5.0  # over which the arrivals of each rank are averaged
 _CAUTION = 2.0  # mean deviations by which a promise is longer than the mean; none where batches always take the same
 TOLERATED = 0.003  # share of the admitted that may miss their deadline; promises grow longer until it is no more
 _STEP = 0.02  # by which a promise grows when one is late
+_TOGETHER = 3
 _WIDEST = 1.0
 _OUTLIER = 4.0  # times the mean, as which a batch counts that took longer: one that was stopped for a minute says nothing about the next
 
@@ -214,10 +215,10 @@ class Scheduler:
     def _learn(self, ended: Sequence[Request], now: float) -> None:
         """A machine that slows down for longer than a batch (a neighbour, the front decoding) makes all that wait late, which no deviation foretells.
 
-        Those that are late together are late for one reason, and count once.
+        Those that are late together are late for one reason: more than a few count as a few.
         """
         judged = [request for request in ended if not request.restored]
-        late = any(now > request.deadline for request in judged)
+        late = min(_TOGETHER, sum(now > request.deadline for request in judged))
         self.margin = min(_WIDEST, max(0.0, self.margin + _STEP * (late - TOLERATED * len(judged))))
 
     def _settle(self) -> None:

@@ -221,7 +221,7 @@ def test_an_idle_engine_is_tried_however_cautious_it_has_become() -> None:
     assert scheduler.admit(request(0.10, 1), 0.0) is not None, "behind another, caution counts"
 
 
-def test_those_who_are_late_together_count_once_and_those_of_a_dead_engine_not_at_all() -> None:
+def test_those_who_are_late_together_count_as_a_few_and_those_of_a_dead_engine_not_at_all() -> None:
     scheduler = Scheduler({1: 0.01})
     for identity in range(60):
         scheduler.restore(Request(4, 1.0, identity, restored=True))
@@ -230,7 +230,7 @@ def test_those_who_are_late_together_count_once_and_those_of_a_dead_engine_not_a
     for identity in range(60):
         assert scheduler.admit(request(9.0, identity), 2.0) is None
     assert len(scheduler.expire(10.0)) == 60
-    assert 0.0 < scheduler.margin < 0.05
+    assert 0.0 < scheduler.margin < 0.1
 
 
 def test_a_batch_that_was_stopped_for_a_minute_says_little_about_the_next() -> None:
