@@ -22,21 +22,35 @@ def _fail(error: Exception) -> typer.Exit:
     return typer.Exit(2)
 
 
-def _serve(**values: Any) -> None:
-    """Serve a bundle over HTTP; without one, the model that comes with vitserve."""
+def _serve(source: str, **values: Any) -> None:
+    """Serve a model over HTTP: a bundle, or a SOURCE as `vitserve export` takes it, exported into the cache first. Without either, the one that comes along."""
     from service.supervisor import serve
 
     try:
+        if source and values["bundle"]:
+            raise SettingsError(f"both a source, {source}, and a bundle, {values['bundle']}, were named to be served")
+        if source:
+            values["bundle"] = _exported(source)
         status = serve(Settings(**values))
-    except (SettingsError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise _fail(error) from error
     raise typer.Exit(status)
+
+
+def _exported(source: str) -> str:
+    """The folder of the source's bundle; a bundle stands for itself."""
+    if (Path(source) / "bundle.json").exists():
+        return source
+    from export.cache import cached_bundle
+
+    return str(cached_bundle(source, __version__, lambda step: typer.echo(step, err=True)))
 
 
 def _settings_as_options() -> inspect.Signature:
     """One option per setting, --like-this, with VITSERVE_LIKE_THIS as its environment variable."""
     hints = get_type_hints(Settings)
-    parameters = []
+    argument = typer.Argument(help="FILE or FOLDER of a checkpoint or bundle, hf:owner/name[@revision], timm:NAME; see docs/models.md.")
+    parameters = [inspect.Parameter("source", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="", annotation=Annotated[str, argument])]
     for each in dataclasses.fields(Settings):
         option = typer.Option(help=each.metadata["help"], envvar=f"VITSERVE_{each.name.upper()}")
         parameters.append(inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=Annotated[hints[each.name], option]))

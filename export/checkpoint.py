@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,9 @@ from model.config import ResNetConfig, ViTConfig, variant
 from model.preprocess import Preprocessing
 from model.resnet import ResNet
 from model.vit import ViT
+
+if TYPE_CHECKING:
+    from export.hub import Located
 
 IMAGENET_LABELS = Path(__file__).parent / "imagenet_labels.txt"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there
@@ -47,9 +50,8 @@ def load_checkpoint(source: str | Path, *, image_size: int | None = None, labels
     kind, _, name = str(source).partition(":")
     if kind == "random" and name:
         return random_checkpoint(name)
-    if kind in ("hf", "timm") and name:
-        return _made(_from_folder(_fetched(name if kind == "hf" else f"timm/{name}")), image_size, labels)
-    path = Path(source)
+    located = fetched(str(source))
+    path = Path(source) if located is None else located.path
     return _made(_from_folder(path) if path.is_dir() else _from_file(path, architecture), image_size, labels)
 
 
@@ -92,11 +94,15 @@ def _labels(source: Source, given: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(f"class {index}" for index in range(classes))
 
 
-def _fetched(name: str) -> Path:
+def fetched(source: str) -> Located | None:
+    """A model on the hub, downloaded; None where the source is not there. Raises CheckpointError."""
+    kind, _, name = source.partition(":")
+    if kind not in ("hf", "timm") or not name:
+        return None
     from export.hub import HubError, fetch  # only who asks for it needs huggingface_hub
 
     try:
-        return fetch(name).path
+        return fetch(name if kind == "hf" else f"timm/{name}")
     except HubError as error:
         raise CheckpointError(str(error)) from error
 

@@ -93,6 +93,12 @@ def timm() -> Iterator[ModuleType]:
     del library
 
 
+@pytest.fixture(scope="session")
+def transformers(timm: ModuleType) -> ModuleType:
+    """After timm's fixture, which declares what torchvision lacks here."""
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+
 @dataclass
 class Server:
     """A `vitserve serve` of its own process, on a free port."""

@@ -7,11 +7,13 @@ import struct
 import zlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from export.sources import huggingface_source
 from model.preprocess import DamagedImage, Decoder, Interpolation, NotAnImage, Preprocessing, TooManyPixels
 from tests.conftest import encoded, picture
 
@@ -31,12 +33,42 @@ def test_pixels_equal_timms_evaluation_transform_to_the_bit(size: int, crop: flo
         assert np.array_equal(decoder.decode(image), timm_pixels(transform, image))
 
 
-def test_photos_equal_timms_evaluation_transform_to_the_bit(photos: list[Path], timm: ModuleType) -> None:
-    decoder = Decoder(Preprocessing(224, 0.9), jpeg_draft=False)
-    transform = timm.data.create_transform((3, 224, 224), crop_pct=0.9, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+# In the suite, two of the combinations; all of them take a minute.
+COMBINATIONS = [(size, crop, interpolation) for size in (224, 384) for crop in (0.875, 0.9, 0.95, 1.0) for interpolation in ("bicubic", "bilinear")]
+SOME = [each if each in ((224, 0.9, "bicubic"), (384, 1.0, "bilinear")) else pytest.param(*each, marks=pytest.mark.slow) for each in COMBINATIONS]
+
+
+@pytest.mark.parametrize(("size", "crop", "interpolation"), SOME)
+def test_photos_equal_timms_evaluation_transform_to_the_bit(size: int, crop: float, interpolation: Interpolation, photos: list[Path], timm: ModuleType) -> None:
+    decoder = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
+    transform = timm.data.create_transform((3, size, size), crop_pct=crop, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1))
     for photo in photos:
         image = photo.read_bytes()
         assert np.array_equal(decoder.decode(image), timm_pixels(transform, image)), photo.name
+
+
+PROCESSORS = {
+    "ViT": ("ViTImageProcessorPil", {"size": {"height": 224, "width": 224}, "resample": 2}),
+    "ViT, bicubic, 384": ("ViTImageProcessorPil", {"size": {"height": 384, "width": 384}, "resample": 3}),
+    "DeiT": (
+        "DeiTImageProcessorPil",
+        {"size": {"height": 256, "width": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "resample": 3},
+    ),
+    "DINOv2": ("BitImageProcessorPil", {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "resample": 3}),
+    "odd": ("BitImageProcessorPil", {"size": {"shortest_edge": 403}, "crop_size": {"height": 384, "width": 384}, "do_center_crop": True, "resample": 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize(("processor", "settings"), PROCESSORS.values(), ids=PROCESSORS.keys())
+def test_photos_equal_transformers_image_processors_to_the_bit(processor: str, settings: dict[str, Any], photos: list[Path], transformers: ModuleType) -> None:
+    """Those that work with Pillow, as ours does; the ones that work with torch round otherwise."""
+    theirs = getattr(transformers, processor)(do_rescale=False, do_normalize=False, **settings)
+    full = settings | {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    decoder = Decoder(huggingface_source.preprocessing(full), jpeg_draft=False)
+    for photo in photos:
+        expected = theirs(Image.open(photo).convert("RGB"), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        assert np.array_equal(decoder.decode(photo.read_bytes()), expected), photo.name
 
 
 def timm_pixels(transform: object, image: bytes) -> np.ndarray:

@@ -13,25 +13,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.tensors import CheckpointError
 from export.to_onnx import Servable, trace
+from model.bundle import open_bundle
 from model.preprocess import Pixels
 from service.engines.open import EngineOptions, open_one
+from tests.conftest import encoded, picture, start_server
+from vitserve import app
 
 TORCH_LIMIT, SERVED_LIMIT = 1e-4, 1e-3  # of the greatest logit
-
-
-@pytest.fixture(scope="session")
-def transformers(timm: ModuleType) -> ModuleType:
-    """After timm's fixture, which declares what torchvision lacks here."""
-    return pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -476,3 +476,51 @@ def test_what_the_preprocessor_asks_and_we_do_not_do_is_refused(transformers: Mo
         written_by_transformers(transformers, tmp_path, "ViTConfig", "ViTForImageClassification", arguments, SQUASH | message)
         with pytest.raises(CheckpointError, match=change):
             load_checkpoint(tmp_path)
+
+
+# -- the commands
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "vitserve"
+
+
+def test_the_command_exports_a_folder_at_another_size_under_other_labels(timm: ModuleType, tmp_path: Path) -> None:
+    written_by_timm(timm, tmp_path / "model", "vit_base_patch16_224", SMALL | {"num_heads": 12})
+    (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne\n")
+    command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "bundle"), "--image-size", "48", "--labels", str(tmp_path / "labels.txt")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    bundle = open_bundle(tmp_path / "bundle")
+    assert (bundle.labels, bundle.manifest.name, bundle.manifest.preprocessing.image_size) == (tuple("abcde"), "model", 48)
+    refused = CliRunner().invoke(app, [*command, "--image-size", "50"])
+    assert refused.exit_code == 2
+    assert "image size 50 is not a multiple of patch size 8" in refused.output
+
+
+def test_a_source_is_served_and_exported_only_once(transformers: ModuleType, tmp_path: Path, cache: Path) -> None:
+    arguments = HF_SMALL | {"intermediate_size": 96, "id2label": dict(enumerate("abcde"))}
+    theirs = written_by_transformers(transformers, tmp_path / "model", "ViTConfig", "ViTForImageClassification", arguments)
+    image = encoded(picture(50, 40))
+    pixels = np.asarray(Image.open(io.BytesIO(image)).resize((32, 32), Image.Resampling.BILINEAR)).astype(np.float32) / 255
+    normal = (pixels - np.array(SQUASH["image_mean"], np.float32)) / np.array(SQUASH["image_std"], np.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.from_numpy(normal).permute(2, 0, 1)[None]).logits.softmax(-1)[0]
+    for times in range(2):
+        running = start_server(str(tmp_path / "model"))
+        with httpx.Client(base_url=running.url, timeout=60) as client:
+            answer = client.post("/v1/classify", content=image, headers={"content-type": "image/png"}).json()
+        assert running.stop() == 0
+        for each in answer["results"][0]["predictions"]:
+            assert each["label"] == "abcde"[each["index"]]
+            assert each["probability"] == pytest.approx(float(expected[each["index"]]), abs=1e-4)
+        assert ("exporting" in "".join(running.log)) is (times == 0)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_two_things_to_serve_are_one_too_many(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", str(tmp_path), "--bundle", "elsewhere"])
+    assert result.exit_code == 2
+    assert "both a source" in result.output

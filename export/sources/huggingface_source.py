@@ -41,7 +41,7 @@ def read(tensors: Tensors, config: Mapping[str, Any], preprocessor: Mapping[str,
     if kind not in _PREFIXES:
         raise CheckpointError(f"model_type is {kind!r}; known are {', '.join(_PREFIXES)}")
     shape = _shape(tensors, config, kind)
-    return Source(shape, _weights(tensors, shape, kind), _preprocessing(preprocessor), _labels(config, shape.classes))
+    return Source(shape, _weights(tensors, shape, kind), preprocessing(preprocessor), _labels(config, shape.classes))
 
 
 def _shape(tensors: Tensors, config: Mapping[str, Any], kind: str) -> ViTConfig:
@@ -116,7 +116,7 @@ def _labels(config: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
         raise CheckpointError(f"id2label has {len(named)} labels and lacks {error}; the head has {classes} classes") from error
 
 
-def _preprocessing(preprocessor: Mapping[str, Any]) -> Preprocessing:
+def preprocessing(preprocessor: Mapping[str, Any]) -> Preprocessing:
     """size is what the image is resized to: both sides, or the shorter one; crop_size what is cut out of that."""
     size = preprocessor.get("size")
     cut = _square(preprocessor.get("crop_size"), "crop_size") if preprocessor.get("do_center_crop", False) else None
