@@ -125,11 +125,11 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of the initial weights, the order, and the augmentation.")] = 0,
 ) -> None:
     """Train a compact ViT on labelled images, on a CPU."""
-    from model.config import variant as named
+    from model.config import any_variant
     from model.train import Recipe, train
 
     try:
-        report = train(named(variant), Recipe(epochs=epochs, seed=seed), data, output)
+        report = train(any_variant(variant), Recipe(epochs=epochs, seed=seed), data, output)
     except (ValueError, OSError) as error:
         raise _fail(error) from error
     typer.echo(f"test accuracy {report['test_accuracy']:.2%} after {report['seconds']} s → {output / 'weights.safetensors'}")

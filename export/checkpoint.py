@@ -23,10 +23,9 @@ from export.positions import at_image_size
 from export.sources import google_source, huggingface_source, timm_source, torchvision_source
 from export.sources.source import Source
 from export.tensors import CheckpointError, Tensors, fill, read_tensors
-from model.config import ResNetConfig, ViTConfig, variant
+from model.config import ResNetConfig, ViTConfig, any_variant
+from model.network import Network, network_of
 from model.preprocess import Preprocessing
-from model.resnet import ResNet
-from model.vit import ViT
 
 if TYPE_CHECKING:
     from export.hub import Located
@@ -37,7 +36,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    network: ViT | ResNet  # float32, in evaluation mode
+    network: Network  # float32, in evaluation mode
     labels: tuple[str, ...]
     preprocessing: Preprocessing
 
@@ -57,9 +56,9 @@ def load_checkpoint(source: str | Path, *, image_size: int | None = None, labels
 
 def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
     """The named variant with random weights: nothing to learn from it but how fast it runs. Raises ValueError for an unknown name."""
-    config = variant(name)
+    config = any_variant(name)
     torch.manual_seed(seed)
-    network = ViT(config).eval()
+    network = network_of(config).eval()
     torch.nn.init.trunc_normal_(network.head.weight, std=0.02)
     return Checkpoint(network, tuple(f"class {index}" for index in range(config.classes)), Preprocessing(config.image_size))
 
@@ -67,16 +66,11 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
 def _made(source: Source, image_size: int | None, labels: Sequence[str] | None) -> Checkpoint:
     config, weights, preprocessing = source.config, source.weights, source.preprocessing
     wanted = image_size or preprocessing.image_size
-    network: ViT | ResNet
     if isinstance(config, ResNetConfig):
         config = replace(config, image_size=wanted)
-        with torch.device("meta"):
-            network = ResNet(config)
     else:
         config, weights = at_image_size(config, weights, wanted)
-        with torch.device("meta"):
-            network = ViT(config)
-    network.to_empty(device="cpu")
+    network = network_of(config)
     fill(network, weights)
     return Checkpoint(network.eval(), _labels(source, labels), replace(preprocessing, image_size=wanted))
 

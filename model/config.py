@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Pool = Literal["token", "mean", "token+mean"]
+Reach = Literal["global", "axial", "local"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 
@@ -57,6 +58,10 @@ class ViTConfig:
     layer_scale: bool = False  # each branch's output times a learned vector (arXiv:2103.17239)
     swiglu: bool = False  # gated MLP (arXiv:2002.05202); its activation is SiLU
     activation: Activation = "gelu"  # the MLP's
+    # Which patches a patch attends to: all; those of its row, in every other block of its column (arXiv:1912.12180, in the paper's appendix D.6);
+    # or those of a square around it. Tokens before the patches attend to all and are attended to by all.
+    reach: Reach = "global"
+    window: int = 0  # patches, side of that square; odd
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -71,6 +76,8 @@ class ViTConfig:
             raise ValueError(f"pool is {self.pool!r}, but there is no class token")
         if self.distillation_head and not self.distillation_token:
             raise ValueError("a distillation head needs a distillation token")
+        if (self.reach == "local") is not (self.window > 0) or (self.window and self.window % 2 == 0):
+            raise ValueError(f"reach is {self.reach!r} and window {self.window}; local reach wants an odd window, any other none")
         if self.norm_after_pool and self.pool != "mean":
             raise ValueError(f"norm_after_pool is of the mean; pool is {self.pool!r}")
 
@@ -123,9 +130,30 @@ VARIANTS: dict[str, ViTConfig] = {f"{size}/{patch}": _imagenet(size, patch) for 
     # So small that the server around it is what is timed.
     "one-block/4": ViTConfig(32, 4, 32, 1, 1, 64, classes=10),
     "compact-hybrid/4": ViTConfig(32, 4, 192, 4, 3, 768, classes=10, stem=(32, 64, 192)),
+    # The paper's comparisons at that size and about that cost.
+    "compact-mean/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, pool="mean", class_token=False, norm_after_pool=True),
+    "compact-axial/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, reach="axial"),
+    "compact-local/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, reach="local", window=3),
     # The hybrid of the paper's released models: a ResNet-50 without its last stage, one token for each pixel of its 14 × 14 map.
     "R50+B/16": replace(_imagenet("B", 16), resnet=(3, 4, 9)),
 }
+
+
+# The paper's baseline: BiT's names, R and the layers that have weights, x the width factor.
+RESNETS: dict[str, ResNetConfig] = {
+    "R50x1": ResNetConfig(224, (3, 4, 6, 3), 1, classes=1000),
+    "R101x1": ResNetConfig(224, (3, 4, 23, 3), 1, classes=1000),
+    "compact-resnet": ResNetConfig(32, (1, 1, 1), 1, classes=10),
+}
+
+
+def any_variant(name: str) -> ViTConfig | ResNetConfig:
+    """Of either family. Raises ValueError for a name that is in neither table."""
+    if name in RESNETS:
+        return RESNETS[name]
+    if name not in VARIANTS:
+        raise ValueError(f"there is no variant {name!r}; known: {', '.join([*VARIANTS, *RESNETS])}")
+    return VARIANTS[name]
 
 
 def variant(name: str, **changes: int | str | None) -> ViTConfig:
@@ -140,7 +168,7 @@ def variant(name: str, **changes: int | str | None) -> ViTConfig:
 
 def variant_of(config: ViTConfig | ResNetConfig) -> str:
     """The name in VARIANTS of a configuration, whatever its image size and number of classes; "custom" if it has none."""
-    for name, known in VARIANTS.items():
+    for name, known in (VARIANTS | RESNETS).items():
         if type(config) is type(known) and replace(config, image_size=known.image_size, classes=known.classes) == known:
             return name
     return "custom"

@@ -151,6 +151,10 @@ class Head(nn.Module):
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)  # type: ignore[arg-type]  # it has one
 
+    @property
+    def weight(self) -> Tensor:
+        return self.fc.weight
+
     def forward(self, embedding: Tensor) -> Tensor:
         return F.linear(embedding, self.fc.weight.flatten(1), self.fc.bias)
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from model.config import ViTConfig
+from model.config import ResNetConfig, ViTConfig
 from model.data import ImageArchive, Labelled, augment, mixup, normalise
-from model.vit import ViT
+from model.network import Network, network_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Recipe:
 class Training:
     """Everything that changes while training, and so all that a resumed run needs."""
 
-    network: ViT
+    network: Network
     average: torch.optim.swa_utils.AveragedModel
     optimizers: list[torch.optim.Optimizer]
     schedules: list[torch.optim.lr_scheduler.LRScheduler]
@@ -79,7 +79,7 @@ class Training:
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
 
 
-def train(config: ViTConfig, recipe: Recipe, archive_path: Path, run: Path) -> dict[str, Any]:
+def train(config: ViTConfig | ResNetConfig, recipe: Recipe, archive_path: Path, run: Path) -> dict[str, Any]:
     """Trains into the folder ``run`` (state.pt after every epoch, from which a second call goes on), then tests once.
 
     Writes run/weights.safetensors, with the configuration and labels in its metadata, and run/training.json, which it returns:
@@ -136,15 +136,15 @@ def hold_out(everything: Labelled, recipe: Recipe) -> tuple[Labelled, Labelled]:
     return everything.take(order[recipe.validation_images :]), everything.take(order[: recipe.validation_images])
 
 
-def begin(config: ViTConfig, recipe: Recipe, steps: int) -> Training:
+def begin(config: ViTConfig | ResNetConfig, recipe: Recipe, steps: int) -> Training:
     torch.manual_seed(recipe.seed)
-    network = ViT(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
+    network = network_of(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
     matrices = [p for name, p in network.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     others = [p for name, p in network.named_parameters() if not (name.startswith("blocks.") and p.ndim == 2)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay),
-    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)]
+    if matrices:  # a ResNet has none
+        muon = torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.insert(0, muon)
     top = recipe.warm_up_share * steps
 
     def share_of_rate(step: int) -> float:

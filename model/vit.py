@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import Activation, ViTConfig
+from model.reach import mask
 from model.resnet import ResNetMap
 from model.stem import ConvStem
 
@@ -18,8 +19,11 @@ from model.stem import ConvStem
 class Attention(nn.Module):
     """Multi-head self-attention (the paper's appendix A)."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    mask: Tensor | None
+
+    def __init__(self, config: ViTConfig, block: int) -> None:
         super().__init__()
+        self.register_buffer("mask", mask(config, block), persistent=False)
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         head_width = config.width // config.heads
@@ -31,7 +35,7 @@ class Attention(nn.Module):
         n, t, width = x.shape
         qkv = self.qkv(x).reshape(n, t, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [n, heads, t, head width]
-        mixed = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        mixed = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=self.mask)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(n, t, width))
         return out
 
@@ -88,10 +92,10 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block (the paper's equations 2 and 3)."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, config.norm_epsilon)
-        self.attn = Attention(config)
+        self.attn = Attention(config, index)
         self.ls1 = LayerScale(config.width) if config.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(config.width, config.norm_epsilon)
         self.mlp = SwiGlu(config) if config.swiglu else Mlp(config)
@@ -135,7 +139,7 @@ class ViT(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, config.width)) if config.registers else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2 + config.prefix * config.prefix_positions, config.width))
         self.norm_pre = nn.LayerNorm(config.width, config.norm_epsilon) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         norm = nn.LayerNorm(config.width, config.norm_epsilon)
         # timm's names: the norm that comes after the pooling is called fc_norm.
         self.norm = nn.Identity() if config.norm_after_pool else norm

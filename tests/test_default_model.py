@@ -49,7 +49,7 @@ def test_its_checkpoint_is_in_the_repository_and_is_its_source(default: Bundle) 
     assert record == default.manifest.training
 
 
-@pytest.mark.parametrize(("images", "tolerance"), [(2_000, 0.025), pytest.param(10_000, 1e-3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("images", "tolerance"), [(1_000, 0.035), pytest.param(10_000, 1e-3, marks=pytest.mark.slow)])
 def test_served_accuracy_is_the_trained_accuracy(default: Bundle, images: int, tolerance: float) -> None:
     """Test images through decoder and engine: of all, within one in a thousand of what torch counted; of a part, within three standard deviations."""
     path = SHARED / "data" / "cifar10_jpeg.npz"

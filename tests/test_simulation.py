@@ -24,7 +24,7 @@ def assert_promises_kept(simulation: Simulation, arrivals: list[Arrival]) -> Non
     assert min(simulation.shed.values(), default=1.0) > 0, "nobody is told to come back at once"
 
 
-@pytest.mark.parametrize("count", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_million_images_are_answered_once_and_in_time(count: int) -> None:
     """At one and a half times what two engines of two lanes can do."""
     arrivals = list(poisson(count, 1.5 * capacity(2, 2), fronts=2, seed=1))
@@ -84,7 +84,7 @@ def test_the_cost_of_an_image_does_not_grow_with_their_number() -> None:
             sys.setprofile(None)
         return calls / count
 
-    assert calls_an_image(30_000) <= 1.1 * calls_an_image(3_000)
+    assert calls_an_image(20_000) <= 1.1 * calls_an_image(2_000)
 
 
 @pytest.mark.parametrize("timeout", [0.2, 1.0], ids=["too little time", "too few slots"])

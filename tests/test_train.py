@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 import model.train
+from export.build import build_bundle
 from export.checkpoint import load_checkpoint
-from model.config import ViTConfig
+from model.config import ResNetConfig, ViTConfig
 from model.data import ImageArchive, Labelled, augment, mixup
 from model.train import Recipe, evaluate, hold_out, train
+from service.engines.open import EngineOptions, open_engine
 from tests.conftest import encoded
 
 CONFIG = ViTConfig(image_size=16, patch_size=8, width=32, depth=1, heads=2, mlp_width=64, classes=2, stem=(8, 16))
@@ -113,3 +116,27 @@ def test_mixup_blends_images_and_targets_alike() -> None:
 def test_an_archive_of_other_classes_is_refused(archive: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the archive has 2 classes; the variant has 10"):
         train(ViTConfig(**{**CONFIG.__dict__, "classes": 10}), RECIPE, archive, tmp_path)
+
+
+FAMILIES = {
+    "class token": replace(CONFIG, stem=None),
+    "mean": replace(CONFIG, stem=None, pool="mean", class_token=False, norm_after_pool=True),
+    "axial": replace(CONFIG, stem=None, reach="axial"),
+    "local": replace(CONFIG, stem=None, reach="local", window=1),
+    "hybrid of a ResNet": replace(CONFIG, stem=None, resnet=(1,)),
+    "ResNet": ResNetConfig(image_size=16, blocks=(1,), width_factor=1, classes=2),
+}
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+def test_every_family_trains_exports_and_runs(config: ViTConfig | ResNetConfig, archive: Path, tmp_path: Path) -> None:
+    """With what it learned: the exported bundle, opened as the service opens it, is right about the test images."""
+    train(config, replace(RECIPE, epochs=4, mixup_share=0.0), archive, tmp_path)
+    bundle = build_bundle(load_checkpoint(tmp_path / "weights.safetensors"), tmp_path / "bundle", name="family", candidates=[("openvino", "fp32")])
+    assert bundle.manifest.config == config
+    test = ImageArchive(archive).split("test")
+    pixels = np.ascontiguousarray(test.pixels.numpy().transpose(0, 2, 3, 1))
+    engine = open_engine(bundle, EngineOptions(max_batch=8)).engine
+    predicted = np.concatenate([engine.run(0, part).logits.argmax(1) for part in np.split(pixels, 4)])
+    engine.close()
+    assert (predicted == test.classes.numpy()).mean() > 0.8

@@ -17,6 +17,11 @@ OPTIONS = {
     "mean": replace(TINY, pool="mean", class_token=False, norm_after_pool=True),
     "representation": replace(TINY, representation_width=20),
     "hybrid": replace(TINY, stem=(8, 16, 24)),
+    "axial": replace(TINY, reach="axial"),
+    "local": replace(TINY, reach="local", window=1),
+    "registers": replace(TINY, registers=3, prefix_positions=False, layer_scale=True, swiglu=True),
+    "distillation": replace(TINY, distillation_token=True, distillation_head=True, qk_norm=True, qkv_bias=False),
+    "both": replace(TINY, pool="token+mean", pre_norm=True, activation="quick_gelu"),
 }
 
 
@@ -30,6 +35,35 @@ def test_a_batch_of_n_equals_n_batches_of_one(config: ViTConfig) -> None:
         torch.testing.assert_close(whole, torch.cat([each[index] for each in alone]), rtol=1e-4, atol=1e-5)
     assert together[0].shape == (5, 7)
     assert together[1].shape == (5, config.embedding_width)
+
+
+@pytest.mark.parametrize(
+    ("reach", "window", "blocks", "near"),
+    [
+        ("axial", 0, 1, {(1, 0), (1, 1), (1, 2), (1, 3)}),
+        ("axial", 0, 2, {(y, x) for y in range(4) for x in range(4)}),
+        ("local", 3, 1, {(y, x) for y in range(3) for x in range(1, 4)}),
+        ("local", 1, 1, {(1, 2)}),
+    ],
+)
+def test_a_patch_sees_what_is_within_its_reach_and_the_class_token_sees_all(reach: str, window: int, blocks: int, near: set[tuple[int, int]]) -> None:
+    """By what moves when one patch of the image changes; the class token is cut off, since through it everything reaches everything in two blocks."""
+    config = replace(TINY, image_size=32, depth=blocks, reach=reach, window=window)
+    made, without = network(config), network(replace(config, class_token=False, pool="mean"))
+    for module, prefix in ((made, 1), (without, 0)):
+        seen: list[dict[str, torch.Tensor]] = [{}, {}]
+        image = torch.randn(1, 3, 32, 32)
+        changed = image.clone()
+        changed[..., 8:16, 16:24] += 1.0
+        with torch.inference_mode():
+            module(image, seen[0])
+            module(changed, seen[1])
+        last = f"block{blocks - 1:02}"
+        moved = (seen[0][last] != seen[1][last]).any(dim=-1)[0]
+        if prefix:
+            assert moved[0], "the class token attends to all"
+        else:
+            assert {divmod(int(index), 4) for index in moved.nonzero()} == near
 
 
 def test_without_positions_the_order_of_patches_does_not_matter() -> None:
@@ -69,6 +103,15 @@ def test_sizes_that_do_not_divide_are_refused_with_both_numbers() -> None:
         variant("B/16", heads=7)
     with pytest.raises(ValueError, match=r"patch size 8 .* reduction 16"):
         replace(TINY, stem=(1, 1, 1, 1, 1))
+    for change, message in (
+        ({"class_token": False}, "pool is 'token', but there is no class token"),
+        ({"distillation_head": True}, "needs a distillation token"),
+        ({"stem": (8, 16), "resnet": (1,)}, "exclude one another"),
+        ({"reach": "local", "window": 2}, "wants an odd window"),
+        ({"norm_after_pool": True}, "is of the mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(TINY, **change)
     with pytest.raises(ValueError, match="no variant 'B/17'"):
         variant("B/17")
 
