@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.tensors import CheckpointError
+from export.sources import timm_source
+from export.tensors import CheckpointError, Tensors
 from export.to_onnx import Servable, trace
 from model.bundle import open_bundle
+from model.config import ViTConfig
 from model.preprocess import Pixels
 from service.engines.open import EngineOptions, open_one
 from tests.conftest import encoded, picture, start_server
@@ -152,6 +154,29 @@ def test_a_full_sized_folder_of_timms(architecture: str, timm: ModuleType, tmp_p
     assert_equal(checkpoint, theirs, tmp_path)
     assert len(checkpoint.labels) == 1000
     assert checkpoint.labels[0] == "tench"
+
+
+@pytest.mark.slow
+def test_every_architecture_of_timms_that_is_accepted_is_taken_for_what_it_is(timm: ModuleType) -> None:
+    """What its tensors do not show and its name has to: heads, epsilon, activation, pooling, and that its blocks are of the kind that ours are."""
+    accepted = 0
+    for name in timm.list_models(["vit_*", "deit*"]):
+        with torch.device("meta"):
+            theirs = timm.create_model(name, num_classes=10)
+        try:
+            ours = timm_source.read(Tensors(theirs.state_dict()), name, theirs.pretrained_cfg, theirs.global_pool).config
+        except CheckpointError:
+            continue
+        accepted += 1
+        assert isinstance(ours, ViTConfig)
+        block = theirs.blocks[0]
+        assert (type(block).__name__, type(block.attn).__name__, type(block.norm1).__name__) == ("Block", "Attention", "LayerNorm"), name
+        assert (block.attn.num_heads, block.norm1.eps) == (ours.heads, ours.norm_epsilon), name
+        kinds = {"gelu": "GELU(approximate='none')", "quick_gelu": "QuickGELU()"}
+        assert str(block.mlp.act) == ("SiLU()" if ours.swiglu else kinds[ours.activation]), name
+        assert theirs.global_pool == {"token": "token", "mean": "avg"}[ours.pool], name
+        assert not ours.prefix or theirs.no_embed_class is not ours.prefix_positions, name
+    assert accepted > 75
 
 
 def test_a_bare_state_dict_of_timms_needs_its_architecture(timm: ModuleType, tmp_path: Path) -> None:

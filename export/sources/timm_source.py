@@ -21,7 +21,8 @@ from model.preprocess import Preprocessing
 MARK = "patch_embed.proj.weight"  # a tensor that only this source has, and of BiT
 BIT_MARK = "head.fc.weight"
 
-_HEADS = {"tiny": 3, "xsmall": 6, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16, "giant": 16}
+_HEADS = {"tiny": 3, "xsmall": 4, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16, "giant": 16}
+_ODD_HEADS = {"vit_base_patch16_gap_224": 16}  # I-JEPA's
 _NAME = re.compile(r"(?:vit|deit|deit3)_([a-z]+)(?:_distilled)?((?:_[a-z0-9]+)*)")
 _KNOWN_PARTS = re.compile(r"patch\d+|r\d+|s\d+|\d+|gap|reg\d|clip|quickgelu|dinov2|distilled|miil")
 _BIT = re.compile(r"resnetv2_\d+x(\d)_bit\w*")
@@ -69,7 +70,7 @@ def _vit_config(tensors: Tensors, name: str, pool: str | None, heads: int | None
         patch_size=patch,
         width=width,
         depth=tensors.count("blocks.{}.norm1.weight"),
-        heads=heads or (24 if parts[1] == "giant" and "dinov2" in known else _HEADS[parts[1]]),
+        heads=heads or _ODD_HEADS.get(name) or (24 if parts[1] == "giant" and "dinov2" in known else _HEADS[parts[1]]),
         mlp_width=tensors.shape("blocks.0.mlp.fc2.weight")[1],
         classes=_classes(tensors, "head.weight"),
         pool="mean" if mean else "token",
