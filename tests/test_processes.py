@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are l
 
 ENGINE, FRONT = "service.engine_process", "service.front"
 OTHER = ViTConfig(image_size=24, patch_size=8, width=48, depth=1, heads=3, mlp_width=64, classes=11)
-SLOW = ViTConfig(image_size=448, patch_size=16, width=256, depth=6, heads=4, mlp_width=1024, classes=7)
+SLOW = ViTConfig(image_size=448, patch_size=16, width=256, depth=4, heads=4, mlp_width=1024, classes=7)
 PATIENT = ("--timeout-ms", "60000")
 
 
