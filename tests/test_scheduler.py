@@ -240,3 +240,12 @@ def test_a_batch_that_was_stopped_for_a_minute_says_little_about_the_next() -> N
     assert batch is not None
     scheduler.done(batch, 60.0)
     assert scheduler.mean(1) < 0.02
+
+
+def test_an_urgent_one_is_not_refused_for_the_sake_of_those_who_are_late_anyway() -> None:
+    scheduler = Scheduler({1: 0.1})
+    for identity in range(5):
+        assert scheduler.admit(request(0.55, identity, rank=9), 0.0) is None
+    assert scheduler.next_batch(0, 0.0) is not None
+    scheduler.margin = 9.0  # as if it had been learned since that batches take ten times as long
+    assert scheduler.admit(request(50.0, 9, rank=0), 0.0) is None
