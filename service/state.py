@@ -122,6 +122,10 @@ class State:
 
     def _connect(self, message: dict[str, Any], ring: int, link: int) -> None:
         """An engine is there. If it is of a newer model than the one served, that one is served from now on."""
+        if message["generation"] < self._generation:  # its slots are not those of the model served now
+            os.close(ring)
+            os.close(link)
+            return
         if message["generation"] > self._generation:
             before, self._generation = self.current, message["generation"]
             self.current = Dispatcher(Ring(ring), self.front, self.epoch, self.settings, self.metrics, self._decoders, self._loop)
