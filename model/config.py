@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Pool = Literal["token", "mean", "token+mean"]
-Reach = Literal["global", "axial", "local"]
+AttentionKind = Literal["global", "axial", "local"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 
@@ -60,7 +60,7 @@ class ViTConfig:
     activation: Activation = "gelu"  # the MLP's
     # Which patches a patch attends to: all; those of its row, in every other block of its column (arXiv:1912.12180, in the paper's appendix D.6);
     # or those of a square around it. Tokens before the patches attend to all and are attended to by all.
-    reach: Reach = "global"
+    attention: AttentionKind = "global"
     window: int = 0  # patches, side of that square; odd
 
     def __post_init__(self) -> None:
@@ -76,8 +76,8 @@ class ViTConfig:
             raise ValueError(f"pool is {self.pool!r}, but there is no class token")
         if self.distillation_head and not self.distillation_token:
             raise ValueError("a distillation head needs a distillation token")
-        if (self.reach == "local") is not (self.window > 0) or (self.window and self.window % 2 == 0):
-            raise ValueError(f"reach is {self.reach!r} and window {self.window}; local reach wants an odd window, any other none")
+        if (self.attention == "local") is not (self.window > 0) or (self.window and self.window % 2 == 0):
+            raise ValueError(f"attention is {self.attention!r} and window {self.window}; local attention wants an odd window, any other none")
         if self.norm_after_pool and self.pool != "mean":
             raise ValueError(f"norm_after_pool is of the mean; pool is {self.pool!r}")
 
@@ -132,8 +132,8 @@ VARIANTS: dict[str, ViTConfig] = {f"{size}/{patch}": _imagenet(size, patch) for 
     "compact-hybrid/4": ViTConfig(32, 4, 192, 4, 3, 768, classes=10, stem=(32, 64, 192)),
     # The paper's comparisons at that size and about that cost.
     "compact-mean/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, pool="mean", class_token=False, norm_after_pool=True),
-    "compact-axial/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, reach="axial"),
-    "compact-local/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, reach="local", window=3),
+    "compact-axial/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, attention="axial"),
+    "compact-local/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, attention="local", window=3),
     # The hybrid of the paper's released models: a ResNet-50 without its last stage, one token for each pixel of its 14 × 14 map.
     "R50+B/16": replace(_imagenet("B", 16), resnet=(3, 4, 9)),
 }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import Activation, ViTConfig
-from model.reach import mask
+from model.attention_mask import mask
 from model.resnet import ResNetMap
 from model.stem import ConvStem
 

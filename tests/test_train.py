@@ -121,8 +121,8 @@ def test_an_archive_of_other_classes_is_refused(archive: Path, tmp_path: Path) -
 FAMILIES = {
     "class token": replace(CONFIG, stem=None),
     "mean": replace(CONFIG, stem=None, pool="mean", class_token=False, norm_after_pool=True),
-    "axial": replace(CONFIG, stem=None, reach="axial"),
-    "local": replace(CONFIG, stem=None, reach="local", window=1),
+    "axial": replace(CONFIG, stem=None, attention="axial"),
+    "local": replace(CONFIG, stem=None, attention="local", window=1),
     "hybrid of a ResNet": replace(CONFIG, stem=None, resnet=(1,)),
     "ResNet": ResNetConfig(image_size=16, blocks=(1,), width_factor=1, classes=2),
 }

@@ -17,8 +17,8 @@ OPTIONS = {
     "mean": replace(TINY, pool="mean", class_token=False, norm_after_pool=True),
     "representation": replace(TINY, representation_width=20),
     "hybrid": replace(TINY, stem=(8, 16, 24)),
-    "axial": replace(TINY, reach="axial"),
-    "local": replace(TINY, reach="local", window=1),
+    "axial": replace(TINY, attention="axial"),
+    "local": replace(TINY, attention="local", window=1),
     "registers": replace(TINY, registers=3, prefix_positions=False, layer_scale=True, swiglu=True),
     "distillation": replace(TINY, distillation_token=True, distillation_head=True, qk_norm=True, qkv_bias=False),
     "both": replace(TINY, pool="token+mean", pre_norm=True, activation="quick_gelu"),
@@ -38,7 +38,7 @@ def test_a_batch_of_n_equals_n_batches_of_one(config: ViTConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reach", "window", "blocks", "near"),
+    ("attention", "window", "blocks", "near"),
     [
         ("axial", 0, 1, {(1, 0), (1, 1), (1, 2), (1, 3)}),
         ("axial", 0, 2, {(y, x) for y in range(4) for x in range(4)}),
@@ -46,9 +46,9 @@ def test_a_batch_of_n_equals_n_batches_of_one(config: ViTConfig) -> None:
         ("local", 1, 1, {(1, 2)}),
     ],
 )
-def test_a_patch_sees_what_is_within_its_reach_and_the_class_token_sees_all(reach: str, window: int, blocks: int, near: set[tuple[int, int]]) -> None:
+def test_a_patch_sees_what_is_within_its_reach_and_the_class_token_sees_all(attention: str, window: int, blocks: int, near: set[tuple[int, int]]) -> None:
     """By what moves when one patch of the image changes; the class token is cut off, since through it everything reaches everything in two blocks."""
-    config = replace(TINY, image_size=32, depth=blocks, reach=reach, window=window)
+    config = replace(TINY, image_size=32, depth=blocks, attention=attention, window=window)
     made, without = network(config), network(replace(config, class_token=False, pool="mean"))
     for module, prefix in ((made, 1), (without, 0)):
         seen: list[dict[str, torch.Tensor]] = [{}, {}]
@@ -107,7 +107,7 @@ def test_sizes_that_do_not_divide_are_refused_with_both_numbers() -> None:
         ({"class_token": False}, "pool is 'token', but there is no class token"),
         ({"distillation_head": True}, "needs a distillation token"),
         ({"stem": (8, 16), "resnet": (1,)}, "exclude one another"),
-        ({"reach": "local", "window": 2}, "wants an odd window"),
+        ({"attention": "local", "window": 2}, "wants an odd window"),
         ({"norm_after_pool": True}, "is of the mean"),
     ):
         with pytest.raises(ValueError, match=message):

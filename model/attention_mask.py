@@ -13,13 +13,13 @@ def mask(config: ViTConfig, block: int) -> Tensor | None:
 
     A mask and not a factorised form: the sequence of a ViT is short, the operator stays the fused one, and nothing loops when it is exported.
     """
-    if config.reach == "global":
+    if config.attention == "global":
         return None
     y, x = torch.meshgrid(torch.arange(config.grid), torch.arange(config.grid), indexing="ij")
     down = (y.flatten()[:, None] - y.flatten()[None]).abs()  # [grid², grid²], in patches
     across = (x.flatten()[:, None] - x.flatten()[None]).abs()
     axial = (down if block % 2 == 0 else across) == 0
-    near = axial if config.reach == "axial" else torch.maximum(down, across) <= config.window // 2
+    near = axial if config.attention == "axial" else torch.maximum(down, across) <= config.window // 2
     whole = torch.ones(config.tokens, config.tokens, dtype=torch.bool)
     whole[config.prefix :, config.prefix :] = near
     return whole
