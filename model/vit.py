@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import Activation, ViTConfig
 from model.attention_mask import mask
+from model.config import Activation, ViTConfig
 from model.resnet import ResNetMap
 from model.stem import ConvStem
 
