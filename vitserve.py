@@ -123,13 +123,15 @@ def train(
     variant: Annotated[str, typer.Option(help="The network, a name from model/config.py.")] = "compact-hybrid/4",
     epochs: Annotated[int, typer.Option(help="Passes over the training set; the schedule is stretched over them.")] = 6,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights, the order, and the augmentation.")] = 0,
+    share: Annotated[float, typer.Option(min=0.001, max=1, help="Of the training set, what is trained on; a smaller share is a part of a greater one.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 192,
 ) -> None:
     """Train a compact ViT on labelled images, on a CPU."""
     from model.config import any_variant
     from model.train import Recipe, train
 
     try:
-        report = train(any_variant(variant), Recipe(epochs=epochs, seed=seed), data, output)
+        report = train(any_variant(variant), Recipe(epochs=epochs, seed=seed, share=share, batch_size=batch_size), data, output)
     except (ValueError, OSError) as error:
         raise _fail(error) from error
     typer.echo(f"test accuracy {report['test_accuracy']:.2%} after {report['seconds']} s → {output / 'weights.safetensors'}")

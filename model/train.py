@@ -1,7 +1,9 @@
 """Trains a ViT on an archive of labelled images, on a CPU's budget. Imported by vitserve.py's `train` alone.
 
 The recipe: Muon for the matrices of the blocks and AdamW for the rest, a one-cycle schedule, mirrored and shifted
-images, mixup until the last epochs, label smoothing, an exponential moving average of the weights, bf16 autocast.
+images, mixup until the last epochs, label smoothing, an exponential moving average of the weights, bf16 autocast
+where the CPU multiplies bf16. Where it does not, torch's Muon costs as much as all else (it works in bf16, emulated),
+so AdamW takes its place unless asked otherwise.
 A part of the training set is held out for validation; the test set is read once, after the last epoch.
 """
 
@@ -13,7 +15,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,9 @@ class Recipe:
     ema_decay: float = 0.997
     validation_images: int = 2500  # held out of the training set
     seed: int = 0
+    share: float = 1.0  # of the training set that is trained on, chosen by the seed
+    bf16: bool = field(default_factory=torch.cpu._is_avx512_bf16_supported)
+    optimizer: Literal["muon", "adamw"] = field(default_factory=lambda: "muon" if torch.cpu._is_avx512_bf16_supported() else "adamw")
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -131,16 +136,18 @@ def train(config: ViTConfig | ResNetConfig, recipe: Recipe, archive_path: Path, 
 
 
 def hold_out(everything: Labelled, recipe: Recipe) -> tuple[Labelled, Labelled]:
-    """Splits the training set, by the recipe's seed, into what is trained on and what validates."""
+    """Splits the training set, by the recipe's seed, into what is trained on (a smaller share of it is a part of a greater one) and what validates."""
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(recipe.seed))
-    return everything.take(order[recipe.validation_images :]), everything.take(order[: recipe.validation_images])
+    kept = order[recipe.validation_images :]
+    return everything.take(kept[: round(len(kept) * recipe.share)]), everything.take(order[: recipe.validation_images])
 
 
 def begin(config: ViTConfig | ResNetConfig, recipe: Recipe, steps: int) -> Training:
     torch.manual_seed(recipe.seed)
     network = network_of(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
-    matrices = [p for name, p in network.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    others = [p for name, p in network.named_parameters() if not (name.startswith("blocks.") and p.ndim == 2)]
+    of_muon = {name for name, p in network.named_parameters() if recipe.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2}
+    matrices = [p for name, p in network.named_parameters() if name in of_muon]
+    others = [p for name, p in network.named_parameters() if name not in of_muon]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)]
     if matrices:  # a ResNet has none
         muon = torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -181,7 +188,7 @@ def one_step(state: Training, batch: Labelled, recipe: Recipe, mix: bool) -> flo
     targets = F.one_hot(batch.classes, classes).float()
     if mix:
         images, targets = mixup(images, targets, recipe.mixup_alpha, state.generator)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
         logits, _ = state.network(images)
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
     for optimizer in state.optimizers:

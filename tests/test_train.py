@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -140,3 +141,22 @@ def test_every_family_trains_exports_and_runs(config: ViTConfig | ResNetConfig, 
     predicted = np.concatenate([engine.run(0, part).logits.argmax(1) for part in np.split(pixels, 4)])
     engine.close()
     assert (predicted == test.classes.numpy()).mean() > 0.8
+
+
+def test_a_smaller_share_is_a_part_of_a_greater_one_and_validates_on_the_same(archive: Path) -> None:
+    everything = ImageArchive(archive).split("train")
+    (tenth, validation), (half, same_validation) = (hold_out(everything, replace(RECIPE, share=share)) for share in (0.1, 0.5))
+    assert (len(tenth), len(half)) == (16, 80)
+    assert torch.equal(tenth.pixels, half.pixels[:16])
+    assert torch.equal(validation.pixels, same_validation.pixels)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_either_optimizer_moves_every_weight(optimizer: Literal["muon", "adamw"]) -> None:
+    recipe = replace(RECIPE, optimizer=optimizer)
+    state = model.train.begin(CONFIG, recipe, steps=10)
+    before = {name: weight.detach().clone() for name, weight in state.network.named_parameters()}
+    batch = Labelled(torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.randint(0, 2, (16,)))
+    for _ in range(2):  # the head begins at zero, so that the first step moves nothing before it
+        model.train.one_step(state, batch, recipe, mix=False)
+    assert [name for name, weight in state.network.named_parameters() if torch.equal(weight, before[name])] == []
