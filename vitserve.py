@@ -5,14 +5,27 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from service.settings import Settings, SettingsError
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from model.bundle import Bundle
+
+
+class Precision(StrEnum):
+    """As model.parity has them, without importing numpy for --help."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
 
 app = typer.Typer(help="Put a trained Vision Transformer into production.", no_args_is_help=True, add_completion=False)
 
@@ -71,12 +84,18 @@ def export(
     image_size: Annotated[int, typer.Option(help="Pixels; positions are interpolated to it. 0 keeps the checkpoint's.")] = 0,
     labels: Annotated[Path | None, typer.Option(help="File of one label a line, in place of the checkpoint's.")] = None,
     architecture: Annotated[str, typer.Option(help="timm's name of the network, for a bare state dict of timm's.")] = "",
+    precision: Annotated[list[Precision] | None, typer.Option(help="What must be in the bundle besides fp32; may be given again. bf16 unless told.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images, or .npz as for `train`, to calibrate int8 with and judge precisions on.")] = None,
+    calibration_images: Annotated[int, typer.Option(min=1, help="How many of them to calibrate with.")] = 300,
+    judged_images: Annotated[int, typer.Option(min=1, help="How many others to judge on.")] = 1000,
+    max_loss: Annotated[float, typer.Option(help="Points of accuracy that bf16 and int8 may lose; without labels, twice as many of disagreement.")] = 0.5,
 ) -> None:
     """Export a checkpoint to a bundle, proving every engine equal to its source before it is accepted."""
     from rich.console import Console
 
     from export.build import ExportError, build_bundle
     from export.checkpoint import load_checkpoint
+    from export.evaluation import read_images
 
     console = Console(stderr=True)
     record = Path(source).with_name("training.json")
@@ -90,21 +109,25 @@ def export(
                 status.update(step)
                 console.print(f"[dim]{step}[/dim]")
 
+            calibration = judged = None
+            if images is not None:
+                progress(f"reading images of {images}")
+                calibration, judged = read_images(images, checkpoint.preprocessing, checkpoint.labels, calibration_images, judged_images)
             bundle = build_bundle(
                 checkpoint,
                 output,
                 name=name or _name_of(source),
                 version=version or None,
                 training=json.loads(record.read_text()) if record.exists() else None,
+                precisions=[each.value for each in precision] if precision else None,
+                calibration=calibration,
+                judged=judged,
+                max_loss=max_loss,
                 progress=progress,
             )
     except (ValueError, OSError, ExportError) as error:
         raise _fail(error) from error
-    for artefact in bundle.manifest.artefacts:
-        typer.echo(
-            f"{artefact.engine} {artefact.precision}: logits differ by {artefact.parity.logits:.1e} of their range, "
-            f"probabilities by {artefact.parity.probability:.1e}, top-1 agreement {artefact.parity.top1_agreement:.1%}"
-        )
+    _show(bundle)
     typer.echo(f"{bundle.manifest.name} {bundle.manifest.version} → {output}")
 
 
@@ -114,6 +137,100 @@ def _name_of(source: str) -> str:
     if not path.exists():
         return source
     return path.resolve().name if path.is_dir() else path.resolve().parent.name if path.name == "weights.safetensors" else path.stem
+
+
+def _show(bundle: Bundle) -> None:
+    """Prints what a bundle can be run with, and what was shown of each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("engine", "precision", "Δ golden", "images", "agree", "Δ p", "accuracy", "loss"):
+        table.add_column(title, justify="left" if title in ("engine", "precision") else "right", no_wrap=True)
+    for each in bundle.manifest.artefacts:
+        judged = each.evaluation
+        found = ("", "", "", "", "")
+        if judged is not None:
+            accuracy = "" if judged.accuracy is None else f"{judged.accuracy:.2%}"
+            found = (str(judged.images), f"{judged.top1_agreement:.2%}", f"{judged.probability:.1e}", accuracy, f"{judged.loss:.2f}")
+        table.add_row(each.engine, each.precision + (" (simulated)" if each.simulated else ""), f"{each.parity.logits:.1e}", *found)
+    Console().print(table)
+    for each in bundle.manifest.artefacts:
+        if each.attention is not None:
+            kernels = ", ".join(f"{count} × {name}" for name, count in each.attention.kernels.items()) or "not fused"
+            typer.echo(f"attention, {each.engine} in {each.precision}: {kernels}; {each.attention.softmax_layers} softmax layers beside")
+
+
+@app.command("inspect")
+def inspect_bundle(
+    bundle: Annotated[Path | None, typer.Argument(help="Folder of a bundle; the one that comes along unless told.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The manifest, instead of a table.")] = False,
+) -> None:
+    """Show what a bundle holds: the network, its artefacts, what each has shown, and which kernels run its attention."""
+    from rich.console import Console
+
+    from model.bundle import BundleError, open_bundle
+    from service.engine_process import EMBEDDED
+
+    try:
+        opened = open_bundle(bundle or EMBEDDED)
+    except (BundleError, OSError) as error:
+        raise _fail(error) from error
+    if as_json:
+        typer.echo(json.dumps(opened.summary(), indent=1))
+        return
+    manifest, console = opened.manifest, Console()
+    size, classes = manifest.preprocessing.image_size, manifest.config.classes
+    console.print(f"[bold]{manifest.name}[/bold] {manifest.version}: {manifest.variant}, {size} × {size} pixels, {classes} classes", highlight=False)
+    _show(opened)
+    for reason in opened.damaged.values():
+        console.print(f"[red]damaged: {reason}[/red]")
+
+
+@app.command()
+def tune(
+    bundle: Annotated[Path | None, typer.Argument(help="Folder of a bundle; the one that comes along unless told.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch.")] = 8,
+    seconds: Annotated[float, typer.Option(min=0.01, help="How long each setting runs.")] = 1.0,
+    plot: Annotated[Path | None, typer.Option(help="Picture of throughput against latency to write, .svg or .png; needs matplotlib.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Measure and remember nothing.")] = False,
+) -> None:
+    """Measure engines × precisions × lanes × batch sizes on this machine, and have `vitserve serve` take the fastest of them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from export.tune import LeftOut, Measurement, choose, measure
+    from model.bundle import MANIFEST, BundleError, open_bundle, sha256
+    from service import machine
+    from service.engine_process import EMBEDDED
+    from service.tuned import remember
+
+    console, measured = Console(), list[Measurement]()
+
+    def left_out(what: LeftOut) -> None:
+        console.print(f"left out: {what.engine} in {what.precision}: {what.reason}", highlight=False)
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("engine", "precision", "lanes × threads", "batch", "images/s", "p50 ms"):
+        table.add_column(title, justify="left" if title in ("engine", "precision") else "right")
+    try:
+        opened = open_bundle(bundle or EMBEDDED)
+        with console.status("measuring"):
+            for each in measure(opened, machine.cores(), max_batch, seconds, left_out):
+                measured.append(each)
+                split = f"{each.lanes} × {each.threads}"
+                table.add_row(each.engine, each.precision, split, str(each.batch_size), f"{each.images_per_second:.1f}", f"{1000 * each.p50_seconds:.1f}")
+        choice = choose(measured)
+        console.print(table)
+        if plot is not None:
+            from export.tune_plot import draw
+
+            draw(measured, plot)
+        kept = "" if dry_run else f" → {remember(sha256(opened.path / MANIFEST), choice)}"
+    except (BundleError, ValueError, OSError, ImportError) as error:
+        raise _fail(error) from error
+    setting = f"{choice.engine} in {choice.precision}, {choice.lanes} × {choice.threads} threads"
+    typer.echo(f"fastest: {setting}, {choice.images_per_second:.1f} images/s{kept}")
 
 
 @app.command()

@@ -1,28 +1,43 @@
-"""Checkpoint → bundle: trace, make golden images, prove every engine equal to the source, and only then accept. Imported by vitserve.py."""
+"""Checkpoint → bundle: trace, make golden images, prove every artefact equal to the source, and only then accept it. Imported by vitserve.py and cache.py."""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from export import fusion, int8
+from export.bf16 import simulated
 from export.card import model_card
 from export.checkpoint import Checkpoint
+from export.dialects import for_onnxruntime
+from export.evaluation import Images, evaluate, in_batches
 from export.golden import golden
+from export.lean import Lean
 from export.to_onnx import Servable, trace
-from model.bundle import GRAPH, SCHEMA_VERSION, Artefact, Bundle, Golden, Manifest, save_golden, sha256, write_bundle
+from model.bundle import GRAPH, SCHEMA_VERSION, WEIGHTS, Artefact, AttentionProof, Bundle, Golden, Manifest, save_golden, sha256, write_bundle
 from model.config import variant_of
-from model.parity import Precision, compare
+from model.parity import Outputs, Precision, compare
+from model.preprocess import Pixels
 from service.engines.engine import EngineUnavailable
 from service.engines.open import EngineOptions, open_one
 
-# What a CPU can run from the canonical graph alone; of one precision the faster first, since that is the order in which serving tries them.
-CANDIDATES: tuple[tuple[str, Precision], ...] = (("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "bf16"))
+ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
+DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+MAX_LOSS = 0.5  # points of accuracy; without labels, twice as many points of disagreement
 
 
 class ExportError(RuntimeError):
     """The exported model does not do what its source does; no bundle was written."""
+
+
+class Rejected(Exception):
+    """An artefact that is not good enough, or cannot be made here; the message says why."""
 
 
 def build_bundle(
@@ -32,54 +47,202 @@ def build_bundle(
     name: str,
     version: str | None = None,
     training: dict[str, Any] | None = None,
-    candidates: Sequence[tuple[str, Precision]] = CANDIDATES,
+    precisions: Sequence[Precision] | None = None,
+    calibration: Images | None = None,
+    judged: Images | None = None,
+    max_loss: float = MAX_LOSS,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
-    """Exports, proves and writes. Raises ExportError naming the engine, the output and the difference; then ``path`` is untouched."""
+    """Exports, proves and writes. float32 is always in it; ``precisions`` are those that must be there besides, None for what can be had without asking.
+
+    Raises ExportError where an artefact of float32, or every one of a precision asked for, is not equal enough to the source, naming the difference;
+    then ``path`` is untouched.
+    """
     servable = Servable(checkpoint.network, checkpoint.preprocessing).eval()
+    image_size = checkpoint.preprocessing.image_size
     with tempfile.TemporaryDirectory() as folder:
         contents = Path(folder)
         progress("tracing the network to ONNX")
-        trace(servable, checkpoint.preprocessing.image_size, contents / GRAPH)
+        trace(Lean(checkpoint.network, checkpoint.preprocessing).eval(), image_size, contents / GRAPH)
+        for_onnxruntime(contents / GRAPH, contents / ONNXRUNTIME_GRAPH)
         progress("running the source network on golden images")
-        reference = golden(servable, checkpoint.preprocessing.image_size)
+        reference = golden(servable, image_size)
         save_golden(contents / "golden.npz", reference.pixels, reference.reference)
         (contents / "labels.txt").write_text("".join(f"{label}\n" for label in checkpoint.labels), encoding="utf-8")
         if training is not None:
             (contents / "MODEL_CARD.md").write_text(model_card(name, training), encoding="utf-8")
-        artefacts = tuple(_prove(contents / GRAPH, reference, candidates, progress))
+        prover = Prover(contents, servable, reference, calibration, judged, max_loss, progress)
+        artefacts = prover.prove(DEFAULT_PRECISIONS if precisions is None else precisions, asked_for=precisions is not None)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=name,
-            version=version or sha256(contents / GRAPH)[:12],
+            version=version or hashlib.sha256(f"{sha256(contents / GRAPH)} {sha256(contents / WEIGHTS)}".encode()).hexdigest()[:12],
             variant=variant_of(checkpoint.network.config),
             config=checkpoint.network.config,
             preprocessing=checkpoint.preprocessing,
-            artefacts=artefacts,
+            artefacts=tuple(artefacts),
             training=training,
         )
         progress("writing the bundle")
         return write_bundle(path, manifest, contents)
 
 
-def _prove(graph: Path, reference: Golden, candidates: Sequence[tuple[str, Precision]], progress: Callable[[str], None]) -> list[Artefact]:
-    """Each candidate that can run here, with its parity. One that runs and differs fails the export; one whose library is absent is left out."""
-    proven = []
-    for name, precision in candidates:
-        progress(f"proving {name} in {precision}")
+@dataclass
+class Prover:
+    """Makes the artefacts of a bundle in ``contents`` and keeps those that are proven."""
+
+    contents: Path
+    source: Servable
+    golden: Golden
+    calibration: Images | None
+    judged: Images | None
+    max_loss: float
+    progress: Callable[[str], None]
+    _reference: Outputs | None = None  # of the float32 artefact, for the images judged on
+
+    def prove(self, precisions: Sequence[Precision], *, asked_for: bool) -> list[Artefact]:
+        """Of each precision the faster engine first, since that is the order in which serving tries them. Raises ExportError."""
+        proven: list[Artefact] = []
+        wanted: list[Precision] = ["fp32", *(each for each in precisions if each != "fp32")]
+        for precision in wanted:
+            reasons = []
+            for make in self._makers(precision):
+                try:
+                    proven.append(make())
+                except (Rejected, EngineUnavailable, ImportError) as error:
+                    reasons.append(str(error))
+                    self.progress(f"left out: {error}")
+            if not any(each.precision == precision for each in proven) and (asked_for or precision == "fp32"):
+                raise ExportError("; ".join(reasons))
+        return proven
+
+    def _makers(self, precision: Precision) -> list[Callable[[], Artefact]]:
+        match precision:
+            case "fp32":
+                return [
+                    lambda: self._proven("openvino", "fp32", GRAPH, WEIGHTS),
+                    lambda: self._proven("onnxruntime", "fp32", ONNXRUNTIME_GRAPH, WEIGHTS),
+                ]
+            case "bf16":
+                return [self._bf16]
+            case "int8":
+                return [self._without_calibration if self.calibration is None else self._calibrated]
+            case _:
+                raise ExportError(f"there is no {precision} for a CPU")
+
+    def _bf16(self) -> Artefact:
         try:
-            engine = open_one(name, precision, graph, EngineOptions(max_batch=len(reference.pixels)))
+            return self._proven("openvino", "bf16", GRAPH, WEIGHTS)
         except EngineUnavailable as error:
-            progress(f"left out: {error}")
-            continue
+            self.progress(f"simulating bf16: {error}")
+        network = simulated(self.source).eval()
+
+        def run(pixels: Pixels) -> Outputs:
+            with torch.inference_mode():
+                logits, embedding = network(torch.from_numpy(pixels))
+            return Outputs(logits.numpy(), embedding.numpy())
+
+        return self._judge("openvino", "bf16", GRAPH, WEIGHTS, in_batches(run, 16), attention=None, simulated=True)
+
+    def _calibrated(self) -> Artefact:
+        """SmoothQuant on and off, the better is kept; where both lose too much, with layers left in float."""
+        import openvino
+
+        assert self.calibration is not None
+        graph, pixels = self.contents / GRAPH, self.calibration.pixels
+        best: tuple[float, Artefact] | None = None
+        for smooth in (True, False):
+            self.progress(f"quantising to int8 with {len(pixels)} images, {'with' if smooth else 'without'} SmoothQuant")
+            name = f"int8-{'smooth' if smooth else 'plain'}.xml"
+            openvino.save_model(int8.calibrated(graph, pixels, smooth=smooth), self.contents / name, compress_to_fp16=False)
+            artefact = self._proven("openvino", "int8", name, name.replace(".xml", ".bin"), gate=False)
+            loss = self._loss(artefact)
+            self.progress(f"it loses {loss:.2f} points")
+            if best is not None and loss >= best[0]:
+                self._remove(artefact)
+                continue
+            if best is not None:
+                self._remove(best[1])
+            best = (loss, artefact)
+        assert best is not None
+        if best[0] > self.max_loss and self.judged is not None:
+            self._remove(best[1])
+            return self._calibrated_until("smooth" in best[1].path)
+        return self._gate(best[1])
+
+    def _calibrated_until(self, smooth: bool) -> Artefact:
+        import openvino
+
+        assert self.calibration is not None
+        assert self.judged is not None
+        assert self._reference is not None
+        reference, judged = self._reference, self.judged
+        self.progress(f"leaving layers in float until no more than {self.max_loss} points are lost")
+
+        def loss(outputs: Outputs) -> float:
+            return evaluate(lambda _: outputs, reference, judged).loss
+
+        model = int8.calibrated_until(self.contents / GRAPH, self.calibration.pixels, judged.pixels, loss, self.max_loss, smooth=smooth)
+        openvino.save_model(model, self.contents / "int8-partial.xml", compress_to_fp16=False)
+        return self._proven("openvino", "int8", "int8-partial.xml", "int8-partial.bin")
+
+    def _without_calibration(self) -> Artefact:
+        self.progress("quantising to int8 without calibration images")
+        int8.without_calibration(self.contents / ONNXRUNTIME_GRAPH, self.contents / "int8.onnx")
+        return self._proven("onnxruntime", "int8", "int8.onnx", None)
+
+    def _proven(self, engine: str, precision: Precision, path: str, weights: str | None, *, gate: bool = True) -> Artefact:
+        """Raises EngineUnavailable where it cannot run here, Rejected where it is not good enough, ExportError where it should be and is not."""
+        self.progress(f"proving {engine} in {precision}")
+        from service.engines.openvino_engine import OpenVinoEngine
+
+        opened = open_one(engine, precision, self.contents / path, EngineOptions(max_batch=len(self.golden.pixels)))
         try:
-            parity = compare(engine.run(0, reference.pixels), reference.reference)
+            attention = fusion.of_openvino(opened.compiled) if isinstance(opened, OpenVinoEngine) else fusion.of_onnxruntime(self.contents / path)
+            return self._judge(engine, precision, path, weights, lambda pixels: opened.run(0, pixels), attention, gate=gate)
         finally:
-            engine.close()
+            opened.close()
+
+    def _judge(
+        self,
+        engine: str,
+        precision: Precision,
+        path: str,
+        weights: str | None,
+        run: Callable[[Pixels], Outputs],
+        attention: AttentionProof | None,
+        *,
+        simulated: bool = False,
+        gate: bool = True,
+    ) -> Artefact:
+        parity = compare(run(self.golden.pixels), self.golden.reference)
         failure = parity.failure(precision)
         if failure:
-            raise ExportError(f"{name} in {precision} is not equal to its source: {failure}")
-        proven.append(Artefact(name, precision, graph.name, parity))
-    if not proven:
-        raise ExportError("no engine could run the exported graph here, so nothing is proven; install onnxruntime or openvino")
-    return proven
+            message = f"{engine} in {precision} is not equal to its source: {failure}"
+            raise ExportError(message) if precision == "fp32" else Rejected(message)
+        run = in_batches(run, len(self.golden.pixels))
+        evaluation = None
+        if self.judged is not None:
+            if self._reference is None:
+                self._reference = run(self.judged.pixels)  # float32 comes first, and has just been shown to be the source
+            if precision != "fp32":
+                evaluation = evaluate(run, self._reference, self.judged)
+        artefact = Artefact(engine, precision, path, parity, weights, attention, evaluation, simulated)
+        return self._gate(artefact) if gate else artefact
+
+    def _gate(self, artefact: Artefact) -> Artefact:
+        loss = self._loss(artefact)
+        if artefact.precision != "fp32" and loss > self.max_loss:
+            self._remove(artefact)
+            raise Rejected(f"{artefact.engine} in {artefact.precision} loses {loss:.2f} points; at most {self.max_loss} are allowed (--max-loss)")
+        return artefact
+
+    def _loss(self, artefact: Artefact) -> float:
+        """On the images judged on, or else on the golden ones."""
+        return artefact.evaluation.loss if artefact.evaluation is not None else 50 * (1 - artefact.parity.top1_agreement)
+
+    def _remove(self, artefact: Artefact) -> None:
+        """An artefact's own files, not those that it shares."""
+        if artefact.path not in (GRAPH, ONNXRUNTIME_GRAPH):
+            for name in artefact.files:
+                (self.contents / name).unlink()

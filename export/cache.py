@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from export.build import build_bundle
 from export.checkpoint import fetched, load_checkpoint
 from model.bundle import BundleError, open_bundle, sha256
+from service.machine import cache_folder
 
 
 def cached_bundle(source: str, exporter: str, progress: Callable[[str], None] = lambda step: None) -> Path:
@@ -27,12 +27,6 @@ def cached_bundle(source: str, exporter: str, progress: Callable[[str], None] = 
         progress(f"exporting {source} to {path}")
         build_bundle(load_checkpoint(source), path, name=name, progress=progress)
     return path
-
-
-def cache_folder() -> Path:
-    """Of the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "vitserve"
 
 
 def _identity(source: str) -> Iterator[str]:

@@ -14,9 +14,6 @@ from model.preprocess import Preprocessing
 OPSET = 23  # the first with Attention as one operator; what TensorRT's parser and ONNX Runtime both read as such
 
 
-_LARGEST_BYTES = 1_900_000_000  # of weights inside the graph: protobuf ends at 2 GiB. Larger ones lie beside it, in model.onnx.data
-
-
 class Servable(nn.Module):
     """A network with its normalisation in front: uint8 [n, H, W, 3] → float32 logits [n, classes], embedding [n, width]."""
 
@@ -37,8 +34,8 @@ class Servable(nn.Module):
         return outputs
 
 
-def trace(network: Servable, image_size: int, path: Path) -> None:
-    """Writes the graph of ``network`` to ``path``, weights inside if they fit, the batch its only dynamic axis."""
+def trace(network: nn.Module, image_size: int, path: Path) -> None:
+    """Writes the graph of a Servable or Lean to ``path`` and its weights beside it, in ``path``.data; the batch is its only dynamic axis."""
     example = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
     batch = torch.export.Dim("n", min=1, max=1024)
     with warnings.catch_warnings():
@@ -53,6 +50,6 @@ def trace(network: Servable, image_size: int, path: Path) -> None:
             dynamic_shapes=({0: batch},),
             input_names=["pixels"],
             output_names=["logits", "embedding"],
-            external_data=sum(each.numel() * each.element_size() for each in network.parameters()) > _LARGEST_BYTES,
+            external_data=True,  # mapped instead of parsed when an engine opens it, and shared by the graphs of other dialects
             verbose=False,
         )

@@ -2,6 +2,7 @@
 
 bundle.json   the Manifest below        labels.txt   one label a line
 model.onnx    the canonical graph       golden.npz   pixels, and the source network's float32 outputs for them
+model.onnx.data  its weights, mapped into memory by whoever reads them; the graphs of other dialects share them
 """
 
 from __future__ import annotations
@@ -23,12 +24,48 @@ from model.parity import Outputs, Parity, Precision
 from model.preprocess import Pixels, Preprocessing
 
 SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
+WEIGHTS = "model.onnx.data"
 _STRICT = pydantic.ConfigDict(extra="forbid")
 
 
 class BundleError(ValueError):
     """The folder is not a bundle, or not the one that its manifest describes."""
+
+
+class DamagedFile(BundleError):
+    """A file of the bundle is missing or not the one that the manifest describes."""
+
+
+@validated(frozen=True, config=_STRICT)
+class AttentionProof:
+    """What the runtime made of the attention, read from its own optimised graph on the machine that made the bundle."""
+
+    kernels: dict[str, int]  # the fused ones, by name
+    softmax_layers: int  # left outside of them
+
+    @property
+    def fused(self) -> int:
+        return sum(self.kernels.values())
+
+
+@validated(frozen=True, config=_STRICT)
+class Evaluation:
+    """What real images say about an artefact, against the float32 network and, where they are labelled, against the truth."""
+
+    images: int
+    top1_agreement: float  # with the float32 network
+    probability: float  # greatest difference of a class probability
+    accuracy: float | None = None
+    source_accuracy: float | None = None  # of the float32 network
+
+    @property
+    def loss(self) -> float:
+        """Points of accuracy lost; of images without labels, half the points of disagreement, since a changed answer may as well be the better one."""
+        if self.accuracy is not None and self.source_accuracy is not None:
+            return 100 * (self.source_accuracy - self.accuracy)
+        return 50 * (1 - self.top1_agreement)
 
 
 @validated(frozen=True, config=_STRICT)
@@ -39,6 +76,14 @@ class Artefact:
     precision: Precision
     path: str  # relative to the bundle
     parity: Parity
+    weights: str | None = None  # a second file that ``path`` needs
+    attention: AttentionProof | None = None
+    evaluation: Evaluation | None = None
+    simulated: bool = False  # proven by simulated arithmetic, on a machine without the real one
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.path,) if self.weights is None else (self.path, self.weights)
 
 
 @validated(frozen=True, config=_STRICT)
@@ -65,6 +110,7 @@ class Bundle:
     path: Path
     manifest: Manifest
     labels: tuple[str, ...]
+    damaged: Mapping[str, str] = field(default_factory=dict)  # artefacts' files that are not what the manifest says → why
 
     def golden(self) -> Golden:
         with np.load(self.path / "golden.npz", allow_pickle=False) as arrays:
@@ -77,21 +123,31 @@ class Bundle:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Reads a bundle and verifies the sha256 of every file. Raises BundleError, saying what is wrong."""
+    """Reads a bundle and verifies the sha256 of every file. Raises BundleError, saying what is wrong.
+
+    A damaged file that only artefacts need is left to open_engine(), which refuses those and serves another.
+    """
     try:
-        manifest = pydantic.TypeAdapter(Manifest).validate_json((path / "bundle.json").read_bytes())
+        manifest = pydantic.TypeAdapter(Manifest).validate_json((path / MANIFEST).read_bytes())
     except OSError as error:
         raise BundleError(f"{path} is not a bundle: {error.strerror}: bundle.json") from error
     except ValueError as error:
         raise BundleError(f"{path}/bundle.json is not a manifest: {error}") from error
     if manifest.schema_version != SCHEMA_VERSION:
         raise BundleError(f"{path} has schema version {manifest.schema_version}; this vitserve reads {SCHEMA_VERSION}")
+    of_artefacts = {name for artefact in manifest.artefacts for name in artefact.files}
+    damaged = {}
     for name, expected in manifest.files.items():
-        _verify(path, name, expected)
+        try:
+            _verify(path, name, expected)
+        except DamagedFile as error:
+            if name not in of_artefacts:
+                raise
+            damaged[name] = str(error)
     labels = tuple((path / "labels.txt").read_text(encoding="utf-8").splitlines())
     if len(labels) != manifest.config.classes:
         raise BundleError(f"{path}/labels.txt has {len(labels)} labels; the model has {manifest.config.classes} classes")
-    return Bundle(path, manifest, labels)
+    return Bundle(path, manifest, labels, damaged)
 
 
 def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
@@ -99,7 +155,7 @@ def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
 
     Adds the sha256 of each file to the manifest. A bundle already at ``path`` is replaced; anything else there raises BundleError.
     """
-    if path.exists() and not (path / "bundle.json").exists():
+    if path.exists() and not (path / MANIFEST).exists():
         raise BundleError(f"{path} exists and is not a bundle; it is left alone")
     files = {each.name: sha256(each) for each in sorted(contents.iterdir())}
     complete = pydantic.TypeAdapter(Manifest).dump_python(manifest, mode="json") | {"files": files}
@@ -108,7 +164,7 @@ def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
         fresh = Path(beside) / "bundle"
         shutil.copytree(contents, fresh)
-        (fresh / "bundle.json").write_bytes(text)
+        (fresh / MANIFEST).write_bytes(text)
         if path.exists():
             path.rename(Path(beside) / "old")
         fresh.rename(path)
@@ -131,6 +187,6 @@ def _verify(path: Path, name: str, expected: str) -> None:
     try:
         actual = sha256(path / name)
     except OSError as error:
-        raise BundleError(f"{path}/{name}: {error.strerror}") from error
+        raise DamagedFile(f"{path}/{name}: {error.strerror}") from error
     if actual != expected:
-        raise BundleError(f"{path}/{name} has sha256 {actual[:12]}…; the manifest says {expected[:12]}…")
+        raise DamagedFile(f"{path}/{name} has sha256 {actual[:12]}…; the manifest says {expected[:12]}…")

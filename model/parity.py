@@ -41,14 +41,15 @@ class Parity:
         return None
 
 
-def compare(outputs: Outputs, reference: Outputs) -> Parity:
-    """Raises ValueError if the shapes differ."""
+def compare(outputs: Outputs, reference: Outputs, scale: Outputs | None = None) -> Parity:
+    """Differences relative to the largest magnitude in ``scale``, or in the reference itself. Raises ValueError if the shapes differ."""
+    scale = reference if scale is None else scale
     for name, ours, theirs in zip(Outputs._fields, outputs, reference, strict=True):
         if ours.shape != theirs.shape:
             raise ValueError(f"{name} have shape {ours.shape}; the reference has {theirs.shape}")
     return Parity(
-        logits=_relative(outputs.logits, reference.logits),
-        embedding=_relative(outputs.embedding, reference.embedding),
+        logits=_relative(outputs.logits, reference.logits, scale.logits),
+        embedding=_relative(outputs.embedding, reference.embedding, scale.embedding),
         probability=float(np.abs(softmax(outputs.logits) - softmax(reference.logits)).max()),
         top1_agreement=float((outputs.logits.argmax(1) == reference.logits.argmax(1)).mean()),
     )
@@ -63,5 +64,5 @@ def softmax(logits: Floats) -> Floats:
     return probabilities
 
 
-def _relative(ours: Floats, theirs: Floats) -> float:
-    return float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-12))
+def _relative(ours: Floats, theirs: Floats, scale: Floats) -> float:
+    return float(np.abs(ours - theirs).max() / max(float(np.abs(scale).max()), 1e-12))

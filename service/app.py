@@ -236,7 +236,8 @@ async def _livez() -> Response:
 
 async def _readyz(state: State) -> Response:
     reasons = state.reasons()
-    return JSONResponse({"status": "not ready" if reasons else "ready", "reasons": reasons}, 503 if reasons else 200)
+    body = {"status": "not ready" if reasons else "ready", "reasons": reasons, "refused": state.refused()}
+    return JSONResponse(body, 503 if reasons else 200)
 
 
 async def _metrics(state: State) -> Response:

@@ -8,6 +8,7 @@ Whatever ends a thread ends the process: the supervisor starts another, and the 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import logging
 import os
@@ -15,6 +16,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.bundle import Bundle, BundleError, open_bundle, sha256
+from model.bundle import MANIFEST, Bundle, BundleError, open_bundle, sha256
 from service import layout, wire
 from service.control import BEATS, Channel, Message, orphaned, start_child
 from service.engines.engine import Engine
@@ -30,11 +32,13 @@ from service.engines.open import EngineOptions, NoEngine, Opened, open_engine
 from service.intake import Answers, Intake
 from service.layout import Shape
 from service.link import Link
+from service.machine import cache_folder
 from service.metrics import Metrics, in_files
 from service.ring import Ring
 from service.scheduler import Batch, Scheduler
 from service.served import Served
 from service.settings import Settings
+from service.tuned import recall
 
 log = logging.getLogger("service.engine")
 
@@ -275,11 +279,30 @@ def open_model(settings: Settings) -> tuple[Bundle, Opened]:
         bundle = open_bundle(Path(settings.bundle) if settings.bundle else EMBEDDED)
     except BundleError as error:
         raise Refused("bad_bundle", str(error)) from error
-    options = EngineOptions(settings.engine, settings.precision, settings.lanes, settings.threads, settings.max_batch)
+    choice = recall(sha256(bundle.path / MANIFEST))
+    if choice is not None and (settings.engine not in ("auto", choice.engine) or settings.precision not in ("auto", choice.precision)):
+        choice = None  # another engine was asked for than the one that was measured
+    lanes = settings.lanes or (min(choice.lanes, settings.slots // settings.max_batch) if choice else 1)
+    threads = settings.threads or (choice.threads if choice and not settings.lanes else 0)
+    options = EngineOptions(settings.engine, settings.precision, lanes, threads, settings.max_batch, _compiled_folder(settings))
     try:
-        return bundle, open_engine(bundle, options)
+        return bundle, open_engine(bundle, options, (choice.engine, choice.precision) if choice else None)
     except NoEngine as error:
         raise Refused("no_engine", str(error)) from error
+
+
+def _compiled_folder(settings: Settings) -> str:
+    """Empty where there is none or it cannot be written: then engines compile at every start."""
+    if settings.compiled_folder == "none":
+        return ""
+    folder = cache_folder() / "compiled" if settings.compiled_folder == "auto" else Path(settings.compiled_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except OSError as error:
+        log.warning("engines are compiled at every start: %s", error)
+        return ""
 
 
 def warm_up(engine: Engine, image_size: int) -> dict[int, float]:
@@ -301,11 +324,12 @@ def warm_up(engine: Engine, image_size: int) -> dict[int, float]:
 
 def describe(bundle: Bundle, opened: Opened) -> Served:
     manifest, engine = bundle.manifest, opened.engine
-    serving = {"engine": engine.name, "precision": engine.precision, "parity": vars(opened.parity), "refused": opened.refused, "lanes": engine.lanes}
+    refused = [vars(each) for each in opened.refused]
+    serving = {"engine": engine.name, "precision": engine.precision, "parity": vars(opened.parity), "refused": refused, "lanes": engine.lanes}
     return Served(
         manifest.name,
         manifest.version,
-        sha256(bundle.path / "bundle.json"),
+        sha256(bundle.path / MANIFEST),
         bundle.labels,
         manifest.preprocessing,
         engine.name,
@@ -341,6 +365,8 @@ def main() -> None:
 
 def _open(settings: Settings, opening: Message, descriptors: list[int]) -> tuple[EngineProcess, list[int]]:
     """The process's work, and the descriptor of the ring if it was made here. Raises Refused."""
+    if descriptors:  # it takes its place at slots that are there, whatever was tuned meanwhile
+        settings = dataclasses.replace(settings, lanes=Ring(descriptors[0]).shape.lanes)
     bundle, opened = open_model(settings)
     seconds = warm_up(opened.engine, bundle.manifest.preprocessing.image_size)
     served = describe(bundle, opened)

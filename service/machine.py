@@ -1,8 +1,10 @@
-"""What this process may use of the machine. Imported by supervisor.py and engines/open.py."""
+"""What this process may use of the machine. Imported by supervisor.py, tuned.py, engines/open.py and export/cache.py."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup/cpu.max")
@@ -16,3 +18,28 @@ def cores(quota_file: Path = _CGROUP) -> int:
         return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
     except (OSError, ValueError):
         return allowed
+
+
+def cpu() -> str:
+    """A name for this kind of CPU and how much of it may be used: what is fastest on one is so on its like alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()}-{cores()}"
+    described = [line for line in lines if line.startswith(("model name", "cpu family", "model\t", "stepping", "flags", "Features"))]
+    return f"{platform.machine()}-{cores()}-{hashlib.sha256(chr(10).join(described).encode()).hexdigest()[:12]}"
+
+
+def multiplies_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has instructions for int8 products (VNNI; on ARM, dot products). Without them int8 is slower than float32, not faster."""
+    try:
+        flags = set(cpuinfo.read_text().split())
+    except OSError:
+        return platform.machine() == "arm64"  # Apple's all have them
+    return bool(flags & {"avx512_vnni", "avx_vnni", "asimddp"})
+
+
+def cache_folder() -> Path:
+    """Where vitserve keeps what it can make again, of the XDG base directory specification."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "vitserve"

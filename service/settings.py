@@ -22,12 +22,12 @@ class Settings:
     host: str = _setting("127.0.0.1", "Address to listen on. 0.0.0.0 serves the network; vitserve has no authentication of its own.")
     port: int = _setting(8000, "Port to listen on; 0 takes a free one and logs it.")
     bundle: str = _setting("", "Folder of the bundle to serve; empty serves the model that comes with vitserve.")
-    engine: str = _setting("auto", "auto, onnxruntime or openvino. auto takes the first of the bundle's that runs here and reproduces its golden images.")
-    precision: str = _setting("auto", "auto, fp32 or bf16. auto is fp32; bf16 (openvino) is about twice as fast on a CPU that has it, and less exact.")
+    engine: str = _setting("auto", "auto, onnxruntime or openvino. auto takes what `vitserve tune` found, or else the first that should be fastest.")
+    precision: str = _setting("auto", "auto, fp32, bf16 or int8. auto takes the fastest in the bundle; what is in it lost little enough when it was made.")
     workers: int = _setting(0, "Front processes, which speak HTTP and decode; 0 takes one for every four cores, at most eight.")
     engines: int = _setting(0, "Engine processes; 0 takes one for each device. A CPU is one.")
-    lanes: int = _setting(1, "Batches that run at once. More than one pays on many cores, where one batch cannot fill them all.")
-    threads: int = _setting(0, "Threads per lane; 0 shares the machine's cores among the lanes.")
+    lanes: int = _setting(0, "Batches that run at once; 0 takes what `vitserve tune` found, or else 1. More pay on many cores, which one batch cannot fill.")
+    threads: int = _setting(0, "Threads per lane; 0 takes what `vitserve tune` found, or else shares the machine's cores among the lanes.")
     max_batch: int = _setting(8, "Largest batch measured at start. The service settles on the smallest within 5 % of the best throughput.")
     decode_threads: int = _setting(0, "Threads that decode images in each front; 0 shares the machine's cores among the fronts.")
     slots: int = _setting(256, "Images in the house at once, each holding its pixels, shared among the fronts. A further one is answered 429.")
@@ -36,16 +36,17 @@ class Settings:
     max_image_pixels: int = _setting(50_000_000, "Largest image, checked in its header before it is decoded.")
     max_images: int = _setting(64, "Images in one request.")
     jpeg_draft: bool = _setting(True, "Let libjpeg decode JPEGs at 1/2, 1/4 or 1/8 where three times the needed size remains: faster, not equal to the bit.")
+    compiled_folder: str = _setting("auto", "Where engines keep what they compiled, for a quicker start: a folder; auto, in $XDG_CACHE_HOME/vitserve; or none.")
     admin_key: str = _setting("", "Key for POST /v1/admin/reload, sent as a bearer token; without one that route is closed. SIGHUP needs none.")
     hang_seconds: float = _setting(10.0, "A process silent for so long, or a batch running for so long and five times its measure, is killed and replaced.")
     drain_seconds: float = _setting(30.0, "After SIGTERM, how long admitted work may take to be answered. A second SIGTERM ends it now.")
     log_level: str = _setting("info", "debug, info, warning or error.")
 
     def __post_init__(self) -> None:
-        for name in ("lanes", "max_batch", "slots", "timeout_ms", "max_body_bytes", "max_image_pixels", "max_images"):
+        for name in ("max_batch", "slots", "timeout_ms", "max_body_bytes", "max_image_pixels", "max_images"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("workers", "engines", "threads", "decode_threads"):
+        for name in ("workers", "engines", "lanes", "threads", "decode_threads"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be 0 (choose for me) or more")
         for name in ("hang_seconds", "drain_seconds"):
@@ -54,12 +55,12 @@ class Settings:
         if not 0 <= self.port <= 65535:
             raise SettingsError(f"port is {self.port}; it must be from 0 to 65535")
         self._one_of("engine", "auto", "onnxruntime", "openvino")
-        self._one_of("precision", "auto", "fp32", "bf16")
+        self._one_of("precision", "auto", "fp32", "bf16", "int8")
         self._one_of("log_level", "debug", "info", "warning", "error")
         if self.engine == "onnxruntime" and self.precision == "bf16":
             raise SettingsError("engine onnxruntime has no bf16 on a CPU; use engine openvino, or precision fp32")
-        if self.slots < self.max_batch * self.lanes:
-            raise SettingsError(f"{self.slots} slots cannot fill {self.lanes} lanes with batches of {self.max_batch}")
+        if self.slots < self.max_batch * max(1, self.lanes):
+            raise SettingsError(f"{self.slots} slots cannot fill {max(1, self.lanes)} lanes with batches of {self.max_batch}")
         share = self.slots // max(1, self.workers)
         if self.max_images > share:
             raise SettingsError(f"max_images is {self.max_images}, but each of {max(1, self.workers)} fronts has only {share} slots for them")

@@ -68,6 +68,13 @@ class State:
             reasons.append("starting: the engine is being opened, warmed up and proven")
         return reasons
 
+    def refused(self) -> list[dict[str, Any]]:
+        """The faster engines that are not the one that serves, each with cause and reason."""
+        if self.current is None:
+            return []
+        refused: list[dict[str, Any]] = self.current.served.details["serving"]["refused"]
+        return refused
+
     def serving(self) -> Dispatcher:
         """While draining too: what still arrives on an open connection is admitted and answered. Raises NotReady."""
         if self.current is None or (self._said.get("failure") is not None and not self.current.reachable):
@@ -148,6 +155,11 @@ class State:
             queue.add_metric([], ring.count(layout.WAITING))
             flight.add_metric([], ring.count(layout.HELD, layout.WAITING, layout.RUNNING))
             model.add_metric([served.name, served.version, served.engine, served.precision], 1)
+        refused = GaugeMetricFamily(
+            "vitserve_engine_refused", "1 for each faster engine that does not serve, by cause.", labels=["engine", "precision", "cause"]
+        )
+        for each in self.refused():
+            refused.add_metric([each["engine"], each["precision"], each["cause"]], 1)
         restarts = CounterMetricFamily("vitserve_restarts", "Processes that died and were replaced.", labels=["process", "cause"])
         for process, causes in self._said.get("restarts", {}).items():
             for cause, count in causes.items():
@@ -155,4 +167,4 @@ class State:
         reloads = CounterMetricFamily("vitserve_reloads", "Reloads of the bundle by result.", labels=["result"])
         for result, count in self._said.get("reloads", {}).items():
             reloads.add_metric([result], count)
-        return ready, queue, flight, model, restarts, reloads
+        return ready, queue, flight, model, refused, restarts, reloads

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import service.engines.open as opening
-from model.bundle import Bundle
+from model.bundle import Bundle, open_bundle
 from model.parity import TOLERANCE, Outputs, Parity, Precision, compare, softmax
 from service.engines.engine import Engine, EngineUnavailable
 from service.engines.open import EngineOptions, NoEngine, open_engine, open_one
@@ -83,21 +85,51 @@ def test_lanes_run_at_once_without_mixing(engine: Engine) -> None:
 
 
 def test_it_reproduces_the_source_network(engine: Engine, bundle: Bundle) -> None:
-    parity = opening.golden_gate(engine, bundle)
+    artefact = next(each for each in bundle.manifest.artefacts if (each.engine, each.precision) == (engine.name, engine.precision))
+    parity = opening.golden_gate(engine, bundle, artefact)
     assert parity.logits <= TOLERANCE[engine.precision]
 
 
 def test_float32_is_float32(bundle: Bundle) -> None:
     """A CPU with bf16 arithmetic would use it unasked; then the difference would be a thousand times this."""
-    opened = open_engine(bundle, EngineOptions(engine="openvino"))
+    opened = open_engine(bundle, EngineOptions(engine="openvino", precision="fp32"))
     opened.engine.close()
     assert opened.parity.logits < 1e-5
 
 
-def test_auto_takes_the_first_that_is_proven(bundle: Bundle) -> None:
+def test_auto_takes_the_fastest_that_can_run_here(bundle: Bundle) -> None:
     opened = open_engine(bundle, EngineOptions())
     opened.engine.close()
-    assert (opened.engine.name, opened.engine.precision, opened.refused) == ("openvino", "fp32", ())
+    if opened.refused:  # on a CPU without bf16
+        assert (opened.engine.name, opened.engine.precision) == ("openvino", "fp32")
+        assert [str(each) for each in opened.refused] == ["openvino in bf16: this CPU has no bf16 arithmetic"]
+    else:
+        assert (opened.engine.name, opened.engine.precision) == ("openvino", "bf16")
+
+
+def test_what_was_measured_to_be_fastest_comes_first(bundle: Bundle) -> None:
+    opened = open_engine(bundle, EngineOptions(), first=("onnxruntime", "fp32"))
+    opened.engine.close()
+    assert (opened.engine.name, opened.engine.precision, opened.refused) == ("onnxruntime", "fp32", ())
+
+
+def test_int8_comes_first_only_where_the_cpu_multiplies_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    int8 = replace(bundle.manifest.artefacts[0], precision="int8")
+    both = replace(bundle, manifest=replace(bundle.manifest, artefacts=(*bundle.manifest.artefacts, int8)))
+    for able, place in ((True, 0), (False, -1)):
+        monkeypatch.setattr(opening.machine, "multiplies_int8", lambda able=able: able)
+        assert opening._candidates(both, EngineOptions(), None)[place].precision == "int8"
+
+
+def test_an_artefact_whose_file_was_changed_is_refused_and_the_next_serves(bundle: Bundle, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle.path, tmp_path / "copy"))
+    with (copy / "model.onnx").open("ab") as file:
+        file.write(b"?")
+    opened = open_engine(open_bundle(copy), EngineOptions())
+    opened.engine.close()
+    assert (opened.engine.name, opened.engine.precision) == ("onnxruntime", "fp32")
+    assert {(each.engine, each.cause) for each in opened.refused} == {("openvino", "damaged")}
+    assert "model.onnx has sha256" in opened.refused[0].reason
 
 
 def test_one_that_fails_the_golden_gate_is_refused_and_the_next_serves(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,10 +143,11 @@ def test_one_that_fails_the_golden_gate_is_refused_and_the_next_serves(bundle: B
         return engine
 
     monkeypatch.setattr(opening, "open_one", one_is_broken)
-    opened = open_engine(bundle, EngineOptions())
+    opened = open_engine(bundle, EngineOptions(precision="fp32"))
     opened.engine.close()
     assert opened.engine.name == "onnxruntime"
-    assert "openvino in fp32: golden images: logits differ by" in opened.refused[0]
+    assert opened.refused[0].cause == "golden_gate"
+    assert "openvino in fp32: golden images: logits differ by" in str(opened.refused[0])
     with pytest.raises(NoEngine, match="openvino in fp32: golden images"):
         open_engine(bundle, EngineOptions(engine="openvino"))
 

@@ -19,7 +19,7 @@ from vitserve import __version__, app
 # Folder or file → the folders and files of ours that it may import. Imports point one way.
 MAY_IMPORT = {
     "model": {"model"},
-    "export": {"model", "export", "service.engines"},
+    "export": {"model", "export", "service.engines", "service.machine", "service.tuned"},
     "service": {"service", "model.bundle", "model.config", "model.parity", "model.preprocess"},
     "bench": {"bench", "model.bundle", "service"},
     "vitserve.py": {"service", "export", "model"},

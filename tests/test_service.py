@@ -238,7 +238,9 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
 
 def test_what_operators_ask(client: httpx.Client, bundle: Bundle) -> None:
     assert client.get("/livez").json() == {"status": "live"}
-    assert client.get("/readyz").json() == {"status": "ready", "reasons": []}
+    ready = client.get("/readyz").json()
+    assert (ready["status"], ready["reasons"]) == ("ready", [])
+    assert all(each["cause"] == "unavailable" for each in ready["refused"]), "bf16, on a CPU that has none, and nothing else"
     model = client.get("/v1/model").json()
     assert (model["name"], model["version"], model["labels"]) == ("tiny", bundle.manifest.version, list(bundle.labels))
     assert model["serving"]["engine"] == "openvino"

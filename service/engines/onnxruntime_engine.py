@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, in float32 (it has no bf16 on x86). Imported by engines/open.py alone."""
+"""ONNX Runtime on the CPU, in float32 or int8 (it has no bf16 on x86). Imported by engines/open.py alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ class OnnxRuntimeEngine:
     """One session shared by the lanes: its run() may be called from several threads, and the weights exist once."""
 
     name = "onnxruntime"
-    precision: Precision = "fp32"
 
-    def __init__(self, graph: Path, lanes: int, threads: int, max_batch: int) -> None:
-        self.lanes, self.max_batch = lanes, max_batch
+    def __init__(self, graph: Path, precision: Precision, lanes: int, threads: int, max_batch: int) -> None:
+        self.precision, self.lanes, self.max_batch = precision, lanes, max_batch
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, in float32 or bf16. Imported by engines/open.py alone."""
+"""OpenVINO on the CPU, in float32, bf16 or int8. Imported by engines/open.py alone."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from model.parity import Outputs, Precision
 from model.preprocess import Pixels
 from service.engines.engine import EngineUnavailable
 
-_TYPES: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
-
 
 class OpenVinoEngine:
     """One compiled model, one infer request and one stream a lane."""
 
     name = "openvino"
 
-    def __init__(self, graph: Path, precision: Precision, lanes: int, threads: int, max_batch: int) -> None:
+    def __init__(self, graph: Path, precision: Precision, lanes: int, threads: int, max_batch: int, compiled_folder: str = "") -> None:
         self.precision, self.lanes, self.max_batch = precision, lanes, max_batch
         core = openvino.Core()
-        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and not has_bf16:
             raise EngineUnavailable("this CPU has no bf16 arithmetic")
-        compiled = core.compile_model(
-            core.read_model(graph),
+        if compiled_folder:
+            core.set_property({"CACHE_DIR": compiled_folder})
+        rest_in_bf16 = precision == "bf16" or (precision == "int8" and has_bf16)  # of an int8 graph, what was not quantised
+        self.compiled = core.compile_model(  # from the path: so it is looked up in the folder before it is read
+            graph,
             "CPU",
             {
-                "INFERENCE_PRECISION_HINT": _TYPES[precision],  # left alone, a CPU with AVX-512 BF16 would silently take bf16
+                "INFERENCE_PRECISION_HINT": "bf16" if rest_in_bf16 else "f32",  # left alone, a CPU with AVX-512 BF16 would silently take bf16
                 "NUM_STREAMS": lanes,
                 "INFERENCE_NUM_THREADS": threads * lanes,
             },
         )
-        self._requests = [compiled.create_infer_request() for _ in range(lanes)]
+        self._requests = [self.compiled.create_infer_request() for _ in range(lanes)]
 
     def run(self, lane: int, pixels: Pixels) -> Outputs:
         results = self._requests[lane].infer({"pixels": pixels}, share_inputs=True)
@@ -40,3 +42,4 @@ class OpenVinoEngine:
 
     def close(self) -> None:
         self._requests.clear()
+        del self.compiled

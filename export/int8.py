@@ -1,0 +1,108 @@
+"""int8 forms of the canonical graph: calibrated ones for OpenVINO, by NNCF, and one without calibration for ONNX Runtime. Imported by export/build.py."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model.parity import Outputs
+from model.preprocess import Pixels
+from service.machine import multiplies_int8
+
+if TYPE_CHECKING:
+    import openvino
+
+MISSING = "int8 for OpenVINO needs nncf, which is not installed: pip install 'vitserve[int8]'"
+
+
+def calibrated(graph: Path, images: Pixels, *, smooth: bool) -> openvino.Model:
+    """Weights and activations in int8 (NNCF's transformer preset), ranges from ``images``; SmoothQuant (arXiv:2211.10438) or not.
+
+    On a CPU without VNNI weights use half their range, for there pairs of products are added in 16 bits, which else saturate, silently: an artefact made with
+    VNNI is less exact here, and the golden gate says so. Raises ImportError without NNCF.
+    """
+    nncf, arguments = _nncf(images, smooth)
+    with _quiet():
+        return nncf.quantize(_read(graph), **arguments)
+
+
+def calibrated_until(graph: Path, images: Pixels, judged: Pixels, loss: Callable[[Outputs], float], max_loss: float, *, smooth: bool) -> openvino.Model:
+    """As calibrated(), with the layers that cost most left in float until ``loss``, in points, of the outputs for ``judged`` is within ``max_loss``."""
+    nncf, arguments = _nncf(images, smooth)
+
+    def validate(compiled: Any, dataset: Any) -> tuple[float, None]:
+        results = [compiled({"pixels": pixels}) for pixels in dataset]
+        outputs = Outputs(np.concatenate([each["logits"] for each in results]), np.concatenate([each["embedding"] for each in results]))
+        return 100 - loss(outputs), None
+
+    batches = [judged[start : start + 16] for start in range(0, len(judged), 16)]
+    with _quiet():
+        return nncf.quantize_with_accuracy_control(
+            _read(graph),
+            arguments.pop("calibration_dataset"),
+            nncf.Dataset(batches),
+            validation_fn=validate,
+            max_drop=max_loss,
+            drop_type=nncf.DropType.ABSOLUTE,
+            advanced_quantization_parameters=arguments.pop("advanced_parameters"),
+            **arguments,
+        )
+
+
+def without_calibration(graph: Path, path: Path) -> None:
+    """Writes ``graph`` with int8 weights to ``path``; activations are quantised as they come (ONNX Runtime, dynamic quantisation).
+
+    Weights use 7 bits on a CPU without VNNI, for the reason given above.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(
+            graph, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=not multiplies_int8(), weight_type=QuantType.QInt8
+        )
+
+
+def _read(graph: Path) -> openvino.Model:
+    import openvino
+
+    return openvino.Core().read_model(graph)
+
+
+def _nncf(images: Pixels, smooth: bool) -> tuple[Any, dict[str, Any]]:
+    try:
+        with _quiet():
+            import nncf
+            from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters, OverflowFix
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+    overflow = OverflowFix.DISABLE if multiplies_int8() else OverflowFix.ENABLE
+    smoothing = AdvancedSmoothQuantParameters() if smooth else AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+    return nncf, {
+        "calibration_dataset": nncf.Dataset(list(images[:, None]), lambda pixels: {"pixels": pixels}),
+        "model_type": nncf.ModelType.TRANSFORMER,
+        "preset": nncf.QuantizationPreset.PERFORMANCE,
+        "subset_size": len(images),
+        "advanced_parameters": nncf.AdvancedQuantizationParameters(overflow_fix=overflow, smooth_quant_alphas=smoothing),
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what NNCF and ONNX Runtime's tools say about themselves."""
+    loggers = [logging.getLogger(name) for name in ("nncf", "")]
+    levels = [each.level for each in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for each in loggers:
+            each.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for each, level in zip(loggers, levels, strict=True):
+                each.setLevel(level)
