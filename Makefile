@@ -26,7 +26,8 @@ train: $(VENV)/dev.stamp
 	$(BIN)/vitserve train $(DATA) --output $(RUN)
 
 bundle: $(VENV)/dev.stamp
-	$(BIN)/vitserve export checkpoints/default/weights.safetensors --output service/default_bundle --name compact-hybrid-cifar10
+	$(BIN)/vitserve export checkpoints/default/weights.safetensors --output service/default_bundle --name compact-hybrid-cifar10 \
+		--images $(DATA) --judged-images 10000 --precision bf16
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m bench.door $(BENCH_ARGS)
