@@ -61,6 +61,20 @@ def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What engines compile and sources become is kept for this run, and not where the user keeps it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> None:
+    """Networks as small as the tests' run faster on one: torch's threads spin while they wait for one another, on the cores that the servers want."""
+    torch.set_num_threads(1 if request.node.get_closest_marker("slow") is None else os.cpu_count() or 1)
+
+
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return build_bundle(checkpoint(), tmp_path_factory.mktemp("bundles") / "tiny", name="tiny")

@@ -133,7 +133,7 @@ FAMILIES = {
 def test_every_family_trains_exports_and_runs(config: ViTConfig | ResNetConfig, archive: Path, tmp_path: Path) -> None:
     """With what it learned: the exported bundle, opened as the service opens it, is right about the test images."""
     train(config, replace(RECIPE, epochs=4, mixup_share=0.0), archive, tmp_path)
-    bundle = build_bundle(load_checkpoint(tmp_path / "weights.safetensors"), tmp_path / "bundle", name="family", candidates=[("openvino", "fp32")])
+    bundle = build_bundle(load_checkpoint(tmp_path / "weights.safetensors"), tmp_path / "bundle", name="family", precisions=[])
     assert bundle.manifest.config == config
     test = ImageArchive(archive).split("test")
     pixels = np.ascontiguousarray(test.pixels.numpy().transpose(0, 2, 3, 1))
