@@ -149,7 +149,7 @@ def test_one_that_fails_the_golden_gate_is_refused_and_the_next_serves(bundle: B
     assert opened.refused[0].cause == "golden_gate"
     assert "openvino in fp32: golden images: logits differ by" in str(opened.refused[0])
     with pytest.raises(NoEngine, match="openvino in fp32: golden images"):
-        open_engine(bundle, EngineOptions(engine="openvino"))
+        open_engine(bundle, EngineOptions(engine="openvino", precision="fp32"))
 
 
 def test_an_engine_that_the_bundle_lacks_is_named(bundle: Bundle) -> None:

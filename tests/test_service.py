@@ -19,7 +19,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from model.bundle import Bundle
-from model.parity import softmax
+from model.parity import TOLERANCE, softmax
 from model.preprocess import Decoder
 from service import errors
 from service.engines.open import EngineOptions, open_engine
@@ -233,7 +233,8 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
     client.post("/v1/classify", files=[("a", GOOD), ("b", GOOD)])
     assert [after - ahead for after, ahead in zip(counted(), before, strict=True)] == [2, 1, 3, 1, 3, 4]
     assert metric(client, "vitserve_ready") == 1
-    assert metric(client, "vitserve_model_info", name="tiny", engine="openvino", precision="fp32") == 1
+    precision = client.get("/v1/model").json()["serving"]["precision"]
+    assert metric(client, "vitserve_model_info", name="tiny", engine="openvino", precision=precision) == 1
 
 
 def test_what_operators_ask(client: httpx.Client, bundle: Bundle) -> None:
@@ -243,8 +244,10 @@ def test_what_operators_ask(client: httpx.Client, bundle: Bundle) -> None:
     assert all(each["cause"] == "unavailable" for each in ready["refused"]), "bf16, on a CPU that has none, and nothing else"
     model = client.get("/v1/model").json()
     assert (model["name"], model["version"], model["labels"]) == ("tiny", bundle.manifest.version, list(bundle.labels))
-    assert model["serving"]["engine"] == "openvino"
-    assert model["serving"]["parity"]["logits"] < 1e-4
+    serving = model["serving"]
+    assert serving["engine"] == "openvino"
+    assert serving["precision"] == ("fp32" if ready["refused"] else "bf16")
+    assert serving["parity"]["logits"] < TOLERANCE[serving["precision"]]
     assert "/v1/classify" in client.get("/openapi.json").json()["paths"]
     assert client.get("/docs").status_code == 200
 
