@@ -203,10 +203,9 @@ class EngineProcess:
 
     def _run(self, batch: Batch, slots: list[int]) -> Work | None:
         """Runs the batch, answers it, and returns what the lane shall run next."""
-        pixels = self.ring.pixels[slots[0] : slots[0] + 1] if len(slots) == 1 else self.ring.pixels[slots]
         failure = None
         try:
-            outputs = self.engine.run(batch.lane, pixels)
+            outputs = self.engine.run(batch.lane, self.ring.pixels, slots)
             if not np.isfinite(outputs.logits).all():
                 raise FloatingPointError("the engine's logits are not finite")
         except Exception as error:

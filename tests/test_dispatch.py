@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from service import errors, layout, wire
 from service.control import Channel
 from service.dispatch import Answer, Dispatcher, Moved
 from service.engine_process import EngineProcess, warm_up
+from service.engines.engine import gathered
 from service.layout import FREE, Shape
 from service.link import Link
 from service.metrics import Metrics
@@ -46,7 +47,8 @@ class Scripted:
         self.act = act
         self.sizes: list[int] = []
 
-    def run(self, lane: int, pixels: Pixels) -> Outputs:
+    def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
+        pixels = gathered(pixels, rows)
         self.sizes.append(len(pixels))
         self.act()
         means = pixels.mean(axis=(1, 2), dtype=np.float32) / 10

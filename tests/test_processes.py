@@ -193,6 +193,7 @@ from prometheus_client import CollectorRegistry
 from service import layout, wire
 from service.control import Channel
 from service.engine_process import EngineProcess
+from service.engines.engine import DeviceLost
 from service.metrics import Metrics
 from service.ring import Ring
 from service.slots import Slots
@@ -215,8 +216,12 @@ process.run(Channel(theirs))
 
 @pytest.mark.parametrize(
     ("act", "said"),
-    [("time.sleep(60)", "a batch of 1 has been running for"), ("sys.exit()", "a thread ended, and with it this process")],
-    ids=["a lane that hangs", "a thread that ends"],
+    [
+        ("time.sleep(60)", "a batch of 1 has been running for"),
+        ("sys.exit()", "a thread ended, and with it this process"),
+        ("raise DeviceLost('an illegal address')", "DeviceLost: an illegal address"),
+    ],
+    ids=["a lane that hangs", "a thread that ends", "a device that answers no more"],
 )
 def test_what_would_leave_callers_waiting_ends_the_engine_process(act: str, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", CHILD % act], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from model.parity import Outputs, Precision
@@ -12,6 +13,13 @@ class EngineUnavailable(RuntimeError):
     """The engine cannot run here: its library, its device or its artefact is missing."""
 
 
+class DeviceLost(BaseException):
+    """The device will answer nothing more to this process, which therefore must end: another takes over and runs again what this one was running.
+
+    Not an Exception, so that nobody who handles a failed batch takes it for one.
+    """
+
+
 class Engine(Protocol):
     """Runs batches on one device. Each lane may be used by one thread at a time, different lanes at once."""
 
@@ -20,8 +28,18 @@ class Engine(Protocol):
     lanes: int
     max_batch: int
 
-    def run(self, lane: int, pixels: Pixels) -> Outputs:
-        """uint8 [n, H, W, 3] with 1 ≤ n ≤ max_batch → float32 logits [n, classes], embedding [n, width], owned by the caller."""
+    def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
+        """uint8 [n, H, W, 3] with 1 ≤ n ≤ max_batch → float32 logits [n, classes], embedding [n, width], owned by the caller.
+
+        With ``rows``, those n images of ``pixels`` in this order: then ``pixels`` is the ring, always the same, which a device may read by itself.
+        """
         ...
 
     def close(self) -> None: ...
+
+
+def gathered(pixels: Pixels, rows: Sequence[int] | None) -> Pixels:
+    """The batch that run() was asked for as one array; a single image is not copied."""
+    if rows is None:
+        return pixels
+    return pixels[rows[0] : rows[0] + 1] if len(rows) == 1 else pixels[rows]

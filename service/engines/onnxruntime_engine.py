@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime
 
 from model.parity import Outputs, Precision
 from model.preprocess import Pixels
+from service.engines.engine import gathered
 
 
 class OnnxRuntimeEngine:
@@ -23,8 +25,8 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads burn a core that decodes images
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
-    def run(self, lane: int, pixels: Pixels) -> Outputs:
-        logits, embedding = self._session.run(["logits", "embedding"], {"pixels": pixels})
+    def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
+        logits, embedding = self._session.run(["logits", "embedding"], {"pixels": gathered(pixels, rows)})
         return Outputs(logits, embedding)
 
     def close(self) -> None:

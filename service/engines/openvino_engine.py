@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import openvino
 
 from model.parity import Outputs, Precision
 from model.preprocess import Pixels
-from service.engines.engine import EngineUnavailable
+from service.engines.engine import EngineUnavailable, gathered
 
 
 class OpenVinoEngine:
@@ -36,8 +37,8 @@ class OpenVinoEngine:
         )
         self._requests = [self.compiled.create_infer_request() for _ in range(lanes)]
 
-    def run(self, lane: int, pixels: Pixels) -> Outputs:
-        results = self._requests[lane].infer({"pixels": pixels}, share_inputs=True)
+    def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
+        results = self._requests[lane].infer({"pixels": gathered(pixels, rows)}, share_inputs=True)
         return Outputs(results["logits"].copy(), results["embedding"].copy())
 
     def close(self) -> None:
