@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 
 import pytest
 
+from tests import gpu_double
 from tests.conftest import ROOT
 from tests.tensorrt_stubs import Missing, make_stubs
 
@@ -52,13 +55,17 @@ def sources() -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """mypy's, about our files and the planted one, with the bindings' own signatures."""
-    folder = tmp_path_factory.mktemp("bindings")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
-        stubs = make_stubs(folder)
+        return make_stubs(tmp_path_factory.mktemp("bindings"))
     except Missing as missing:
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module")
+def complaints(stubs: Path) -> list[str]:
+    """mypy's, about our files and the planted one, with the bindings' own signatures."""
+    folder = stubs.parent
     planted = folder / "planted.py"
     planted.write_text(PLANTED)
     # Only what is named is read, and so has a type; the rest is checked elsewhere.
@@ -80,3 +87,40 @@ def test_what_is_not_there_would_be_found(complaints: list[str]) -> None:
     wrong = [number for number, line in enumerate(PLANTED.splitlines(), 1) if line.endswith("# wrong")]
     found = {int(each.partition("planted.py:")[2].partition(":")[0]) for each in complaints if "planted.py" in each}
     assert sorted(found) == wrong
+
+
+def genuine_methods(stubs: Path) -> dict[str, dict[str, list[list[str]]]]:
+    """Class → method or attribute → the parameters' names of each overload, without self."""
+    found: dict[str, dict[str, list[list[str]]]] = {}
+    for each in ast.parse((stubs / "tensorrt" / "__init__.pyi").read_text()).body:
+        if isinstance(each, ast.ClassDef):
+            members = found.setdefault(each.name, {})
+            for part in each.body:
+                if isinstance(part, ast.FunctionDef):
+                    members.setdefault(part.name, []).append([argument.arg for argument in part.args.args][1:])
+                elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                    members[part.target.id] = []
+    return found
+
+
+def test_the_double_has_nothing_that_the_genuine_bindings_lack(stubs: Path) -> None:
+    """Its own extras, for tests to steer by, are data; whatever our code could call is compared."""
+    genuine = genuine_methods(stubs)
+    checked = 0
+    for kind in gpu_double.TYPES:
+        for name, member in vars(kind).items():
+            if isinstance(member, property):
+                assert name in genuine[kind.__name__], f"{kind.__name__}.{name}"
+            elif inspect.isfunction(member) and not name.startswith("_"):
+                ours = list(inspect.signature(member).parameters)[1:]
+                theirs = genuine[kind.__name__][name]
+                assert any(ours == each[: len(ours)] for each in theirs), f"{kind.__name__}.{name}: {ours}; genuine: {theirs}"
+                checked += 1
+            elif issubclass(kind, Enum) and name in kind.__members__:
+                assert name in genuine[kind.__name__], f"{kind.__name__}.{name}"
+    assert checked >= 25
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    for call in gpu_double.CALLS:
+        assert list(inspect.signature(getattr(runtime, call)).parameters) == list(inspect.signature(getattr(gpu_double.Device, call)).parameters)[1:], call
+    for enumeration in (gpu_double.cudaError_t, gpu_double.cudaMemcpyKind, gpu_double.cudaStreamCaptureMode):
+        assert {each.name: int(each) for each in enumeration}.items() <= {each.name: int(each) for each in getattr(runtime, enumeration.__name__)}.items()
