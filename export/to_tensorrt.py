@@ -1,4 +1,8 @@
-"""The canonical graph → a TensorRT plan for the GPU of this machine, with the proof that its attention is fused. Imported by vitserve.py; no torch.
+"""The canonical graph → a TensorRT plan for the GPU of this machine, with the proof that its attention is fused. Run by service/engines/plans.py; no torch.
+
+    python -m export.to_tensorrt GRAPH PLAN DEPTH OPTIONS
+
+says on each line what it is at; the last one tells the proof, or why there is no plan.
 
     typed graph ──parse──► strongly typed network ──build──► plan ──inspect──► AttentionProof
 
@@ -9,19 +13,20 @@ The steps follow https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, SupportsBytes, SupportsInt, cast
+from typing import SupportsBytes, SupportsInt, cast
 
 import onnx_ir as ir
 import tensorrt as trt
 
 from export.plan_report import PlanReport, report_of
 from export.typed import typed
+from service.engines.plans import PlanOptions
 from service.engines.tensorrt_engine import TensorRtLogger, shape_of
 
 PROFILES = (1, 8)  # largest batch of each profile; a further one goes up to the largest batch that is served
@@ -33,32 +38,6 @@ class PlanError(RuntimeError):
 
 class Cancelled(PlanError):
     """Whoever watches the progress wanted no more of it."""
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    precision: Literal["bf16", "fp16"] = "bf16"
-    max_batch: int = 64
-    optimization_level: int = 3  # 0 … 5: more tactics are tried at each
-    workspace_bytes: int = 4 << 30  # at most, while building and for scratch memory of the plan
-    allow_unfused: bool = False
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a plan is good for, and for nothing else."""
-
-    gpu: str
-    compute_capability: tuple[int, int]
-
-    @property
-    def slug(self) -> str:
-        major, minor = self.compute_capability
-        return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.gpu).strip('-').lower()}-sm{major}{minor}-trt{trt.__version__}"
-
-
-def plan_path(folder: Path, graph_sha256: str, options: PlanOptions, target: Target) -> Path:
-    return folder / f"{graph_sha256[:12]}-{options.precision}-b{options.max_batch}-{target.slug}.plan"
 
 
 def plan_for(canonical: Path, path: Path, depth: int, options: PlanOptions, progress: Callable[[str], bool] = lambda step: True) -> PlanReport:
@@ -155,3 +134,25 @@ class _Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]  # as
 
     def phase_finish(self, phase_name: str) -> None:
         self._steps.pop(phase_name, None)
+
+
+def main() -> int:
+    graph, path, depth, options = sys.argv[1:]
+
+    def progress(step: str) -> bool:
+        try:
+            print(step, flush=True)  # noqa: T201  # whoever wants the plan reads it
+        except BrokenPipeError:  # nobody does any more
+            return False
+        return True
+
+    try:
+        progress(str(plan_for(Path(graph), Path(path), int(depth), PlanOptions(**json.loads(options)), progress)))
+    except PlanError as error:
+        progress(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,8 +19,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -272,7 +273,20 @@ class Refused(Exception):
         self.result = result
 
 
-def open_model(settings: Settings) -> tuple[Bundle, Opened]:
+class Progress:
+    """Tells the supervisor what the opening is at, so that it is patient, and /readyz can say it; a few times a second at most."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._next = channel, 0.0
+
+    def __call__(self, step: str) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 0.5
+            self._channel.send({"kind": "progress", "step": step[:1000]})
+
+
+def open_model(settings: Settings, progress: Callable[[str], None]) -> tuple[Bundle, Opened]:
     """Raises Refused."""
     try:
         bundle = open_bundle(Path(settings.bundle) if settings.bundle else EMBEDDED)
@@ -283,9 +297,11 @@ def open_model(settings: Settings) -> tuple[Bundle, Opened]:
         choice = None  # another engine was asked for than the one that was measured
     lanes = settings.lanes or (min(choice.lanes, settings.slots // settings.max_batch) if choice else 1)
     threads = settings.threads or (choice.threads if choice and not settings.lanes else 0)
-    options = EngineOptions(settings.engine, settings.precision, lanes, threads, settings.max_batch, _compiled_folder(settings))
+    plans = {"none": "", "auto": str(cache_folder() / "plans")}.get(settings.plan_folder, settings.plan_folder)
+    precision: Any = settings.precision  # one of the literals: Settings has looked
+    options = EngineOptions(settings.engine, precision, lanes, threads, settings.max_batch, _compiled_folder(settings), plans)
     try:
-        return bundle, open_engine(bundle, options, (choice.engine, choice.precision) if choice else None)
+        return bundle, open_engine(bundle, options, (choice.engine, choice.precision) if choice else None, progress)
     except NoEngine as error:
         raise Refused("no_engine", str(error)) from error
 
@@ -351,7 +367,7 @@ def main() -> None:
     os.nice(NICENESS)
     settings = Settings(**opening["settings"])
     try:
-        process, founded = _open(settings, opening, descriptors)
+        process, founded = _open(settings, opening, descriptors, channel)
     except Refused as refused:
         channel.send({"kind": "refused", "result": refused.result, "reason": str(refused)[:10_000]})
         return
@@ -362,11 +378,11 @@ def main() -> None:
     process.engine.close()
 
 
-def _open(settings: Settings, opening: Message, descriptors: list[int]) -> tuple[EngineProcess, list[int]]:
+def _open(settings: Settings, opening: Message, descriptors: list[int], channel: Channel) -> tuple[EngineProcess, list[int]]:
     """The process's work, and the descriptor of the ring if it was made here. Raises Refused."""
     if descriptors:  # it takes its place at slots that are there, whatever was tuned meanwhile
         settings = dataclasses.replace(settings, lanes=Ring(descriptors[0]).shape.lanes)
-    bundle, opened = open_model(settings)
+    bundle, opened = open_model(settings, Progress(channel))
     seconds = warm_up(opened.engine, bundle.manifest.preprocessing.image_size)
     served = describe(bundle, opened)
     founded = [] if descriptors else [make_ring(bundle, opened, served, settings, opening["fronts"], opening["engines"])]

@@ -39,6 +39,11 @@ def multiplies_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(flags & {"avx512_vnni", "avx_vnni", "asimddp"})
 
 
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver has a device for us."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()  # the second under WSL
+
+
 def cache_folder() -> Path:
     """Where vitserve keeps what it can make again, of the XDG base directory specification."""
     base = os.environ.get("XDG_CACHE_HOME", "")

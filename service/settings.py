@@ -22,8 +22,13 @@ class Settings:
     host: str = _setting("127.0.0.1", "Address to listen on. 0.0.0.0 serves the network; vitserve has no authentication of its own.")
     port: int = _setting(8000, "Port to listen on; 0 takes a free one and logs it.")
     bundle: str = _setting("", "Folder of the bundle to serve; empty serves the model that comes with vitserve.")
-    engine: str = _setting("auto", "auto, onnxruntime or openvino. auto takes what `vitserve tune` found, or else the first that should be fastest.")
-    precision: str = _setting("auto", "auto, fp32, bf16 or int8. auto takes the fastest in the bundle; what is in it lost little enough when it was made.")
+    engine: str = _setting(
+        "auto",
+        "auto, tensorrt, onnxruntime or openvino. auto: TensorRT on a GPU, else what `vitserve tune` found, else what should be fastest.",
+    )
+    precision: str = _setting(
+        "auto", "auto, fp32, bf16, fp16 (TensorRT) or int8. auto takes the fastest in the bundle; what is in it lost little enough when made."
+    )
     workers: int = _setting(0, "Front processes, which speak HTTP and decode; 0 takes one for every four cores, at most eight.")
     engines: int = _setting(0, "Engine processes; 0 takes one for each device. A CPU is one.")
     lanes: int = _setting(0, "Batches that run at once; 0 takes what `vitserve tune` found, or else 1. More pay on many cores, which one batch cannot fill.")
@@ -37,6 +42,7 @@ class Settings:
     max_images: int = _setting(64, "Images in one request.")
     jpeg_draft: bool = _setting(True, "Let libjpeg decode JPEGs at 1/2, 1/4 or 1/8 where three times the needed size remains: faster, not equal to the bit.")
     compiled_folder: str = _setting("auto", "Where engines keep what they compiled, for a quicker start: a folder; auto, in $XDG_CACHE_HOME/vitserve; or none.")
+    plan_folder: str = _setting("auto", "Where TensorRT's plans lie, built at the first start on a GPU: a folder; auto, in $XDG_CACHE_HOME/vitserve; or none.")
     admin_key: str = _setting("", "Key for POST /v1/admin/reload, sent as a bearer token; without one that route is closed. SIGHUP needs none.")
     hang_seconds: float = _setting(10.0, "A process silent for so long, or a batch running for so long and five times its measure, is killed and replaced.")
     drain_seconds: float = _setting(30.0, "After SIGTERM, how long admitted work may take to be answered. A second SIGTERM ends it now.")
@@ -54,11 +60,15 @@ class Settings:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.port <= 65535:
             raise SettingsError(f"port is {self.port}; it must be from 0 to 65535")
-        self._one_of("engine", "auto", "onnxruntime", "openvino")
-        self._one_of("precision", "auto", "fp32", "bf16", "int8")
+        self._one_of("engine", "auto", "tensorrt", "onnxruntime", "openvino")
+        self._one_of("precision", "auto", "fp32", "bf16", "fp16", "int8")
         self._one_of("log_level", "debug", "info", "warning", "error")
         if self.engine == "onnxruntime" and self.precision == "bf16":
             raise SettingsError("engine onnxruntime has no bf16 on a CPU; use engine openvino, or precision fp32")
+        if self.engine == "tensorrt" and (self.precision not in ("auto", "bf16", "fp16") or self.plan_folder == "none"):
+            raise SettingsError(f"engine tensorrt needs precision bf16 or fp16 and a plan_folder; they are {self.precision} and {self.plan_folder}")
+        if self.precision == "fp16" and self.engine not in ("auto", "tensorrt"):
+            raise SettingsError(f"engine {self.engine} has no fp16 on a CPU; use engine tensorrt, or another precision")
         if self.slots < self.max_batch * max(1, self.lanes):
             raise SettingsError(f"{self.slots} slots cannot fill {max(1, self.lanes)} lanes with batches of {self.max_batch}")
         share = self.slots // max(1, self.workers)

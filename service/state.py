@@ -65,7 +65,7 @@ class State:
         if self._said.get("failure") is not None:
             reasons.append(self._said["failure"])
         elif self.current is None:
-            reasons.append("starting: the engine is being opened, warmed up and proven")
+            reasons.append(f"starting: {self._said.get('progress') or 'the engine is being opened, warmed up and proven'}")
         return reasons
 
     def refused(self) -> list[dict[str, Any]]:

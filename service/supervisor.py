@@ -66,6 +66,7 @@ class Supervisor:
         self._failure: str | None = None  # why no model is served
         self._restarts = {process: {"died": 0, "hung": 0} for process in ("front", "engine")}
         self._reloads: dict[str, int] = {"ok": 0}
+        self._progress: str | None = None  # of an engine that is being opened
         self._reload_wanted = asyncio.Event()
         self._asking: list[tuple[Child, int]] = []  # fronts that wait to hear what came of a reload
         self._stopping = asyncio.Event()
@@ -249,8 +250,7 @@ class Supervisor:
         opening = {"engine": index, "fronts": self.settings.workers, "engines": self.settings.engines}
         child = self._start("service.engine_process", name, opening, [] if generation.ring is None else [generation.ring])
         try:
-            async with asyncio.timeout(START_SECONDS):
-                received = await child.receive()
+            received = await self._opened(child)
         except TimeoutError:
             child.kill()
             await self._ended(child)
@@ -264,6 +264,19 @@ class Supervisor:
         if descriptors:
             (generation.ring,) = descriptors
         return child
+
+    async def _opened(self, child: Child) -> tuple[Message, list[int]] | None:
+        """What it says when it is done, or None at its end. Raises TimeoutError when it has said nothing for too long."""
+        try:
+            while True:
+                async with asyncio.timeout(START_SECONDS):
+                    received = await child.receive()
+                if received is None or received[0]["kind"] != "progress":
+                    return received
+                self._progress = received[0]["step"]
+                self._tell_status()
+        finally:
+            self._progress = None
 
     async def _end_engines(self) -> None:
         generations = [each for each in (self._serving, self._older) if each is not None]
@@ -329,7 +342,7 @@ class Supervisor:
         self._tell_status()
 
     def _status(self) -> Message:
-        return {"kind": "status", "failure": self._failure, "restarts": self._restarts, "reloads": self._reloads}
+        return {"kind": "status", "failure": self._failure, "progress": self._progress, "restarts": self._restarts, "reloads": self._reloads}
 
     def _tell_status(self) -> None:
         for front in self._fronts.values():

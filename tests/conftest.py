@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -160,11 +160,11 @@ class Server:
         return self.process.wait(60)
 
 
-def start_server(*arguments: str, until: str = "service.front: ready") -> Server:
+def start_server(*arguments: str, until: str = "service.front: ready", environment: Mapping[str, str] | None = None) -> Server:
     """Returns when the log says so; whatever it says instead is in the failure."""
     command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", *arguments]
-    environment = os.environ | {"PYTHONWARNINGS": "default"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    complete = os.environ | {"PYTHONWARNINGS": "default"} | dict(environment or {})
+    process = subprocess.Popen(command, cwd=ROOT, env=complete, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     running = Server(process)
     threading.Thread(target=running.read, daemon=True).start()  # a pipe that nobody reads would stop the server

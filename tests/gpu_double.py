@@ -7,11 +7,15 @@ name and argument here is one of the genuine bindings'.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
+import os
+import sys
 import types
 from collections.abc import Callable
 from enum import Enum, IntEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +72,9 @@ class Device:
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
         return (cudaError_t.cudaSuccess, self.devices) if self.devices else (cudaError_t.cudaErrorNoDevice, 0)
+
+    def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
+        return cudaError_t.cudaSuccess, types.SimpleNamespace(name=b"NVIDIA H200", major=9, minor=0)
 
     def cudaGetErrorName(self, error: cudaError_t) -> tuple[Any, ...]:
         return cudaError_t.cudaSuccess, error.name.encode()
@@ -156,6 +163,26 @@ class Device:
         return (cudaError_t.cudaSuccess,)
 
 
+def install() -> None:
+    """For a process of its own: TensorRT and CUDA are this double, of one device. Environment: DOUBLE_FAULT, a file whose first reader's device dies."""
+    device = Device()
+    fault = os.environ.get("DOUBLE_FAULT", "")
+    genuine = device.cudaGraphLaunch
+
+    def launch(graphExec: int, stream: int) -> tuple[Any, ...]:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(fault)
+            device.dead = cudaError_t.cudaErrorIllegalAddress
+            return (device.dead,)
+        return genuine(graphExec, stream)
+
+    device.cudaGraphLaunch = launch  # type: ignore[method-assign]
+    packages = {name: types.ModuleType(name) for name in ("cuda", "cuda.bindings")}
+    packages["cuda.bindings"].runtime = runtime_of(device)  # type: ignore[attr-defined]
+    sys.modules.update(packages)
+    sys.modules["tensorrt"] = tensorrt_of(device)
+
+
 def runtime_of(device: Device) -> types.ModuleType:
     """``cuda.bindings.runtime`` for that device."""
     module: Any = types.ModuleType("cuda.bindings.runtime")
@@ -167,7 +194,7 @@ def runtime_of(device: Device) -> types.ModuleType:
 
 
 CALLS = [name for name in vars(Device) if name.startswith("cuda")]
-VALUED = {"cudaGetDeviceCount", "cudaMalloc", "cudaStreamCreateWithFlags", "cudaStreamEndCapture", "cudaGraphInstantiate"}
+VALUED = {"cudaGetDeviceCount", "cudaGetDeviceProperties", "cudaMalloc", "cudaStreamCreateWithFlags", "cudaStreamEndCapture", "cudaGraphInstantiate"}
 
 
 def _failing(device: Device, name: str, call: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -329,6 +356,9 @@ class Builder:
             config.progress_monitor.phase_start("timing", "", 2)
             if not all(config.progress_monitor.step_complete("timing", step) for step in range(2)):
                 return None
+            gate = os.environ.get("DOUBLE_GATE")  # a pipe, which blocks until the test has seen what it wants and writes
+            if gate is not None:
+                Path(gate).read_bytes()
             config.progress_monitor.phase_finish("timing")
         if self.impossible:
             self._logger.log(Severity.ERROR, self.impossible)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import threading
 import types
@@ -16,10 +17,11 @@ import numpy as np
 import onnx
 import pytest
 
-from model.bundle import Bundle, sha256
+from model.bundle import Bundle
 from model.parity import compare
 from service.engines.engine import DeviceLost, EngineUnavailable
 from service.engines.padding import worthwhile
+from service.engines.plans import PlanOptions, plan_path
 from tests import gpu_double
 from tests.conftest import TINY
 from tests.gpu_double import Device, cudaError_t
@@ -43,7 +45,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     for name in OURS:
         monkeypatch.delitem(sys.modules, name, raising=False)
     cuda, engine, build = (importlib.import_module(name) for name in OURS)
-    yield SimpleNamespace(device=device, cuda=cuda, engine=engine, build=build, options=build.PlanOptions(max_batch=4))
+    yield SimpleNamespace(device=device, cuda=cuda, engine=engine, build=build, options=PlanOptions(max_batch=4))
     for name in OURS:
         sys.modules.pop(name, None)
 
@@ -219,9 +221,11 @@ def test_timings_are_kept_and_those_of_another_gpu_are_left_aside(gpu: SimpleNam
 
 
 def test_a_plan_is_named_by_all_that_it_is_good_for(gpu: SimpleNamespace, bundle: Bundle) -> None:
-    target = gpu.build.Target("NVIDIA H200", (9, 0))
-    named = gpu.build.plan_path(Path("plans"), sha256(bundle.path / "model.onnx"), gpu.options, target)
-    assert named.name == f"{sha256(bundle.path / 'model.onnx')[:12]}-bf16-b4-nvidia-h200-sm90-trt11.4.0.106.plan"
+    named = plan_path(Path("plans"), bundle, gpu.options, gpu.engine.target())
+    assert re.fullmatch(r"[0-9a-f]{12}-bf16-b4-nvidia-h200-sm90-trt11\.4\.0\.106\.plan", named.name)
+    other = replace(bundle, manifest=replace(bundle.manifest, files=bundle.manifest.files | {"model.onnx.data": "0"}))
+    others = {plan_path(Path("plans"), other, gpu.options, gpu.engine.target()), plan_path(Path("plans"), bundle, PlanOptions("fp16", 4), gpu.engine.target())}
+    assert len(others | {named}) == 3
 
 
 def test_the_last_profile_reaches_the_largest_batch(gpu: SimpleNamespace) -> None:

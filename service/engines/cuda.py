@@ -49,6 +49,12 @@ def count_devices() -> int:
     return int(count)
 
 
+def describe_device() -> tuple[str, tuple[int, int]]:
+    """Its name and compute capability."""
+    properties = checked(runtime.cudaGetDeviceProperties(0))
+    return properties.name.decode(), (properties.major, properties.minor)
+
+
 class Stream:
     def __init__(self) -> None:
         self.handle = int(checked(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))

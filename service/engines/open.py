@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from model.bundle import Artefact, Bundle
+from model.bundle import GRAPH, Artefact, Bundle
 from model.parity import Outputs, Parity, Precision, compare
 from service import machine
 from service.engines.engine import Engine, EngineUnavailable
+from service.engines.plans import PlanOptions, build_elsewhere, plan_path
 
 log = logging.getLogger(__name__)
 
@@ -18,15 +21,17 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class EngineOptions:
     engine: str = "auto"
-    precision: str = "auto"
+    precision: Precision | Literal["auto"] = "auto"
     lanes: int = 1
     threads: int = 0  # per lane; 0: the machine's cores shared among the lanes
     max_batch: int = 8
     compiled_folder: str = ""  # where engines keep what they compiled, for a quicker start; empty: nowhere
+    plan_folder: str = ""  # where TensorRT's plans lie or are built; empty: TensorRT is not used
 
 
 # Fastest first, where nobody has measured: ViT-B/16 on two cores with VNNI and bf16, docs/benchmarks.md.
 _FASTEST = (("openvino", "int8"), ("onnxruntime", "int8"), ("openvino", "bf16"), ("openvino", "fp32"), ("onnxruntime", "fp32"))
+_PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "vitserve[tensorrt]"}
 # An engine may be as far from its source as it was when it was accepted, and as far again: other CPUs round and saturate differently.
 _SPREAD, _SLACK = 2.0, 0.01
 
@@ -53,10 +58,11 @@ class Opened:
     refused: tuple[Refusal, ...]  # why each better candidate is not the one
 
 
-def open_engine(bundle: Bundle, options: EngineOptions, first: tuple[str, str] | None = None) -> Opened:
+def open_engine(bundle: Bundle, options: EngineOptions, first: tuple[str, str] | None = None, progress: Callable[[str], None] = lambda step: None) -> Opened:
     """Opens the fastest of the bundle's artefacts that fits ``options``, can run here and passes the golden gate. Raises NoEngine.
 
     ``first`` is the engine and precision to try before all others, because they were measured to be the fastest here.
+    ``progress`` is told of what takes minutes.
     """
     refused: list[Refusal] = []
     for artefact in _candidates(bundle, options, first):
@@ -67,7 +73,8 @@ def open_engine(bundle: Bundle, options: EngineOptions, first: tuple[str, str] |
             if damage:
                 cause = "damaged"
                 raise ValueError("; ".join(damage))
-            engine = open_one(artefact.engine, artefact.precision, bundle.path / artefact.path, options)
+            graph = _plan(bundle, artefact.precision, options, progress) if artefact.engine == "tensorrt" else bundle.path / artefact.path
+            engine = open_one(artefact.engine, artefact.precision, graph, options)
             cause = "golden_gate"
             return Opened(engine, golden_gate(engine, bundle, artefact), tuple(refused))
         except Exception as error:  # whatever a foreign library raises while it compiles or runs, the next engine may still serve
@@ -79,7 +86,7 @@ def open_engine(bundle: Bundle, options: EngineOptions, first: tuple[str, str] |
 
 
 def open_one(name: str, precision: Precision, graph: Path, options: EngineOptions) -> Engine:
-    """Raises EngineUnavailable where the library is absent or the hardware cannot do it."""
+    """``graph`` is the file that the engine runs; for TensorRT, a plan. Raises EngineUnavailable where the library is absent or the hardware cannot do it."""
     threads = options.threads or max(1, machine.cores() // options.lanes)
     try:
         if name == "onnxruntime":
@@ -90,9 +97,32 @@ def open_one(name: str, precision: Precision, graph: Path, options: EngineOption
             from service.engines.openvino_engine import OpenVinoEngine
 
             return OpenVinoEngine(graph, precision, options.lanes, threads, options.max_batch, options.compiled_folder)
+        if name == "tensorrt":
+            from service.engines.tensorrt_engine import TensorRtEngine
+
+            return TensorRtEngine(graph, precision, options.lanes, options.max_batch)
     except ImportError as error:
-        raise EngineUnavailable(f"{name} is not installed: {error}") from error
+        raise _not_installed(name, error) from error
     raise EngineUnavailable(f"there is no engine called {name!r}")
+
+
+def _not_installed(name: str, error: ImportError) -> EngineUnavailable:
+    return EngineUnavailable(f"{name} is not installed ({error}): pip install '{_PACKAGES[name]}'")
+
+
+def _plan(bundle: Bundle, precision: Precision, options: EngineOptions, progress: Callable[[str], None]) -> Path:
+    """For the GPU that is here; built if it is not there yet. Raises EngineUnavailable."""
+    try:
+        from service.engines.tensorrt_engine import target
+    except ImportError as error:
+        raise _not_installed("tensorrt", error) from error
+    if precision not in ("bf16", "fp16"):
+        raise EngineUnavailable(f"tensorrt runs in bf16 or fp16, not in {precision}")
+    chosen = PlanOptions(precision, max_batch=options.max_batch)
+    path = plan_path(Path(options.plan_folder), bundle, chosen, target())
+    if not path.exists():
+        build_elsewhere(bundle, path, chosen, progress)
+    return path
 
 
 def golden_gate(engine: Engine, bundle: Bundle, artefact: Artefact) -> Parity:
@@ -143,4 +173,13 @@ def _candidates(bundle: Bundle, options: EngineOptions, first: tuple[str, str] |
         return _FASTEST.index(key)
 
     fitting = (each for each in bundle.manifest.artefacts if options.engine in ("auto", each.engine) and options.precision in ("auto", each.precision))
-    return sorted(fitting, key=place)
+    return [*_on_a_gpu(bundle, options), *sorted(fitting, key=place)]
+
+
+def _on_a_gpu(bundle: Bundle, options: EngineOptions) -> list[Artefact]:
+    """What no bundle holds, because it is made of the canonical graph for the very GPU that runs it."""
+    if not options.plan_folder or not (options.engine == "tensorrt" or (options.engine == "auto" and machine.has_gpu())):
+        return []
+    source = next((each for each in bundle.manifest.artefacts if each.path == GRAPH and each.precision == "fp32"), None)
+    precisions: tuple[Precision, ...] = ("bf16", "fp16") if options.precision == "auto" else (options.precision,)
+    return [dataclasses.replace(source, engine="tensorrt", precision=each) for each in precisions] if source is not None else []

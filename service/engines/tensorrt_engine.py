@@ -18,6 +18,7 @@ from model.preprocess import Pixels
 from service.engines import cuda
 from service.engines.engine import EngineUnavailable
 from service.engines.padding import worthwhile
+from service.engines.plans import Target
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,13 @@ class TensorRtLogger(trt.ILogger):  # type: ignore[misc, unused-ignore]  # of no
             log.error("TensorRT: %s", msg)
         else:
             log.log(logging.WARNING if severity == trt.ILogger.Severity.WARNING else logging.DEBUG, "TensorRT: %s", msg)
+
+
+def target() -> Target:
+    """What a plan built here is good for. Raises EngineUnavailable without a device."""
+    cuda.count_devices()
+    name, capability = cuda.describe_device()
+    return Target(name, capability, trt.__version__)
 
 
 class TensorRtEngine:
