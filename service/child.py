@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from service.control import Channel, Message
@@ -20,13 +20,13 @@ log = logging.getLogger("service.supervisor")
 class Child:
     """Runs ``module`` in a process group of its own; ``opening`` is its first message. A child has ended when its channel has."""
 
-    def __init__(self, module: str, name: str, epoch: int, opening: Message, descriptors: Sequence[int]) -> None:
+    def __init__(self, module: str, name: str, epoch: int, opening: Message, descriptors: Sequence[int], environment: Mapping[str, str]) -> None:
         self.name, self.epoch, self.hung = name, epoch, False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
         with theirs:
             command = [sys.executable, "-P", "-m", module, str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | {"PYTHONPATH": path}, process_group=0)
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | {"PYTHONPATH": path} | dict(environment), process_group=0)
         ours.setblocking(False)
         self._channel = Channel(ours)
         self._readable = asyncio.Event()

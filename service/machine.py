@@ -39,9 +39,13 @@ def multiplies_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(flags & {"avx512_vnni", "avx_vnni", "asimddp"})
 
 
-def has_gpu() -> bool:
-    """Whether NVIDIA's driver has a device for us."""
-    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()  # the second under WSL
+def gpus(drivers: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """NVIDIA's devices that CUDA would show this process, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = [str(index) for index, _ in enumerate(drivers.iterdir())] if drivers.is_dir() else []
+    if not there and Path("/dev/dxg").exists():  # WSL, which tells no more
+        there = ["0"]
+    return there if visible is None or not there else [each.strip() for each in visible.split(",") if each.strip()]
 
 
 def cache_folder() -> Path:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import os
 import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from service import layout, machine
@@ -248,7 +249,9 @@ class Supervisor:
         # The generations that exist at one time differ in parity, so that no two processes have one name.
         name = f"engine-{index}-{'ab'[generation.number % 2]}"
         opening = {"engine": index, "fronts": self.settings.workers, "engines": self.settings.engines}
-        child = self._start("service.engine_process", name, opening, [] if generation.ring is None else [generation.ring])
+        devices = machine.gpus()
+        environment = {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)]} if devices else {}
+        child = self._start("service.engine_process", name, opening, [] if generation.ring is None else [generation.ring], environment)
         try:
             received = await self._opened(child)
         except TimeoutError:
@@ -292,10 +295,10 @@ class Supervisor:
 
     # -- any child
 
-    def _start(self, module: str, name: str, opening: Message, descriptors: list[int]) -> Child:
+    def _start(self, module: str, name: str, opening: Message, descriptors: list[int], environment: Mapping[str, str] | None = None) -> Child:
         self._epochs += 1
         opening = opening | {"kind": "open", "process": name, "epoch": self._epochs, "settings": dataclasses.asdict(self.settings)}
-        child = Child(module, name, self._epochs, opening, descriptors)
+        child = Child(module, name, self._epochs, opening, descriptors, environment or {})
         self._children.add(child)
         return child
 
@@ -387,7 +390,9 @@ def serve(settings: Settings) -> int:
 def for_this_machine(settings: Settings, cores: int) -> Settings:
     """Fills in what is left to the machine. Raises SettingsError."""
     fronts = settings.workers or max(1, min(8, cores // 4, settings.slots // settings.max_images))
-    return dataclasses.replace(settings, workers=fronts, engines=settings.engines or 1, decode_threads=settings.decode_threads or max(1, cores // fronts))
+    on_gpus = settings.engine == "tensorrt" or (settings.engine == "auto" and importlib.util.find_spec("tensorrt") is not None)
+    engines = settings.engines or (max(1, len(machine.gpus())) if on_gpus else 1)
+    return dataclasses.replace(settings, workers=fronts, engines=engines, decode_threads=settings.decode_threads or max(1, cores // fronts))
 
 
 def _listen_on(settings: Settings) -> socket.socket:

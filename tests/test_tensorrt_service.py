@@ -9,7 +9,10 @@ import httpx
 import pytest
 
 from model.bundle import Bundle
+from service import machine
 from service.engines.open import EngineOptions, NoEngine, open_engine
+from service.settings import Settings
+from service.supervisor import for_this_machine
 from tests.conftest import encoded, picture, start_server
 from tests.test_processes import wait_until
 
@@ -71,8 +74,23 @@ def test_without_tensorrt_its_name_gives_the_line_to_run(bundle: Bundle, tmp_pat
 
 
 def test_on_a_gpu_it_comes_first_and_what_the_bundle_holds_serves_without_it(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.machine.has_gpu", lambda: True)
+    monkeypatch.setattr("service.machine.gpus", lambda: ["0"])
     opened = open_engine(bundle, EngineOptions(plan_folder=str(tmp_path)))
     opened.engine.close()
     assert [(each.engine, each.cause) for each in opened.refused[:2]] == [("tensorrt", "unavailable")] * 2
     assert opened.engine.name in ("openvino", "onnxruntime")
+
+
+def test_each_gpu_has_an_engine_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for bus in ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0"):
+        (tmp_path / bus).mkdir()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine.gpus(tmp_path) == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 0")
+    assert machine.gpus(tmp_path) == ["2", "0"]
+    monkeypatch.setattr("service.machine.gpus", lambda: ["2", "0"])
+    assert for_this_machine(Settings(engine="tensorrt"), 8).engines == 2
+    assert for_this_machine(Settings(engine="tensorrt", engines=1), 8).engines == 1
+    assert for_this_machine(Settings(engine="openvino"), 8).engines == 1
+    monkeypatch.setattr("service.machine.gpus", lambda: [])
+    assert for_this_machine(Settings(engine="tensorrt"), 8).engines == 1

@@ -178,7 +178,7 @@ def _candidates(bundle: Bundle, options: EngineOptions, first: tuple[str, str] |
 
 def _on_a_gpu(bundle: Bundle, options: EngineOptions) -> list[Artefact]:
     """What no bundle holds, because it is made of the canonical graph for the very GPU that runs it."""
-    if not options.plan_folder or not (options.engine == "tensorrt" or (options.engine == "auto" and machine.has_gpu())):
+    if not options.plan_folder or not (options.engine == "tensorrt" or (options.engine == "auto" and machine.gpus())):
         return []
     source = next((each for each in bundle.manifest.artefacts if each.path == GRAPH and each.precision == "fp32"), None)
     precisions: tuple[Precision, ...] = ("bf16", "fp16") if options.precision == "auto" else (options.precision,)
