@@ -16,7 +16,7 @@ import httpx
 from bench.door import free_port
 from tests.promql import CONFIGURATION
 
-INTERVAL = "500ms"  # of scrapes and of evaluation, instead of 15 s: the test shall not take minutes
+INTERVAL = "2s"  # of scrapes and of evaluation, instead of 15 s: the test shall not take minutes. A scrape may take as long, beside an overload
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Prometheus:
         ends = time.monotonic() + 60
         while not self.query(expression):
             assert time.monotonic() < ends, f"within a minute nothing for {expression}"
+            time.sleep(0.1)  # it announces itself nowhere, and who asks without pause takes the time of what is being watched
 
 
 @contextmanager
