@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA ?= data/cifar10_jpeg.npz
 RUN ?= runs/default
 
-.PHONY: serve test test-slow check train bundle bench clean
+.PHONY: serve test test-slow check train bundle bench rules clean
 
 serve: $(VENV)/serve.stamp
 	$(BIN)/vitserve serve
@@ -31,6 +31,12 @@ bundle: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m bench.door $(BENCH_ARGS)
+
+# The Prometheus operator's form of the same rules.
+rules:
+	{ printf '# Written by `make rules` from docker/prometheus/rules.yml, which is the one to edit.\napiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\n'; \
+	printf 'metadata:\n  name: vitserve\n  labels:\n    app.kubernetes.io/name: vitserve\nspec:\n'; \
+	sed -n '/^groups:/,$$p' docker/prometheus/rules.yml | sed 's/^\(.\)/  \1/'; } > k8s/components/monitoring/rules.yaml
 
 clean:
 	rm -rf $(VENV) build *.egg-info

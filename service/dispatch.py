@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from model.parity import Floats, softmax
 from model.preprocess import Decoder, ImageError
 from service import errors, wire
+from service.demand import Demand
 from service.link import Link
 from service.metrics import Metrics
 from service.ring import Ring, urgency
@@ -87,6 +88,7 @@ class Dispatcher:
         self.served = Served.from_json(self.ring.description)
         self.decoder = Decoder(self.served.preprocessing, self.settings.max_image_pixels, self.settings.jpeg_draft)
         self.slots = Slots(self.ring, self.front, self.epoch)
+        self.demand = Demand(self.ring, self.front, self.metrics)
         self._lock = threading.Lock()
 
     async def classify(self, encoded: bytes, deadline: float, priority: int, admitted: bool = False) -> Answer:
@@ -133,6 +135,11 @@ class Dispatcher:
     def reachable(self) -> bool:
         """Whether an engine is there."""
         return bool(self._links)
+
+    @property
+    def lanes(self) -> int:
+        """Of the engines that are there."""
+        return len(self._links) * self.ring.shape.lanes
 
     def stuck(self, link: Link) -> None:
         """On any thread: the link is to be flushed as soon as its socket takes more."""
@@ -210,6 +217,8 @@ class Dispatcher:
     def _admit(self, deadline: float, priority: int) -> Ticket:
         with self._lock:
             admitted = self.slots.admit(deadline, priority, time.monotonic(), self._engines())
+            if isinstance(admitted, Shed):
+                self.demand.refused()
         if isinstance(admitted, Shed):
             raise self._refuse(admitted)
         return admitted
@@ -244,8 +253,9 @@ class Dispatcher:
     def _decode(self, job: _Job) -> None:
         began = time.monotonic()
         outcome: Outcome | None = None
+        late = job.ticket.deadline <= began
         try:
-            if job.left or job.ticket.deadline <= began:
+            if job.left or late:
                 outcome = errors.DeadlineExceeded("the deadline passed before the image could be decoded")
             else:
                 self.ring.pixels[job.ticket.slot] = self.decoder.decode(job.encoded)
@@ -258,6 +268,10 @@ class Dispatcher:
         ask: Ask | None = None
         with self._lock:
             job.decoded = True
+            if late and not job.admitted:
+                self.demand.refused()
+            elif not job.left and not job.admitted:  # one that was admitted before asked there
+                self.demand.decoded(job.decode_seconds, runs=outcome is None)
             if outcome is None and job.left:
                 outcome = errors.DeadlineExceeded("nobody waits for it")
             if outcome is None:

@@ -1,6 +1,6 @@
 """How one model's shared memory is laid out: an anonymous ring of slots, with what the engines publish of themselves.
 
-    header | outlook of each engine | columns of the slots | pixels | logits | embedding | description
+    header | outlook of each engine | demand of each front | columns of the slots | pixels | logits | embedding | description
 
 Needs no numpy, so that the supervisor can clear a dead front's slots. Imported by ring.py, which gives the arrays, and supervisor.py.
 A slot's column entries are written by its front, except that an engine turns WAITING into RUNNING and then its urgency into infinity.
@@ -70,6 +70,7 @@ def regions(shape: Shape) -> dict[str, Region]:
     slots, side = shape.slots, shape.image_size
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {
         "outlook": ("<f8", (shape.engines, LANES + shape.lanes + shape.max_batch)),
+        "demand": ("<f8", (shape.fronts, 3)),  # demand.Asked; a front that takes over from a dead one goes on with it
         "states": ("u1", (slots,)),
         "engines": ("u1", (slots,)),  # which engine has it, or NOWHERE
         "sequences": ("<u8", (slots,)),

@@ -40,7 +40,22 @@ class Metrics:
         self.images = Counter("vitserve_images", "Images by outcome: ok, or the code of the problem.", ["outcome"], registry=registry)
         self.images_shed = Counter("vitserve_images_shed", "Images refused because they could not be answered in time.", ["reason"], registry=registry)
         self.images_run_again = Counter("vitserve_images_run_again", "Images whose engine died and that were given to the next one.", registry=registry)
+        demanded = Counter(
+            "vitserve_demanded_seconds",
+            "Work asked for, admitted or shed, by the stage that would do it: see vitserve_saturation.",
+            ["stage"],
+            registry=registry,
+        )
+        self.demanded_decode, self.demanded_run = demanded.labels("decode"), demanded.labels("run")
         self.engine_failures = Counter("vitserve_engine_failures", "Batches that the engine failed to run.", registry=registry)
+        # From 0 on: Prometheus does not see the first increase of a series that was not there before, and that may be the one to alert of.
+        for status in ("200", "429", "500", "503", "504"):
+            self.requests.labels("/v1/classify", status)
+        for outcome in ("ok", "overloaded"):
+            self.images.labels(outcome)
+        for reason in ("deadline", "full"):
+            self.images_shed.labels(reason)
+        self.registry = registry
 
 
 def in_files(process: str) -> Metrics:
@@ -52,13 +67,26 @@ def in_files(process: str) -> Metrics:
 class Exposition:
     """All processes' counters and histograms, with the gauges of this moment."""
 
-    def __init__(self, gauges: Callable[[], Iterable[Metric]]) -> None:
+    def __init__(self, gauges: Callable[[], Iterable[Metric]], metrics: Metrics) -> None:
         self._registry = CollectorRegistry()
-        MultiProcessCollector(self._registry, os.environ[METRICS_FOLDER])  # type: ignore[no-untyped-call]
+        self._registry.register(_OfAll({each.name: each.documentation for each in metrics.registry.collect()}))
         self._registry.register(_Now(gauges))
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
+
+
+class _OfAll(Collector):
+    """What the files hold, explained: the files themselves do not say what a metric means."""
+
+    def __init__(self, documentation: dict[str, str]) -> None:
+        self._files = MultiProcessCollector(None, os.environ[METRICS_FOLDER])  # type: ignore[no-untyped-call]
+        self._documentation = documentation
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._files.collect():  # type: ignore[no-untyped-call]
+            metric.documentation = self._documentation[metric.name]
+            yield metric
 
 
 class _Now(Collector):

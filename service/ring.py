@@ -18,6 +18,8 @@ from model.preprocess import Pixels
 from service import layout
 from service.scheduler import Scheduler, caution_at, done_at
 
+_ASKED = struct.Struct("<3d")
+
 URGENCY_PER_PRIORITY = 1e9  # seconds; more than any monotonic clock's reading, so that a priority outweighs every deadline
 
 
@@ -70,7 +72,29 @@ class Ring:
     def _place(self, engine: int) -> int:
         return self._regions["outlook"].offset + engine * self._row.size
 
+    # -- written by a front
+
+    def ask(self, front: int, *asked: float) -> None:
+        """What demand.Asked holds of this front."""
+        _ASKED.pack_into(self._memory, self._regions["demand"].offset + front * _ASKED.size, *asked)
+
     # -- read by a front
+
+    def asked(self, front: int) -> tuple[float, ...]:
+        return _ASKED.unpack_from(self._memory, self._regions["demand"].offset + front * _ASKED.size)
+
+    def image_seconds(self) -> float:
+        """Of a lane, for one image of a full batch, as measured of late; the mean of the engines. 0 where none has started.
+
+        Of the knee's own measure, not of the monotone one that promises are made from: that one a single slow batch of 1 raises until another
+        batch of 1 is run, which under load may be never.
+        """
+        found = []
+        for engine in range(self.shape.engines):
+            row = self._row.unpack_from(self._memory, self._place(engine))
+            if knee := int(row[layout.KNEE]):
+                found.append(row[layout.LANES + self.shape.lanes + knee - 1] / knee)
+        return sum(found) / len(found) if found else 0.0
 
     def outlook(self, urgency: float, now: float, engines: Mapping[int, float]) -> Outlook:
         """Which of the engines would have a new image done first, and when. ``engines`` are those to choose from (at least one) with the

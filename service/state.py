@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import Metric
 from model.preprocess import prepare_pillow
 from service import errors, layout
 from service.control import BEATS, Channel, Message, orphaned
+from service.demand import Rates, saturation
 from service.dispatch import Dispatcher
 from service.link import Link
 from service.metrics import Exposition, Metrics
@@ -47,7 +48,7 @@ class State:
         prepare_pillow()
         self._loop = asyncio.get_running_loop()
         self._decoders = ThreadPoolExecutor(self.decode_threads, "decode")
-        self._exposition = Exposition(self._gauges)
+        self._exposition = Exposition(self._gauges, self.metrics)
         self.channel.setblocking(False)
         self._loop.add_reader(self.channel.fileno(), self._obey)
         self._beat()
@@ -137,6 +138,7 @@ class State:
             before, self._generation = self.current, message["generation"]
             self.current = Dispatcher(Ring(ring), self.front, self.epoch, self.settings, self.metrics, self._decoders, self._loop)
             if before is not None:
+                self.current.demand.go_on(before.demand)
                 before.retire()
         os.close(ring)
         assert self.current is not None
@@ -149,11 +151,20 @@ class State:
         ready.add_metric([], float(not self.reasons()))
         queue = GaugeMetricFamily("vitserve_queue_length", "Decoded images that wait for a lane.")
         flight = GaugeMetricFamily("vitserve_images_in_flight", "Images that hold a slot.")
+        capacity = GaugeMetricFamily(
+            "vitserve_stage_capacity", "Seconds of work that a stage can do in a second: decode threads, lanes of engines.", labels=["stage"]
+        )
+        saturated = GaugeMetricFamily("vitserve_saturation", "Work asked for, admitted or shed, over what can be done, of the stage where that is most.")
         model = GaugeMetricFamily("vitserve_model_info", "Which model is served, by what.", labels=["name", "version", "engine", "precision"])
         if self.current is not None:
             ring, served = self.current.ring, self.current.served
             queue.add_metric([], ring.count(layout.WAITING))
             flight.add_metric([], ring.count(layout.HELD, layout.WAITING, layout.RUNNING))
+            can = Rates(self.decode_threads * self.settings.workers, self.current.lanes)
+            capacity.add_metric(["decode"], can.decode)
+            capacity.add_metric(["run"], can.run)
+            # While no engine is there, one is being started: as if it were there already, for nobody is helped by more replicas that restart theirs.
+            saturated.add_metric([], saturation(self.current.demand.rates(), can._replace(run=can.run or ring.shape.lanes)))
             model.add_metric([served.name, served.version, served.engine, served.precision], 1)
         refused = GaugeMetricFamily(
             "vitserve_engine_refused", "1 for each faster engine that does not serve, by cause.", labels=["engine", "precision", "cause"]
@@ -167,4 +178,4 @@ class State:
         reloads = CounterMetricFamily("vitserve_reloads", "Reloads of the bundle by result.", labels=["result"])
         for result, count in self._said.get("reloads", {}).items():
             reloads.add_metric([result], count)
-        return ready, queue, flight, model, refused, restarts, reloads
+        return ready, queue, flight, capacity, saturated, model, refused, restarts, reloads
