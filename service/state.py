@@ -20,6 +20,7 @@ from service import errors, layout
 from service.control import BEATS, Channel, Message, orphaned
 from service.demand import Rates, saturation
 from service.dispatch import Dispatcher
+from service.gpu_gauges import gpu_gauges
 from service.link import Link
 from service.metrics import Exposition, Metrics
 from service.ring import Ring
@@ -178,4 +179,4 @@ class State:
         reloads = CounterMetricFamily("vitserve_reloads", "Reloads of the bundle by result.", labels=["result"])
         for result, count in self._said.get("reloads", {}).items():
             reloads.add_metric([result], count)
-        return ready, queue, flight, capacity, saturated, model, refused, restarts, reloads
+        return ready, queue, flight, capacity, saturated, model, refused, restarts, reloads, *gpu_gauges()

@@ -3,7 +3,7 @@
     python -m tests.tensorrt_stubs FOLDER
 
 TensorRT's bindings (PyPI: tensorrt_cu13_bindings) are imported with three empty libraries in the place of NVIDIA's, so that no object can be made, but
-every class, signature and enumeration is there to be read. CUDA's bindings (PyPI: cuda-bindings) import without a driver.
+every class, signature and enumeration is there to be read. CUDA's bindings (cuda-bindings) import without a driver, NVML's (nvidia-ml-py) are plain Python.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Missing(RuntimeError):
 
 
 def make_stubs(folder: Path) -> Path:
-    """A folder for MYPYPATH that holds ``tensorrt`` and ``cuda.bindings.runtime``. Raises Missing."""
+    """A folder for MYPYPATH that holds ``tensorrt``, ``cuda.bindings.runtime`` and ``pynvml``. Raises Missing."""
     bindings, stubs = folder / "bindings", folder / "stubs"
     _install(bindings)
     (stubs / "tensorrt").mkdir(parents=True)
@@ -55,6 +55,9 @@ def make_stubs(folder: Path) -> Path:
     for package in (stubs / "cuda", stubs / "cuda" / "bindings"):
         (package / "__init__.pyi").touch()
     (stubs / "cuda" / "bindings" / "runtime.pyi").write_text("\n".join(_of_cuda()))
+    import pynvml
+
+    shutil.copy(pynvml.__file__, stubs)  # Python, and its own stub
     return stubs
 
 

@@ -1,4 +1,4 @@
-"""What our code asks of TensorRT and CUDA exists there, with those arguments: type-checked against the genuine bindings, which need no GPU for that."""
+"""What our code asks of TensorRT, CUDA and NVML exists there, with those arguments: type-checked against the genuine bindings, which need no GPU for that."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.tensorrt_stubs import Missing, make_stubs
 
 # Each line asks for something that was there in an older version, or never was.
 PLANTED = """
+import pynvml
 import tensorrt as trt
 from cuda.bindings import runtime
 builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
@@ -36,6 +37,9 @@ runtime.cudaMalloc(1)
 runtime.cudaMalloc(1, 2)  # wrong
 runtime.cudaMalloc2(1)  # wrong
 runtime.cudaError_t.cudaErrorNothing  # wrong
+pynvml.nvmlDeviceGetMemory(0)  # wrong
+pynvml.nvmlDeviceGetClockInfo(0)  # wrong
+pynvml.NVML_CLOCK_SHADER  # wrong
 """
 
 
@@ -49,7 +53,7 @@ def sources() -> list[Path]:
                 imported |= {each.name.partition(".")[0] for each in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").partition(".")[0])
-        if imported & {"tensorrt", "cuda"}:
+        if imported & {"tensorrt", "cuda", "pynvml"}:
             found.append(path)
     return found
 
@@ -70,7 +74,7 @@ def complaints(stubs: Path) -> list[str]:
     planted.write_text(PLANTED)
     # Only what is named is read, and so has a type; the rest is checked elsewhere.
     arguments = ["--config-file=", "--follow-imports=skip", "--disable-error-code=var-annotated", f"--cache-dir={folder / 'cache'}"]
-    files = [*(str(each.relative_to(ROOT)) for each in sources()), str(planted), *map(str, stubs.rglob("*.pyi"))]
+    files = [*(str(each.relative_to(ROOT)) for each in sources()), str(planted), *map(str, stubs.rglob("*.py*"))]
     environment = os.environ | {"MYPYPATH": str(stubs)}
     done = subprocess.run([sys.executable, "-m", "mypy", *arguments, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stdout + done.stderr
@@ -79,7 +83,7 @@ def complaints(stubs: Path) -> list[str]:
 
 
 def test_all_that_our_code_uses_of_tensorrt_and_cuda_is_there(complaints: list[str]) -> None:
-    assert len(sources()) >= 3
+    assert len(sources()) >= 4
     assert [each for each in complaints if "planted.py" not in each] == []
 
 
