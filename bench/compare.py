@@ -76,20 +76,25 @@ def one_turn(name: str, setup: Setup, known: Sequence[Picture], pictures: Sequen
         found.left_out[name] = chosen
         return
     try:
-        with running(chosen, known[0]):
+        with running(chosen, known[0]) as started:
             classes = answers(chosen, known)
             rows = measured(chosen, pictures, options.connections, options.warm_up_seconds, options.seconds)
     except (Failed, Gone) as error:
         found.left_out[name] = str(error)
         return
     for row in rows:
-        found.services.append(Measured(name, chosen.name, sum(a == b for a, b in zip(classes, found.right, strict=True)), row))
+        found.services.append(Measured(name, chosen.name, started, sum(a == b for a, b in zip(classes, found.right, strict=True)), row))
 
 
 def engines_turn(bundle: Bundle, graph: Path, sizes: Sequence[int], seconds: float, found: Compared) -> None:
     """The plain graph in ONNX Runtime, as others run it, and each of the bundle's artefacts."""
+
+    def left_out(reason: str) -> None:
+        name, _, why = reason.partition(": ")
+        found.left_out[name] = why
+
     options = EngineOptions(max_batch=max(sizes))
-    subjects = [plain_subject(graph, options), *(subject for _, subject in opened(bundle, options, lambda reason: found.left_out.update({"engine": reason})))]
+    subjects = [plain_subject(graph, options), *(subject for _, subject in opened(bundle, options, left_out))]
     try:
         results = take_turns(subjects, bundle.golden().pixels, sizes, seconds, 1)
         for place, subject in enumerate(subjects):
@@ -122,7 +127,8 @@ def plain_graph(options: argparse.Namespace) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plain.onnx"
-        subprocess.run([sys.executable, "-m", "bench.plain_graph", options.source, str(path)], cwd=ROOT, check=True, stdout=sys.stderr)
+        if options.source:
+            subprocess.run([sys.executable, "-m", "bench.plain_graph", options.source, str(path)], cwd=ROOT, check=True, stdout=sys.stderr)
         yield path
 
 
@@ -187,11 +193,12 @@ def main() -> None:
             if options.engine_alone:
                 console.print(f"round {turn + 1} of {options.rounds}: engines alone")
                 engines_turn(bundle, graph, options.sizes, options.engine_seconds, found)
+            if found.services or found.engines:
+                text = write_all(found, options.output)  # in every round: what was measured is not lost by what comes after
     for name, reason in found.left_out.items():
         console.print(f"left out: {name}: {reason}")
     if not found.services and not found.engines:
         sys.exit("nothing could be measured")
-    text = write_all(found, options.output)
     if options.docs is not None:
         marks.rewrite(options.docs, options.mark, text)
     Console(width=160, highlight=False).print(text)

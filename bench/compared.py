@@ -18,6 +18,7 @@ class Measured:
 
     name: str
     title: str
+    start_seconds: float  # until the first answer
     same_classes: int  # of the images whose class is known
     row: ServiceRow
 
@@ -38,6 +39,7 @@ class ComparedRow:
     most_p50_ms: float | None
     p90_ms: float | None
     errors: int  # of all rounds; all answers but 200
+    start_seconds: float | None  # until the first answer, median of the rounds
     same_classes: int | None  # of the known images, in the worst round
     known_images: int | None
     client_cores: float | None
@@ -76,6 +78,7 @@ class Compared:
             most_p50_ms=_of(max, p50s),
             p90_ms=_of(statistics.median, _known(each.row.p90_ms for each in its)),
             errors=sum(each.row.refused + each.row.errors for each in its),
+            start_seconds=statistics.median(each.start_seconds for each in its),
             same_classes=min(each.same_classes for each in its),
             known_images=len(self.right),
             client_cores=statistics.median(each.row.client_cores for each in its),
@@ -97,6 +100,7 @@ class Compared:
             most_p50_ms=max(p50s),
             p90_ms=None,
             errors=0,
+            start_seconds=None,
             same_classes=None,
             known_images=None,
             client_cores=None,
@@ -108,7 +112,7 @@ def write_all(found: Compared, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     rows, text = found.rows(), as_markdown(found)
     about = {"model": found.model, "asked": found.asked, "rounds": found.rounds, "seconds": found.seconds, "images": found.images, "left_out": found.left_out}
-    every = [{"name": each.name, "same_classes": each.same_classes, **asdict(each.row)} for each in found.services]
+    every = [{"name": each.name, "start_seconds": each.start_seconds, "same_classes": each.same_classes, **asdict(each.row)} for each in found.services]
     report.write_json(folder / "comparison.json", about | {"every_round": every, "engines_every_round": [asdict(each) for each in found.engines]}, rows)
     report.write_csv(folder / "comparison.csv", rows)
     groups: dict[str, list[plot.Bar]] = {}
@@ -128,7 +132,7 @@ def as_markdown(found: Compared) -> str:
     services, engines = [row for row in rows if row.known_images is not None], [row for row in rows if row.known_images is None]
     if services:
         loads = list(dict.fromkeys(row.load for row in services))
-        titles = ["server", *(f"requests/s, {load}" for load in loads), *(f"p50 ms, {load}" for load in loads), "same class"]
+        titles = ["server", *(f"requests/s, {load}" for load in loads), *(f"p50 ms, {load}" for load in loads), "first answer after", "same class"]
         lines = [_line(its, loads) for its in _by_title(services)]
         parts.append(markdown(titles, lines))
     if engines:
@@ -148,7 +152,7 @@ def _line(its: Sequence[ComparedRow], loads: Sequence[str]) -> list[str]:
         rates.append(_spread(row.per_second, row.least_per_second, row.most_per_second) + void)
         known = row.p50_ms is not None and row.least_p50_ms is not None and row.most_p50_ms is not None
         latencies.append(_spread(row.p50_ms or 0, row.least_p50_ms or 0, row.most_p50_ms or 0) if known else "–")
-    return [its[0].title, *rates, *latencies, f"{its[0].same_classes} of {its[0].known_images}"]
+    return [its[0].title, *rates, *latencies, f"{its[0].start_seconds or 0:.0f} s", f"{its[0].same_classes} of {its[0].known_images}"]
 
 
 def _by_title(rows: Sequence[ComparedRow]) -> list[list[ComparedRow]]:

@@ -135,10 +135,10 @@ def _tensor(answer: Any) -> int:
 
 
 @contextmanager
-def running(chosen: Contender, first: Picture) -> Iterator[None]:
-    """Yields as soon as it answers the picture with 200. Raises Failed."""
-    with process_tree(chosen.command, chosen.folder, chosen.environment, chosen.port, lambda: asyncio.run(_asked(chosen, first)) is not None):
-        yield
+def running(chosen: Contender, first: Picture) -> Iterator[float]:
+    """Yields as soon as it answers the picture with 200, with the seconds from its start. Raises Failed."""
+    with process_tree(chosen.command, chosen.folder, chosen.environment, chosen.port, lambda: asyncio.run(_asked(chosen, first)) is not None) as seconds:
+        yield seconds
 
 
 def answers(chosen: Contender, pictures: Sequence[Picture]) -> list[int]:

@@ -20,8 +20,8 @@ class Failed(RuntimeError):
 
 
 @contextmanager
-def process_tree(command: Sequence[str], folder: Path, environment: Mapping[str, str], port: int, answers: Callable[[], bool]) -> Iterator[None]:
-    """Yields as soon as it ``answers``. Raises Failed."""
+def process_tree(command: Sequence[str], folder: Path, environment: Mapping[str, str], port: int, answers: Callable[[], bool]) -> Iterator[float]:
+    """Yields as soon as it ``answers``, with the seconds that took. Raises Failed."""
     if _listens(port):
         raise Failed(f"somebody listens on port {port} already")
     with tempfile.TemporaryFile() as said:
@@ -29,14 +29,14 @@ def process_tree(command: Sequence[str], folder: Path, environment: Mapping[str,
             command, cwd=folder, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            give_up = time.monotonic() + START_SECONDS
+            began = time.monotonic()
             while not answers():
-                if process.poll() is not None or time.monotonic() > give_up:
+                if process.poll() is not None or time.monotonic() - began > START_SECONDS:
                     said.seek(0)
                     text = said.read()[-2000:].decode(errors="replace").strip()
                     raise Failed(f"it {'ended' if process.poll() is not None else f'did not answer within {START_SECONDS:.0f} s'}: {text}")
                 time.sleep(0.2)  # a foreign server tells nobody that it is ready
-            yield
+            yield time.monotonic() - began
         finally:
             stop(process)
 

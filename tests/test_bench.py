@@ -108,10 +108,12 @@ class Answering:
 @asynccontextmanager
 async def listening(server: Answering) -> AsyncIterator[int]:
     opened = await asyncio.start_server(server, "127.0.0.1", 0)
-    async with opened:
-        yield opened.sockets[0].getsockname()[1]
-    server.answering.set()
-    await asyncio.gather(*server.handlers)  # they end with their connections
+    try:
+        async with opened:
+            yield opened.sockets[0].getsockname()[1]
+    finally:
+        server.answering.set()
+        await asyncio.gather(*server.handlers)  # they end with their connections
 
 
 def planned(rate: float, seconds: float) -> int:
@@ -125,9 +127,11 @@ def test_an_open_loop_waits_for_nobody() -> None:
         server = Answering()
         server.at = {20: server.answering.clear, 100: server.answering.set}
         async with listening(server) as port:
-            client = Client("127.0.0.1", port, timeout_seconds=20)
-            run = await open_loop(client, [raw("/", JPEG)], 300.0, 0.0, 0.5)
-            client.close()
+            client = Client("127.0.0.1", port)
+            try:
+                run = await asyncio.wait_for(open_loop(client, [raw("/", JPEG)], 300.0, 0.0, 0.5), 30)
+            finally:
+                client.close()
         assert server.asked == len(run.samples)
         return run
 
@@ -241,7 +245,22 @@ def test_the_command_measures_a_service_and_writes_what_it_shows(server: Server,
 
 
 def test_the_command_measures_engines_alone(bundle: Bundle, tmp_path: Path) -> None:
-    asked = ["--engine", "onnxruntime", "--precision", "fp32", "--batch-sizes", "1,3", "--lanes", "2", "--threads", "1", "--rounds", "2", "--seconds", "0.02"]
+    asked = [
+        "--engine",
+        "onnxruntime",
+        "--precision",
+        "fp32",
+        "--batch-sizes",
+        "1,3",
+        "--lanes",
+        "2",
+        "--threads",
+        "1",
+        "--rounds",
+        "2",
+        "--seconds",
+        "1e-9",
+    ]  # one batch each
     result = CliRunner().invoke(app, ["bench", str(bundle.path), *asked, "--json", str(tmp_path / "out.json")], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]

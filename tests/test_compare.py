@@ -88,12 +88,12 @@ def service_row(rate: float, errors: int = 0) -> ServiceRow:
 
 def test_a_comparison_gives_medians_between_the_least_and_the_most_and_says_who_was_left_out() -> None:
     found = Compared("tiny", "--rounds 3", 3, 1.0, right=[1, 2], left_out={"ray": "it has no virtual environment"})
-    found.services = [Measured("plain", "plain FastAPI", 2, service_row(rate)) for rate in (30, 10, 20)]
-    found.services += [Measured("lit", "LitServe", 1, service_row(50, errors=2))]
+    found.services = [Measured("plain", "plain FastAPI", 3.0, 2, service_row(rate)) for rate in (30, 10, 20)]
+    found.services += [Measured("lit", "LitServe", 9.0, 1, service_row(50, errors=2))]
     row = found.rows()[0]
     assert (row.rounds, row.per_second, row.least_per_second, row.most_per_second, row.errors) == (3, 20, 10, 30, 0)
     text = as_markdown(found)
-    assert "| plain FastAPI | 20 (10 – 30) | 100 (100 – 100) | 2 of 2 |" in text
+    assert "| plain FastAPI | 20 (10 – 30) | 100 (100 – 100) | 3 s | 2 of 2 |" in text
     assert "50 (50 – 50) (2 errors)" in text
     assert "1 of 2" in text
     assert "Left out: ray: it has no virtual environment" in text
