@@ -200,7 +200,7 @@ def main() -> None:
     if not found.services and not found.engines:
         sys.exit("nothing could be measured")
     if options.docs is not None:
-        marks.rewrite(options.docs, options.mark, text)
+        marks.publish(options.docs, options.mark, text, options.output / "comparison.svg")
     Console(width=160, highlight=False).print(text)
 
 

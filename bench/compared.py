@@ -89,7 +89,7 @@ class Compared:
         rates, p50s = [each.images_per_second for each in its], [each.p50_ms for each in its]
         return ComparedRow(
             subject=f"{engine} {precision}",
-            title=f"{engine} {precision}",
+            title=f"{engine} {precision}" if "plain" in engine else f"vitserve's graph, {engine} {precision}",
             load=f"batch {size}",
             rounds=len(its),
             per_second=statistics.median(rates),
@@ -117,7 +117,9 @@ def write_all(found: Compared, folder: Path) -> str:
     report.write_csv(folder / "comparison.csv", rows)
     groups: dict[str, list[plot.Bar]] = {}
     for row in rows:
-        groups.setdefault(row.load, []).append(plot.Bar(row.title, row.per_second, row.least_per_second, row.most_per_second))
+        groups.setdefault(row.load if row.known_images is not None else f"engines alone, {row.load}", []).append(
+            plot.Bar(row.title, row.per_second, row.least_per_second, row.most_per_second)
+        )
     plot.draw_bars(groups, "images/s", folder / "comparison.svg")
     (folder / "comparison.md").write_text(text, encoding="utf-8")
     return text

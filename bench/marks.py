@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,13 @@ def rewrite(path: Path, name: str, text: str) -> None:
     check(path, name)
     kept = path.read_text(encoding="utf-8")
     path.write_text(_between(name).sub(lambda found: f"{found[1]}\n{text.strip()}\n{found[2]}", kept), encoding="utf-8")
+
+
+def publish(path: Path, name: str, text: str, picture: Path) -> None:
+    """The text between the marks, under its picture, which is copied beside the document."""
+    shown = path.with_name(f"{path.stem}-{name}.svg")
+    shutil.copyfile(picture, shown)
+    rewrite(path, name, f"![{name}]({shown.name})\n\n{text}")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

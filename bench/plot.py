@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ class Bar(NamedTuple):
     value: float
     least: float
     most: float
+    note: str = ""
 
 
 def require() -> Any:
@@ -66,7 +68,7 @@ def draw_bars(groups: Mapping[str, Sequence[Bar]], unit: str, path: Path) -> Non
         values = [bar.value for bar in bars]
         spread = [[bar.value - bar.least for bar in bars], [bar.most - bar.value for bar in bars]]
         drawn = axes.barh([bar.label for bar in bars], values, xerr=spread, color=["#2b6cb0" if "vitserve" in bar.label else "#a0aec0" for bar in bars])
-        axes.bar_label(drawn, [f" {value:.4g}" for value in values], fontsize=8)
+        axes.bar_label(drawn, [f" {_short(value)}" for value in values], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(f"{title}, {unit}", fontsize=9, loc="left")
         axes.margins(x=0.12)
@@ -76,19 +78,24 @@ def draw_bars(groups: Mapping[str, Sequence[Bar]], unit: str, path: Path) -> Non
 
 def draw_waterfall(steps: Sequence[Bar], unit: str, path: Path) -> None:
     """Each step begins where the one before it ended."""
-    figure = require()(figsize=(9, 4.5), layout="constrained")
+    figure = require()(figsize=(1 + 1.5 * len(steps), 4.5), layout="constrained")
     axes = figure.add_subplot(ylabel=unit)
     before = 0.0
     for place, step in enumerate(steps):
         gain = step.value - before
         axes.bar(place, gain, bottom=before, color="#718096" if place == 0 else "#2f855a" if gain >= 0 else "#c53030")
         axes.errorbar(place, step.value, [[step.value - step.least], [step.most - step.value]], color="black", capsize=3)
-        ratio = "" if place == 0 else f"\n{step.value / before:.2f} ×"
-        axes.annotate(f"{step.value:.4g}{ratio}", (place, max(before, step.most)), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8)
+        axes.annotate(
+            f"{_short(step.value)}\n{step.note}".strip(), (place, max(before, step.most)), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8
+        )
         before = step.value
-    axes.set_xticks(range(len(steps)), [step.label for step in steps], fontsize=8)
+    axes.set_xticks(range(len(steps)), [textwrap.fill(step.label, 18) for step in steps], fontsize=8)
     axes.margins(y=0.15)
     figure.savefig(path)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _finish(figure: Any, axes: Any, path: Path) -> None:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -166,13 +166,13 @@ def main() -> None:
     report.write_csv(options.output / "waterfall.csv", table)
     (options.output / "waterfall.md").write_text(text, encoding="utf-8")
     largest = [
-        plot.Bar(each.step.replace(", ", ",\n").replace(" (", "\n("), *list(asdict(each).values())[2:5])
+        plot.Bar(each.step, each.images_per_second, each.least_per_second, each.most_per_second, f"{each.gain:.2f} ×" if each.gain else "")
         for each in table
         if each.batch_size == options.sizes[-1]
     ]
     plot.draw_waterfall(largest, f"images/s, batch {options.sizes[-1]}", options.output / "waterfall.svg")
     if options.docs is not None:
-        marks.rewrite(options.docs, options.mark, text)
+        marks.publish(options.docs, options.mark, text, options.output / "waterfall.svg")
     Console(width=160, highlight=False).print(text)
 
 

@@ -72,6 +72,10 @@ def test_only_what_lies_between_the_marks_is_rewritten(tmp_path: Path) -> None:
     marks.rewrite(page, "a", "new \\1\n")
     marks.rewrite(page, "b", "too")
     assert page.read_text() == "before\n<!-- a -->\nnew \\1\n<!-- /a -->\nbetween\n<!-- b -->\ntoo\n<!-- /b -->\nafter\n"
+    (tmp_path / "drawn.svg").write_text("<svg/>")
+    marks.publish(page, "a", "table", tmp_path / "drawn.svg")
+    assert "<!-- a -->\n![a](page-a.svg)\n\ntable\n<!-- /a -->" in page.read_text()
+    assert (tmp_path / "page-a.svg").read_text() == "<svg/>"
     with pytest.raises(ValueError, match="has 0 parts between <!-- c -->"):
         marks.rewrite(page, "c", "nothing")
 
