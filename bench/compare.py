@@ -10,7 +10,6 @@ meanwhile but the client, which shares the cores. Rounds go forwards and backwar
 from __future__ import annotations
 
 import argparse
-import asyncio
 import io
 import shlex
 import subprocess
@@ -26,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 
 from bench import marks, plot
-from bench.client import Client, Gone
+from bench.client import Client, Gone, run
 from bench.compared import Compared, Measured, write_all
 from bench.contenders import NAMES, ROOT, Contender, Setup, answers, contender, running
 from bench.engine import Subject, opened, take_turns
@@ -66,7 +65,7 @@ def measured(chosen: Contender, pictures: Sequence[Picture], connections: Sequen
         finally:
             client.close()
 
-    return [asyncio.run(load(count)) for count in connections]
+    return [run(load(count)) for count in connections]
 
 
 def one_turn(name: str, setup: Setup, known: Sequence[Picture], pictures: Sequence[Picture], options: argparse.Namespace, found: Compared) -> None:

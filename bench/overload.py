@@ -26,7 +26,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench.client import Client
+from bench.client import Client, run
 from bench.load import Run, Sample, closed_loop, open_loop
 from bench.processes import free_port
 from bench.report import percentile
@@ -189,7 +189,7 @@ def main() -> None:
                 sys.exit("the service did not start")
         with tempfile.TemporaryDirectory() as folder:
             picture = Picture((options.image or made_picture(folder)).read_bytes(), "image/jpeg")
-        result = asyncio.run(measure(port, picture, options.times, options.seconds, options.timeout_ms, options.turns, options.episodes))
+        result = run(measure(port, picture, options.times, options.seconds, options.timeout_ms, options.turns, options.episodes))
     finally:
         process.terminate()
         process.wait()

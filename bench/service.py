@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bench.client import Client, Gone, Unanswered
+from bench.client import Client, Gone, Unanswered, run
 from bench.load import Run, closed_loop, open_loop
 from bench.report import ServiceRow, summary
 from bench.request import raw, read_pictures
@@ -33,7 +32,7 @@ def measure(plan: Plan) -> Iterator[ServiceRow]:
     """Raises ValueError for what cannot be asked, Gone where nobody listens."""
     host, port, path = _parts(plan)
     requests = [raw(path, picture) for picture in read_pictures(plan.images)]
-    asyncio.run(_first(host, port, requests[0]))
+    run(_first(host, port, requests[0]))
     deadline = plan.deadline_ms / 1000 if plan.deadline_ms else math.inf
 
     async def closed(connections: int) -> Run:
@@ -51,9 +50,9 @@ def measure(plan: Plan) -> Iterator[ServiceRow]:
             client.close()
 
     for connections in plan.connections:
-        yield summary(asyncio.run(closed(connections)), deadline)
+        yield summary(run(closed(connections)), deadline)
     for rate in plan.rates:
-        yield summary(asyncio.run(opened(rate)), deadline)
+        yield summary(run(opened(rate)), deadline)
 
 
 def _parts(plan: Plan) -> tuple[str, int, str]:
