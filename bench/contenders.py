@@ -48,7 +48,6 @@ class Setup:
 # Each peer's virtual environment, or "" for this one, and the port that its script names.
 _PEERS = {
     "plain": ("", 8104),
-    "plain-openvino": ("", 8104),
     "triton": ("triton", 8105),
     "triton-openvino": ("triton", 8105),
     "litserve": ("litserve", 8101),
@@ -57,7 +56,6 @@ _PEERS = {
 }
 TITLES = {
     "plain": "plain FastAPI + ONNX Runtime fp32",
-    "plain-openvino": "plain FastAPI + OpenVINO bf16",
     "triton": "Triton + ONNX Runtime fp32",
     "triton-openvino": "Triton + OpenVINO bf16",
     "litserve": "LitServe + ONNX Runtime fp32",

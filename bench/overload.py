@@ -29,7 +29,7 @@ from rich.table import Table
 from bench.client import Client, run
 from bench.load import Run, Sample, closed_loop, open_loop
 from bench.processes import free_port
-from bench.report import percentile
+from bench.report import percentile, rate
 from bench.request import Picture, get, made_picture, raw
 from service.engine_process import EMBEDDED
 
@@ -86,8 +86,7 @@ class Caller:
 
     async def capacity(self, seconds: float) -> float:
         """Images a second that are answered in a closed loop."""
-        run = await closed_loop(self.client, [self.request(60_000)], CONNECTIONS, 1.0, seconds)
-        return sum(each.outcome == "200" for each in run.counted()) / seconds
+        return rate(await closed_loop(self.client, [self.request(60_000)], CONNECTIONS, 1.0, seconds))
 
 
 class Truth(NamedTuple):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.load import Run
+from bench.load import Run, Sample
 from service import machine
 
 if TYPE_CHECKING:
@@ -67,9 +67,22 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return sorted(values)[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
 
 
-def goodput(latencies: Sequence[float], deadline_seconds: float, seconds: float) -> float:
-    """Answers a second that came within the deadline."""
-    return sum(each <= deadline_seconds for each in latencies) / seconds
+def rate(run: Run, deadline_seconds: float = math.inf) -> float:
+    """Answers (status 200) a second, of those that came within the deadline.
+
+    In a closed loop an answer counts by the part of its waiting that lies within the measurement: of slow answers few are whole in it, and whether one
+    more ends just before its end would be chance.
+    """
+    good = (each for each in run.samples if each.outcome == "200" and each.seconds <= deadline_seconds)
+    if run.loop == "open":
+        return sum(0 <= each.planned < run.seconds for each in good) / run.seconds
+    return sum(_within(each, run.seconds) for each in good) / run.seconds
+
+
+def _within(sample: Sample, seconds: float) -> float:
+    if sample.seconds <= 0:
+        return float(0 <= sample.ended < seconds)
+    return max(0.0, min(sample.ended, seconds) - max(sample.planned, 0.0)) / sample.seconds
 
 
 def summary(run: Run, deadline_seconds: float = math.inf) -> ServiceRow:
@@ -92,8 +105,8 @@ def summary(run: Run, deadline_seconds: float = math.inf) -> ServiceRow:
         refused=statuses["429"],
         errors=len(samples) - statuses["200"] - statuses["429"],
         statuses=", ".join(f"{outcome}: {count}" for outcome, count in sorted(statuses.items())),
-        answered_per_second=len(latencies) / run.seconds,
-        goodput_per_second=goodput(latencies, deadline_seconds, run.seconds),
+        answered_per_second=rate(run),
+        goodput_per_second=rate(run, deadline_seconds),
         p50_ms=milliseconds(0.5),
         p90_ms=milliseconds(0.9),
         p99_ms=milliseconds(0.99),

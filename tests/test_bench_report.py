@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench.load import Run, Sample
 from bench.overload import Turn
-from bench.report import EngineRow, goodput, percentile, summary, write_csv, write_json
+from bench.report import EngineRow, percentile, rate, summary, write_csv, write_json
 
 Times = st.lists(st.floats(0, 100), min_size=1, max_size=300)
 
@@ -44,10 +44,20 @@ def test_percentiles_of_a_thousand_known_numbers() -> None:
 
 @given(Times, st.floats(0, 100), st.floats(0.1, 100))
 def test_goodput_is_what_came_in_time_and_no_more_than_what_came(latencies: list[float], deadline: float, seconds: float) -> None:
-    found = goodput(latencies, deadline, seconds)
-    late = sum(each > deadline for each in latencies)
-    assert found * seconds == pytest.approx(len(latencies) - late)
-    assert goodput(latencies, math.inf, seconds) == pytest.approx(len(latencies) / seconds)
+    run = Run("open", 0, 1.0, seconds, tuple(ended(each) for each in latencies), 0.0)
+    assert rate(run, deadline) * seconds == pytest.approx(sum(each <= deadline for each in latencies))
+    assert rate(run) * seconds == pytest.approx(len(latencies))
+
+
+@given(st.floats(0.01, 3), st.integers(1, 9), st.floats(0, 1), st.floats(0.1, 5))
+def test_a_closed_loops_rate_does_not_hang_on_where_its_seconds_begin(each_takes: float, callers: int, phase: float, seconds: float) -> None:
+    """Callers whose answers always take as long have them at that rate, however few are whole within the measurement."""
+    first = -each_takes * (1 + phase)
+    moments = [first + number * each_takes for number in range(int(seconds / each_takes) + 4)]
+    samples = tuple(ended(each_takes, at=moment) for moment in moments for _ in range(callers))
+    run = Run("closed", callers, 0.0, seconds, samples, 0.0)
+    assert rate(run) == pytest.approx(callers / each_takes)
+    assert rate(run, each_takes / 2) == 0
 
 
 def test_refusals_and_errors_are_counted_apart_and_have_no_latency() -> None:
