@@ -180,7 +180,8 @@ def main() -> None:
     found = Compared(bundle.manifest.name, asked(sys.argv[1:]), options.rounds, options.seconds, right_answers(bundle))
     with plain_graph(options) as graph, tempfile.TemporaryDirectory() as folder:
         pictures = read_pictures(options.images or made_picture(folder))
-        found.images = f"{len(pictures)} images of {np.median([len(each.content) for each in pictures]) / 1000:.0f} KB in the median"
+        kilobytes = f"{np.median([len(each.content) for each in pictures]) / 1000:.0f} KB"
+        found.images = f"{len(pictures)} images of {kilobytes} in the median" if len(pictures) > 1 else f"one image of {kilobytes}"
         size = bundle.manifest.preprocessing.image_size
         setup = Setup(bundle, graph.resolve(), size, options.peers, options.work, options.peer_threads, tuple(shlex.split(options.serve)), options.against)
         for turn in range(options.rounds):
