@@ -30,7 +30,7 @@ bundle: $(VENV)/dev.stamp
 		--images $(DATA) --judged-images 10000 --precision bf16
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python -m bench.door $(BENCH_ARGS)
+	$(BIN)/vitserve bench $(BENCH_ARGS)
 
 # The Prometheus operator's form of the same rules.
 rules:

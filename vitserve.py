@@ -234,6 +234,37 @@ def tune(
 
 
 @app.command()
+def bench(
+    target: Annotated[str, typer.Argument(help="URL of a running service, or FOLDER of a bundle; the engines of the one that comes along unless told.")] = "",
+    images: Annotated[Path | None, typer.Option(help="Service: what is posted, a file or a folder; a JPEG made here unless told.")] = None,
+    connections: Annotated[str, typer.Option(help="Service, closed loop: callers who ask again when answered. 1,8, or none with --rate, unless told.")] = "",
+    rate: Annotated[str, typer.Option(help="Service, open loop: Poisson arrivals a second, latency counted from the planned one; 100,200.")] = "",
+    deadline_ms: Annotated[float, typer.Option(min=0, help="Service: what comes within it is goodput; told as timeout_ms unless the URL has a path.")] = 0,
+    engine: Annotated[str, typer.Option(help="Bundle: onnxruntime or openvino; auto measures all.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Bundle: fp32, bf16 or int8; auto measures all.")] = "auto",
+    batch_sizes: Annotated[str, typer.Option(help="Bundle: images in a batch.")] = "1,2,4,8",
+    lanes: Annotated[int, typer.Option(min=1, help="Bundle: batches that run at once.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="Bundle: threads per lane; 0 shares the machine's cores among the lanes.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Bundle: in each of which every engine has its turn; medians are reported.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0, help="How long each load, or each turn of an engine, is measured; 0 takes 10 and 1.")] = 0,
+    warm_up_seconds: Annotated[float, typer.Option(min=0, help="Service: under the same load before it is measured.")] = 2,
+    csv: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="JSON to write, with the machine that it was.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write, .svg or .png; needs matplotlib.")] = None,
+) -> None:
+    """Measure a running service, or a bundle's engines alone; docs/benchmarks.md says how."""
+    from bench.command import Wanted, run
+
+    wanted = Wanted(
+        target, images, connections, rate, deadline_ms, engine, precision, batch_sizes, lanes, threads, rounds, seconds, warm_up_seconds, csv, as_json, plot
+    )
+    try:
+        run(wanted, __version__)
+    except (ValueError, OSError, ImportError) as error:
+        raise _fail(error) from error
+
+
+@app.command()
 def train(
     data: Annotated[Path, typer.Argument(help="An .npz of encoded images: {train,test}_{jpeg,offsets,labels} and classes.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; a run already there goes on where it stopped.")],

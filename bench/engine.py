@@ -1,61 +1,131 @@
-"""Images per second of the engines alone, per batch size, taking turns in one run.
-
-python -m bench.engine --bundle service/default_bundle
-"""
+"""Engines alone: images a second at each batch size, engines taking turns. Needs no torch. Imported by bench/command.py, compare.py and waterfall.py."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import threading
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from model.bundle import open_bundle
+from bench.report import EngineRow, percentile
+from model.bundle import Artefact, Bundle
+from model.preprocess import Pixels
+from service import machine
 from service.engines.engine import Engine
-from service.engines.open import EngineOptions, open_one
+from service.engines.open import EngineOptions, golden_gate, open_one
+
+Run = Callable[[int, Pixels], object]  # a lane, a batch
 
 
-def rate(engine: Engine, pixels: np.ndarray, seconds: float) -> float:
-    """Images per second over at least this long."""
-    engine.run(0, pixels)
-    began, runs = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - began) < seconds:
-        engine.run(0, pixels)
-        runs += 1
-    return runs * len(pixels) / elapsed
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: named as in the table, run as an engine runs."""
+
+    engine: str
+    precision: str
+    lanes: int
+    threads: int
+    run: Run
+    close: Callable[[], None] = lambda: None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, default=Path(__file__).parent.parent / "service" / "default_bundle")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    bundle = open_bundle(options.bundle)
-    side = bundle.manifest.preprocessing.image_size
-    engines = {}
+@dataclass
+class Spells:
+    """What one subject did at one batch size, round by round."""
+
+    rates: list[float] = field(default_factory=list)
+    batch_seconds: list[float] = field(default_factory=list)
+
+    def row(self, subject: Subject, size: int) -> EngineRow:
+        p99 = percentile(self.batch_seconds, 0.99)
+        return EngineRow(
+            engine=subject.engine,
+            precision=subject.precision,
+            lanes=subject.lanes,
+            threads=subject.threads,
+            batch_size=size,
+            images_per_second=statistics.median(self.rates),
+            least_per_second=min(self.rates),
+            most_per_second=max(self.rates),
+            p50_ms=1000 * statistics.median(self.batch_seconds),
+            p99_ms=None if p99 is None else 1000 * p99,
+        )
+
+
+Results = Mapping[tuple[int, int], Spells]  # by the subject's place and the batch size
+
+
+def opened(
+    bundle: Bundle, options: EngineOptions, left_out: Callable[[str], None], precisions: Sequence[str] = (), *, gate: bool = True
+) -> Iterator[tuple[Artefact, Subject]]:
+    """The bundle's artefacts that ``options`` name, or ``precisions`` do, run here, and reproduce the golden images."""
     for artefact in bundle.manifest.artefacts:
-        chosen = EngineOptions(max_batch=max(options.sizes))
-        engines[f"{artefact.engine} {artefact.precision}"] = open_one(artefact.engine, artefact.precision, bundle.path / artefact.path, chosen)
-    rates: dict[tuple[str, int], list[float]] = {}
-    for _ in range(options.rounds):
-        for name, engine in engines.items():
-            for size in options.sizes:
-                pixels = np.random.default_rng(size).integers(0, 256, (size, side, side, 3), np.uint8)
-                rates.setdefault((name, size), []).append(rate(engine, pixels, options.seconds))
-    table = Table(title=f"{bundle.manifest.name}: images/s, median of {options.rounds}")
-    table.add_column("engine")
-    for size in options.sizes:
-        table.add_column(f"batch {size}", justify="right")
-    for name in engines:
-        table.add_row(name, *(f"{statistics.median(rates[name, size]):.1f}" for size in options.sizes))
-    Console(width=120).print(table)
+        if options.engine not in ("auto", artefact.engine) or options.precision not in ("auto", artefact.precision):
+            continue
+        if precisions and artefact.precision not in precisions:
+            continue
+        engine = None
+        try:
+            engine = open_one(artefact.engine, artefact.precision, bundle.path / artefact.path, options)
+            if gate:
+                golden_gate(engine, bundle, artefact)
+        except Exception as error:  # whatever a foreign library raises: it is not measured, and why is said
+            if engine is not None:
+                engine.close()
+            left_out(f"{artefact.engine} in {artefact.precision}: {error}")
+            continue
+        yield artefact, subject(engine, options)
 
 
-if __name__ == "__main__":
-    main()
+def subject(engine: Engine, options: EngineOptions) -> Subject:
+    threads = options.threads or max(1, machine.cores() // options.lanes)
+    return Subject(engine.name, engine.precision, options.lanes, threads, engine.run, engine.close)
+
+
+def take_turns(
+    subjects: Sequence[Subject], pixels: Pixels, sizes: Sequence[int], seconds: float, rounds: int, progress: Callable[[], None] = lambda: None
+) -> Results:
+    """Each subject at each batch size for ``seconds``, again in every round, in turned order: a machine's speed drifts, and each gets its share of it."""
+    results = {(place, size): Spells() for place in range(len(subjects)) for size in sizes}
+    for turn in range(rounds):
+        places = range(len(subjects)) if turn % 2 == 0 else range(len(subjects) - 1, -1, -1)
+        for size in sizes:
+            batch = np.resize(pixels, (size, *pixels.shape[1:]))
+            for place in places:
+                its = spell(subjects[place].run, subjects[place].lanes, batch, seconds)
+                results[place, size].rates.append(sum(size * len(each) / sum(each) for each in its))
+                results[place, size].batch_seconds += [one for each in its for one in each]
+                progress()
+    return results
+
+
+def spell(run: Run, lanes: int, batch: Pixels, seconds: float) -> list[list[float]]:
+    """Seconds of every batch, by lane; all lanes at once, as under load, each over and over until the time is up, and once at least."""
+    times: list[list[float]] = [[] for _ in range(lanes)]
+    failures: list[BaseException] = []
+    start = threading.Barrier(lanes)
+
+    def keep_busy(lane: int) -> None:
+        try:
+            run(lane, batch)  # the first of a size is slower
+            start.wait()
+            end = time.perf_counter() + seconds
+            while not times[lane] or time.perf_counter() < end:
+                began = time.perf_counter()
+                run(lane, batch)
+                times[lane].append(time.perf_counter() - began)
+        except BaseException as error:
+            start.abort()
+            failures.append(error)
+
+    workers = [threading.Thread(target=keep_busy, args=(lane,)) for lane in range(lanes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failures:
+        raise failures[0]
+    return times

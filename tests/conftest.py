@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import httpx
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,9 @@ from model.bundle import Bundle
 from model.config import ViTConfig
 from model.preprocess import Preprocessing
 from model.vit import ViT
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says how busy the machine is
+hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

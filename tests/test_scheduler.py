@@ -111,7 +111,7 @@ def test_a_gap_in_the_measurements_is_refused() -> None:
 ACTIONS = st.sampled_from(["admit", "restore", "run", "done", "abandon", "withdraw", "expire"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(ACTIONS, st.integers(0, 20)), max_size=60), st.integers(1, 3))
 def test_whatever_happens_every_request_is_accounted_for_once(actions: list[tuple[str, int]], lanes: int) -> None:
     scheduler = Scheduler(SECONDS, lanes=lanes, capacity=6)

@@ -239,7 +239,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestSlots = Machine.TestCase
-TestSlots.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestSlots.settings = settings(max_examples=200, stateful_step_count=60)
 
 
 def test_an_answer_for_an_image_that_is_not_there_any_more_frees_nothing() -> None:

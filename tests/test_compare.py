@@ -1,0 +1,133 @@
+"""Comparisons: servers as foreign process trees, who is left out and why, medians over rounds, and what is written into the documents."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bench import marks, plot
+from bench.compare import asked
+from bench.compared import Compared, Measured, as_markdown
+from bench.contenders import NAMES, Setup, contender
+from bench.load import Run, Sample
+from bench.processes import Failed, free_port, process_tree
+from bench.report import EngineRow, ServiceRow, summary
+from bench.waterfall import steps
+from model.bundle import Bundle
+from tests.conftest import ROOT
+
+SERVER = """
+import subprocess, sys, http.server
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(child.pid, flush=True)
+open(sys.argv[2], "w").write(str(child.pid))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
+
+
+def answers_get(port: int) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
+    return False
+
+
+def test_a_server_is_ended_with_all_that_it_started_in_sessions_of_their_own_too(tmp_path: Path) -> None:
+    port, note = free_port(), tmp_path / "child"
+    with process_tree([sys.executable, "-c", SERVER, str(port), str(note)], tmp_path, {}, port, lambda: answers_get(port)):
+        child = Path("/proc") / note.read_text() / "cmdline"
+        assert b"time.sleep" in child.read_bytes()
+        with (
+            pytest.raises(Failed, match=f"somebody listens on port {port} already"),
+            process_tree(["true"], tmp_path, {}, port, lambda: True),
+        ):
+            pass
+    assert not child.exists() or b"time.sleep" not in child.read_bytes()
+    assert not answers_get(port)
+
+
+def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
+    with (
+        pytest.raises(Failed, match="it ended: no such model"),
+        process_tree([sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path, {}, free_port(), lambda: False),
+    ):
+        pass
+
+
+def ended(seconds: float, outcome: str = "200") -> Sample:
+    return Sample(0.0, 0.0, seconds, outcome, b"")
+
+
+def test_the_command_in_the_documents_has_no_paths() -> None:
+    said = asked(["--bundle", "/a/b", "--source", "random:B/16", "--connections", "1", "8", "--output", "x"])
+    assert said == "--bundle BUNDLE --source random:B/16 --connections 1 8 --output OUTPUT"
+
+
+def test_only_what_lies_between_the_marks_is_rewritten(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nbetween\n<!-- b -->\n<!-- /b -->\nafter\n")
+    marks.rewrite(page, "a", "new \\1\n")
+    marks.rewrite(page, "b", "too")
+    assert page.read_text() == "before\n<!-- a -->\nnew \\1\n<!-- /a -->\nbetween\n<!-- b -->\ntoo\n<!-- /b -->\nafter\n"
+    (tmp_path / "drawn.svg").write_text("<svg/>")
+    marks.publish(page, "a", "table", tmp_path / "drawn.svg")
+    assert "<!-- a -->\n![a](page-a.svg)\n\ntable\n<!-- /a -->" in page.read_text()
+    assert (tmp_path / "page-a.svg").read_text() == "<svg/>"
+    with pytest.raises(ValueError, match="has 0 parts between <!-- c -->"):
+        marks.rewrite(page, "c", "nothing")
+
+
+def test_the_documents_marks_are_those_that_the_commands_name() -> None:
+    for name in ("b16", "one-block", "waterfall"):
+        marks.check(ROOT / "docs" / "benchmarks.md", name)
+
+
+def service_row(rate: float, errors: int = 0) -> ServiceRow:
+    samples = [ended(0.1)] * int(rate) + [ended(0.1, "500")] * errors
+    return summary(Run("closed", 8, 0.0, 1.0, tuple(samples), 0.1))
+
+
+def test_a_comparison_gives_medians_between_the_least_and_the_most_and_says_who_was_left_out() -> None:
+    found = Compared("tiny", "--rounds 3", 3, 1.0, right=[1, 2], left_out={"ray": "it has no virtual environment"})
+    found.services = [Measured("plain", "plain FastAPI", 3.0, 2, service_row(rate)) for rate in (30, 10, 20)]
+    found.services += [Measured("lit", "LitServe", 9.0, 1, service_row(50, errors=2))]
+    row = found.rows()[0]
+    assert (row.rounds, row.per_second, row.least_per_second, row.most_per_second, row.errors) == (3, 20, 10, 30, 0)
+    text = as_markdown(found)
+    assert "| plain FastAPI | 20 (10 – 30) | 100 (100 – 100) | 3 s | 2 of 2 |" in text
+    assert "50 (50 – 50) (2 errors)" in text
+    assert "1 of 2" in text
+    assert "Left out: ray: it has no virtual environment" in text
+
+
+def test_steps_gains_are_medians_of_the_rounds_own_ratios() -> None:
+    from bench.engine import Spells
+
+    results = {(0, 1): Spells([10.0, 20.0, 40.0]), (1, 1): Spells([20.0, 30.0, 80.0])}  # a machine that speeds up gains nothing by it
+    first, second = steps(["plain", "more"], [1], results)
+    assert (first.gain, first.in_all, second.gain, second.least_gain, second.most_gain) == (None, 1.0, 2.0, 1.5, 2.0)
+
+
+def test_a_server_without_its_environment_is_left_out_with_the_reason(bundle: Bundle, tmp_path: Path) -> None:
+    setup = Setup(bundle, tmp_path / "plain.onnx", 16, tmp_path, tmp_path, 1)
+    taken = {name: contender(name, setup) for name in NAMES}
+    assert taken["litserve"] == "it has no virtual environment: litserve in the folder of --work"
+    assert taken["vitserve-int8"] == "the bundle has no int8"
+    assert not isinstance(taken["vitserve-fp32"], str)
+    assert not isinstance(taken["plain"], str)
+    with pytest.raises(ValueError, match="there is no server 'torchserve'"):
+        contender("torchserve", setup)
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    bars = [plot.Bar("vitserve", 2.0, 1.5, 2.5), plot.Bar("plain", 1.0, 1.0, 1.0)]
+    plot.draw_bars({"8 connections": bars, "batch 8": bars[:1]}, "images/s", tmp_path / "bars.svg")
+    plot.draw_waterfall(bars, "images/s", tmp_path / "waterfall.svg")
+    rows = [EngineRow("openvino", "fp32", 1, 2, size, 10.0 * size, 9.0, 99.0, 1.0, None) for size in (1, 4)]
+    plot.draw_engines(rows, tmp_path / "engines.svg")
+    for name in ("bars", "waterfall", "engines"):
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
