@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -298,8 +297,7 @@ def open_model(settings: Settings, progress: Callable[[str], None]) -> tuple[Bun
     lanes = settings.lanes or (min(choice.lanes, settings.slots // settings.max_batch) if choice else 1)
     threads = settings.threads or (choice.threads if choice and not settings.lanes else 0)
     plans = {"none": "", "auto": str(cache_folder() / "plans")}.get(settings.plan_folder, settings.plan_folder)
-    precision: Any = settings.precision  # one of the literals: Settings has looked
-    options = EngineOptions(settings.engine, precision, lanes, threads, settings.max_batch, _compiled_folder(settings), plans)
+    options = EngineOptions(settings.engine, settings.precision, lanes, threads, settings.max_batch, _compiled_folder(settings), plans)
     try:
         return bundle, open_engine(bundle, options, (choice.engine, choice.precision) if choice else None, progress)
     except NoEngine as error:

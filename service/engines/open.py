@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class EngineOptions:
     engine: str = "auto"
-    precision: Precision | Literal["auto"] = "auto"
+    precision: str = "auto"
     lanes: int = 1
     threads: int = 0  # per lane; 0: the machine's cores shared among the lanes
     max_batch: int = 8
@@ -181,5 +181,5 @@ def _on_a_gpu(bundle: Bundle, options: EngineOptions) -> list[Artefact]:
     if not options.plan_folder or not (options.engine == "tensorrt" or (options.engine == "auto" and machine.gpus())):
         return []
     source = next((each for each in bundle.manifest.artefacts if each.path == GRAPH and each.precision == "fp32"), None)
-    precisions: tuple[Precision, ...] = ("bf16", "fp16") if options.precision == "auto" else (options.precision,)
-    return [dataclasses.replace(source, engine="tensorrt", precision=each) for each in precisions] if source is not None else []
+    precisions: tuple[Precision, ...] = ("bf16", "fp16")
+    return [dataclasses.replace(source, engine="tensorrt", precision=each) for each in precisions if source and options.precision in ("auto", each)]
