@@ -1,4 +1,4 @@
-"""Has the service beside it open the bundle anew whenever the bundle's manifest changes: `reload.py [seconds between looks]`. The pod's container `reload` runs it.
+"""Has the service beside it open the bundle anew when its manifest changes: `reload.py [seconds between looks]`. Run by the pod's container `reload`.
 
 Of the standard library alone. What the service refuses is not asked for again until the manifest changes once more; its reason goes to the log.
 """
