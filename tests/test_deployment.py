@@ -234,7 +234,8 @@ def test_the_locks_hold_what_the_project_asks_for(target: str, extras: tuple[str
             (pinned,) = locked[name].specifier
             assert each.specifier.contains(pinned.version), f"{target} has {name} {pinned.version}, and {each} is asked for: make lock"
     for file in (f"requirements-{target}.txt", *files):
-        assert f"docker/{file}" in re.sub(r"docker/(\S+) docker/(\S+) /src", r"docker/\1 /src docker/\2 /src", DOCKERFILE)
+        assert f"COPY docker/{file} " in DOCKERFILE
+        assert re.search(rf"--require-hashes .*-r /src/docker/{file}$", DOCKERFILE, re.MULTILINE)
 
 
 def test_the_image_to_serve_with_holds_no_torch() -> None:
