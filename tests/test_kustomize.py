@@ -32,11 +32,10 @@ Objects = list[dict[str, Any]]
 
 
 def combinations() -> list[tuple[str, tuple[str, ...]]]:
-    """None, each, each two, and as many as go together: a patch that hides another shows in a pair."""
-    sets = [(), *((each,) for each in COMPONENTS), *itertools.combinations(COMPONENTS, 2)]
+    """Each overlay with no component, with each, and with as many as go together; each two components once, for a patch that hides another's."""
     most = tuple(each for each in COMPONENTS if each != "hpa")
-    kept = [each for each in dict.fromkeys([*sets, most]) if not any(apart <= set(each) for apart in APART)]
-    return [(overlay, each) for overlay in OVERLAYS for each in kept]
+    pairs = [each for each in itertools.combinations(COMPONENTS, 2) if set(each) not in APART]
+    return [(overlay, each) for overlay in OVERLAYS for each in [(), *((one,) for one in COMPONENTS), most]] + [(OVERLAYS[0], each) for each in pairs]
 
 
 def rendered(folder: Path, overlay: str, components: tuple[str, ...]) -> Objects:
