@@ -45,6 +45,7 @@ log = logging.getLogger("service.engine")
 EMBEDDED = Path(__file__).parent / "default_bundle"
 # Fronts go first where both want the same core: what they decode meanwhile makes the next batch larger, and a refusal is not kept waiting.
 NICENESS = 5
+WARM_UP_SECONDS = 0.5  # after which only batch sizes that are powers of two are still measured
 FIRST_MARGIN = 0.25  # of the promises, until it is known how well this machine keeps them
 OVERDUE = 5  # times the promised seconds of a batch after which its lane is taken to hang, if that is more than hang_seconds
 _PR_SET_PDEATHSIG = 1
@@ -318,21 +319,27 @@ def _compiled_folder(settings: Settings) -> str:
         return ""
 
 
-def warm_up(engine: Engine, image_size: int) -> dict[int, float]:
-    """Runs every batch size and returns the seconds each took: kernels are chosen, memory is touched, and the scheduler has its figures.
+def warm_up(engine: Engine, image_size: int, patience_seconds: float = WARM_UP_SECONDS) -> dict[int, float]:
+    """Runs batches of every size and returns the seconds each took: kernels are chosen, memory is touched, and the scheduler has its figures.
 
-    A quick batch is run three times and the best counts; a slow one is not repeated, because the start waits for it.
+    A quick batch is run three times and the best counts; a slow one is not repeated, because the start waits for it. Powers of two come first, and what is
+    left after ``patience_seconds`` is taken to lie on the line between its neighbours: on none of the engines does the first batch of a further size cost more.
     """
-    seconds = {}
-    for size in range(1, engine.max_batch + 1):
+    sizes = range(1, engine.max_batch + 1)
+    important = [size for size in sizes if size & (size - 1) == 0 or size == engine.max_batch]
+    began, seconds = time.monotonic(), dict[int, float]()
+    for size in [*important, *(each for each in sizes if each not in important)]:
+        if size not in important and time.monotonic() - began >= patience_seconds:
+            break
         pixels = np.zeros((size, image_size, image_size, 3), np.uint8)
         times: list[float] = []
         while len(times) < 3 and sum(times) < 0.1:
-            began = time.monotonic()
+            started = time.monotonic()
             engine.run(0, pixels)
-            times.append(time.monotonic() - began)
+            times.append(time.monotonic() - started)
         seconds[size] = min(times)
-    return seconds
+    known = sorted(seconds)
+    return dict(zip(sizes, np.interp(sizes, known, [seconds[size] for size in known]).tolist(), strict=True))
 
 
 def describe(bundle: Bundle, opened: Opened) -> Served:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from bench.door import free_port
+from bench.processes import free_port
 from tests.promql import CONFIGURATION
 
 INTERVAL = "2s"  # of scrapes and of evaluation, instead of 15 s: the test shall not take minutes. A scrape may take as long, beside an overload

@@ -345,6 +345,16 @@ def test_stale_messages_change_nothing(caplog: pytest.LogCaptureFixture) -> None
 
 def test_warming_up_runs_every_batch_size() -> None:
     engine = Scripted()
-    seconds = warm_up(engine, 16)
+    seconds = warm_up(engine, 16, patience_seconds=60)
     assert set(engine.sizes) == set(seconds) == {1, 2, 3, 4}
     assert all(each > 0 for each in seconds.values())
+
+
+def test_warming_up_a_slow_engine_measures_powers_of_two_and_the_largest_and_draws_lines_between() -> None:
+    engine = Scripted()
+    engine.max_batch = 7
+    seconds = warm_up(engine, 16, patience_seconds=0)
+    assert set(engine.sizes) == {1, 2, 4, 7}
+    assert list(seconds) == [1, 2, 3, 4, 5, 6, 7]
+    assert seconds[3] == pytest.approx((seconds[2] + seconds[4]) / 2)
+    assert seconds[5] == pytest.approx(seconds[4] + (seconds[7] - seconds[4]) / 3)

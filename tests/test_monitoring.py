@@ -145,7 +145,11 @@ def test_a_component_adds_its_resources_and_leaves_replicas_to_the_autoscaler(co
 
 
 def resources() -> list[Path]:
-    return [folder / name for folder in sorted(COMPONENTS.iterdir()) for name in read(folder / "kustomization.yaml")["resources"]]
+    return [
+        COMPONENTS / component / name
+        for component in ("monitoring", "hpa", "keda")
+        for name in read(COMPONENTS / component / "kustomization.yaml")["resources"]
+    ]
 
 
 @pytest.mark.parametrize("path", resources(), ids=lambda path: path.stem)

@@ -16,7 +16,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.overload import Client, capacity
+from bench.client import Client
+from bench.overload import Caller
+from bench.request import Picture
 from model.bundle import sha256
 from service.engine_process import EMBEDDED
 from service.tuned import Choice, remember
@@ -65,7 +67,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
 
 
 @contextlib.asynccontextmanager
-async def offered(client: Client, rate: float, timeout_ms: int) -> AsyncIterator[None]:
+async def offered(caller: Caller, rate: float, timeout_ms: int) -> AsyncIterator[None]:
     """So many images a second meanwhile, whatever becomes of them. Afterwards all have been answered."""
     chance, replies, enough = random.Random(0), [], asyncio.Event()
 
@@ -75,7 +77,7 @@ async def offered(client: Client, rate: float, timeout_ms: int) -> AsyncIterator
             due += chance.expovariate(rate)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(enough.wait(), max(0.0, due - asyncio.get_running_loop().time()))
-            replies.append(asyncio.create_task(client.post(timeout_ms)))
+            replies.append(asyncio.create_task(caller.post(timeout_ms)))
 
     offering = asyncio.create_task(offer())
     try:
@@ -88,7 +90,7 @@ async def offered(client: Client, rate: float, timeout_ms: int) -> AsyncIterator
 
 async def observe(target: str, watching: Prometheus | None) -> Seen:
     host, port = target.split(":")
-    client = Client(host, int(port), IMAGE)
+    caller = Caller(Client(host, int(port)), Picture(IMAGE, "image/jpeg"))
 
     async with httpx.AsyncClient(base_url=f"http://{target}", timeout=60) as reader:
 
@@ -96,12 +98,12 @@ async def observe(target: str, watching: Prometheus | None) -> Seen:
             await asyncio.sleep(after_seconds)
             return (await reader.get("/metrics")).text
 
-        last, able = "", await capacity(client, 1)
-        async with offered(client, able / 5, 10_000):
+        last, able = "", await caller.capacity(1)
+        async with offered(caller, able / 5, 10_000):
             light = overloaded = value(await exposition(after_seconds=2), "vitserve_saturation")
         for _ in range(6):
-            able = await capacity(client, 1)  # again: what a machine that others use too can do changes
-            async with offered(client, 3 * able, 500):
+            able = await caller.capacity(1)  # again: what a machine that others use too can do changes
+            async with offered(caller, 3 * able, 500):
                 for _ in range(50):
                     overloaded = value(await exposition(after_seconds=0.2), "vitserve_saturation")
                     if overloaded >= WELL_ABOVE:
@@ -111,7 +113,7 @@ async def observe(target: str, watching: Prometheus | None) -> Seen:
                         break
             if overloaded >= WELL_ABOVE:
                 break
-    await client.close()
+    caller.client.close()
     return Seen(light, overloaded, last, watching)
 
 
