@@ -53,7 +53,7 @@ def command(root: Path, said: dict[str, Any], environment: list[str], arguments:
     """What to run for it. The process that it starts is `unshare`, whose one child is the container's pid 1."""
     user = said["User"].partition(":")[0]
     inside = [str(root), user, " ".join(said["Volumes"]), *said["Env"], *environment, *said["Entrypoint"], *(arguments or said["Cmd"])]
-    return ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "/bin/sh", "-c", _INSIDE, "inside", *inside]
+    return ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "/bin/sh", "-c", _INSIDE, "inside", *inside]
 
 
 def main() -> int:

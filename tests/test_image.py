@@ -90,11 +90,14 @@ def container(image: Image) -> Iterator[Container]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     running = Container(process, f"http://127.0.0.1:{port}")
     threading.Thread(target=running.read, daemon=True).start()  # a pipe that nobody reads would stop the service
-    running.wait_for("service.front: ready")
-    (running.pid,) = children(process.pid)
-    yield running
-    process.kill()  # and with it, by --kill-child, the container
-    process.wait()
+    try:
+        running.wait_for("service.front: ready")
+        (running.pid,) = children(process.pid)
+        yield running
+    finally:
+        for each in children(process.pid) if process.poll() is None else ():
+            os.kill(each, signal.SIGKILL)  # pid 1 of its namespace, whose end is the end of all in it
+        process.wait()
 
 
 def test_it_is_small_and_holds_what_serving_needs_and_no_more(image: Image) -> None:
