@@ -16,10 +16,11 @@ pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    gpu_gauges._begun.cache_clear()
+    begun = gpu_gauges._begun
+    begun.cache_clear()
     monkeypatch.setattr(machine, "gpus", lambda: ["0", "1"])
     yield
-    gpu_gauges._begun.cache_clear()
+    begun.cache_clear()
 
 
 def answer(monkeypatch: pytest.MonkeyPatch) -> None:
