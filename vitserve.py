@@ -25,6 +25,7 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 app = typer.Typer(help="Put a trained Vision Transformer into production.", no_args_is_help=True, add_completion=False)
@@ -262,6 +263,48 @@ def bench(
         run(wanted, __version__)
     except (ValueError, OSError, ImportError) as error:
         raise _fail(error) from error
+
+
+@app.command("verify")
+def verify_bundle(
+    bundle: Annotated[Path | None, typer.Argument(help="Folder of a bundle; the one that comes along unless told.")] = None,
+    engine: Annotated[str, typer.Option(help="As for `serve`.")] = "auto",
+    precision: Annotated[str, typer.Option(help="As for `serve`.")] = "auto",
+    images: Annotated[Path | None, typer.Option(help="Folder of images, or .npz as for `train`, to compare with float32 on the CPU.")] = None,
+    most_images: Annotated[int, typer.Option(min=1, help="How many of them at most.")] = 1000,
+    batch_sizes: Annotated[str, typer.Option(help="Images in a batch; the largest is what the engine is opened for.")] = "1,2,4,8",
+    lanes: Annotated[int, typer.Option(min=1, help="Batches that run at once.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="Threads per lane, on a CPU; 0 shares its cores among the lanes.")] = 0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="How long each batch size is measured in a round.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")] = 3,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Report to write, with all that was found.")] = None,
+) -> None:
+    """Open an engine here, prove it on golden images and on a folder, show whether its attention is fused, and measure it: one report. Status 1 if it fails."""
+    from rich.console import Console
+
+    from bench.command import whole
+    from bench.verify import show, verify
+    from export.evaluation import Images, read_images
+    from model.bundle import open_bundle
+    from service import machine
+    from service.engine_process import EMBEDDED
+    from service.engines.open import EngineOptions
+
+    console = Console(stderr=True)
+    try:
+        opened, sizes = open_bundle(bundle or EMBEDDED), whole(batch_sizes, "--batch-sizes")
+        judged: Images | None = None
+        if images is not None:
+            _, judged = read_images(images, opened.manifest.preprocessing, opened.labels, 1, most_images)
+        options = EngineOptions(engine, precision, lanes, threads, max(sizes), plan_folder=str(machine.plan_folder()))
+        with console.status("opening") as status:
+            report = verify(opened, options, judged, sizes, seconds, rounds, status.update)
+        show(report)
+        if as_json is not None:
+            as_json.write_text(report.to_json())
+    except (ValueError, RuntimeError, OSError) as error:
+        raise _fail(error) from error
+    raise typer.Exit(1 if report.failures else 0)
 
 
 @app.command()

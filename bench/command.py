@@ -17,6 +17,7 @@ from bench.report import EngineRow, ServiceRow
 from bench.request import made_picture
 from bench.service import Plan, measure
 from model.bundle import open_bundle
+from service import machine
 from service.engine_process import EMBEDDED
 from service.engines.open import EngineOptions
 
@@ -64,7 +65,7 @@ def run(wanted: Wanted, version: str) -> None:
             rows = bench_service(plan, console)
     else:
         sizes = whole(wanted.batch_sizes, "--batch-sizes")
-        options = EngineOptions(wanted.engine, wanted.precision, wanted.lanes, wanted.threads, max_batch=max(sizes))
+        options = EngineOptions(wanted.engine, wanted.precision, wanted.lanes, wanted.threads, max(sizes), plan_folder=str(machine.plan_folder()))
         rows = bench_engines(Path(wanted.target) if wanted.target else EMBEDDED, options, sizes, wanted.seconds or 1, wanted.rounds, console)
     write(rows, about, csv=wanted.csv, json=wanted.json, picture=wanted.plot)
 

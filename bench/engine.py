@@ -15,7 +15,7 @@ from model.bundle import Artefact, Bundle
 from model.preprocess import Pixels
 from service import machine
 from service.engines.engine import Engine
-from service.engines.open import EngineOptions, golden_gate, open_one
+from service.engines.open import EngineOptions, candidates, golden_gate, open_artefact
 
 Run = Callable[[int, Pixels], object]  # a lane, a batch
 
@@ -61,15 +61,13 @@ Results = Mapping[tuple[int, int], Spells]  # by the subject's place and the bat
 def opened(
     bundle: Bundle, options: EngineOptions, left_out: Callable[[str], None], precisions: Sequence[str] = (), *, gate: bool = True
 ) -> Iterator[tuple[Artefact, Subject]]:
-    """The bundle's artefacts that ``options`` name, or ``precisions`` do, run here, and reproduce the golden images."""
-    for artefact in bundle.manifest.artefacts:
-        if options.engine not in ("auto", artefact.engine) or options.precision not in ("auto", artefact.precision):
-            continue
+    """What ``options`` name, or ``precisions`` do, of what can run here and reproduces the golden images."""
+    for artefact in candidates(bundle, options):
         if precisions and artefact.precision not in precisions:
             continue
         engine = None
         try:
-            engine = open_one(artefact.engine, artefact.precision, bundle.path / artefact.path, options)
+            engine = open_artefact(bundle, artefact, options)
             if gate:
                 golden_gate(engine, bundle, artefact)
         except Exception as error:  # whatever a foreign library raises: it is not measured, and why is said

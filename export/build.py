@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from export import fusion, int8
+from export import fp8, fusion, int8
 from export.bf16 import simulated
 from export.card import model_card
 from export.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from service.engines.engine import EngineUnavailable
 from service.engines.open import EngineOptions, open_one
 
 ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
+FP8_GRAPH = "fp8.onnx"
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 MAX_LOSS = 0.5  # points of accuracy; without labels, twice as many points of disagreement
 
@@ -127,8 +128,10 @@ class Prover:
                 return [self._bf16]
             case "int8":
                 return [self._without_calibration if self.calibration is None else self._calibrated]
-            case _:
-                raise ExportError(f"there is no {precision} for a CPU")
+            case "fp8":
+                return [self._fp8]
+            case "fp16":
+                raise ExportError("fp16 is for GPUs alone, and made of every bundle where one serves it")
 
     def _bf16(self) -> Artefact:
         try:
@@ -191,6 +194,18 @@ class Prover:
         int8.without_calibration(self.contents / ONNXRUNTIME_GRAPH, self.contents / "int8.onnx")
         return self._proven("onnxruntime", "int8", "int8.onnx", None)
 
+    def _fp8(self) -> Artefact:
+        """For TensorRT. What fp8 costs shows here already, in float32 arithmetic on values that are rounded to fp8; the golden gate shows the GPU's."""
+        if self.calibration is None:
+            raise Rejected("fp8 needs images to calibrate with (--images)")
+        self.progress(f"quantising to fp8 with {len(self.calibration.pixels)} images")
+        fp8.calibrated(self.contents / GRAPH, self.contents / FP8_GRAPH, self.calibration.pixels)
+        runs = open_one("onnxruntime", "fp8", self.contents / FP8_GRAPH, EngineOptions(max_batch=len(self.golden.pixels)))
+        try:
+            return self._judge("tensorrt", "fp8", FP8_GRAPH, WEIGHTS, lambda pixels: runs.run(0, pixels), attention=None, simulated=True)
+        finally:
+            runs.close()
+
     def _proven(self, engine: str, precision: Precision, path: str, weights: str | None, *, gate: bool = True) -> Artefact:
         """Raises EngineUnavailable where it cannot run here, Rejected where it is not good enough, ExportError where it should be and is not."""
         self.progress(f"proving {engine} in {precision}")
@@ -245,4 +260,5 @@ class Prover:
         """An artefact's own files, not those that it shares."""
         if artefact.path not in (GRAPH, ONNXRUNTIME_GRAPH):
             for name in artefact.files:
-                (self.contents / name).unlink()
+                if name != WEIGHTS:
+                    (self.contents / name).unlink()

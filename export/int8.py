@@ -30,7 +30,9 @@ def calibrated(graph: Path, images: Pixels, *, smooth: bool) -> openvino.Model:
     """
     nncf, arguments = _nncf(images, smooth)
     with _quiet():
-        return nncf.quantize(_read(graph), **arguments)
+        model = nncf.quantize(_read(graph), **arguments)
+    fold_smoothing(model)
+    return model
 
 
 def calibrated_until(graph: Path, images: Pixels, judged: Pixels, loss: Callable[[Outputs], float], max_loss: float, *, smooth: bool) -> openvino.Model:
@@ -44,7 +46,7 @@ def calibrated_until(graph: Path, images: Pixels, judged: Pixels, loss: Callable
 
     batches = [judged[start : start + 16] for start in range(0, len(judged), 16)]
     with _quiet():
-        return nncf.quantize_with_accuracy_control(
+        model = nncf.quantize_with_accuracy_control(
             _read(graph),
             arguments.pop("calibration_dataset"),
             nncf.Dataset(batches),
@@ -55,6 +57,41 @@ def calibrated_until(graph: Path, images: Pixels, judged: Pixels, loss: Callable
             advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(ranking_subset_size=min(RANKED_ON, len(batches))),
             **arguments,
         )
+    fold_smoothing(model)
+    return model
+
+
+def fold_smoothing(model: openvino.Model) -> int:
+    """SmoothQuant's factors that follow a LayerNorm become part of its scale and shift, exactly: one pass over memory less for each. Returns how many did.
+
+    OpenVINO has taken the LayerNorm apart into MVN · scale + shift, of constants.
+    """
+    from openvino import opset13
+
+    folded = 0
+    for factor in model.get_ordered_ops():
+        if factor.get_type_name() != "Multiply" or not factor.get_friendly_name().endswith("nncf_smooth_quant"):
+            continue
+        shift = factor.input_value(0).get_node()
+        scale = shift.input_value(0).get_node() if shift.get_type_name() == "Add" else None
+        if scale is None or scale.get_type_name() != "Multiply" or scale.input_value(0).get_node().get_type_name() != "MVN":
+            continue
+        constants = [_constant(node.input_value(1)) for node in (factor, scale, shift)]
+        if any(each is None for each in constants) or any(len(node.output(0).get_target_inputs()) > 1 for node in (scale, shift)):
+            continue  # somebody else reads what is not multiplied by the factors
+        factors = constants[0].reshape(-1)
+        for node, values in ((scale, constants[1]), (shift, constants[2])):
+            node.input(1).replace_source_output(opset13.constant(values * factors).output(0))
+        factor.output(0).replace(shift.output(0))
+        folded += 1
+    model.validate_nodes_and_infer_types()
+    return folded
+
+
+def _constant(value: Any) -> Any:
+    """An array, or None of what is computed."""
+    node = value.get_node()
+    return node.get_data() if node.get_type_name() == "Constant" else None
 
 
 def without_calibration(graph: Path, path: Path) -> None:

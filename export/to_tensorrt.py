@@ -1,4 +1,4 @@
-"""The canonical graph → a TensorRT plan for the GPU of this machine, with the proof that its attention is fused. Run by service/engines/plans.py; no torch.
+"""A bundle's graph → a TensorRT plan for the GPU of this machine, with the proof that its attention is fused. Run by service/engines/plans.py; no torch.
 
     python -m export.to_tensorrt GRAPH PLAN DEPTH OPTIONS
 
@@ -40,17 +40,18 @@ class Cancelled(PlanError):
     """Whoever watches the progress wanted no more of it."""
 
 
-def plan_for(canonical: Path, path: Path, depth: int, options: PlanOptions, progress: Callable[[str], bool] = lambda step: True) -> PlanReport:
+def plan_for(source: Path, path: Path, depth: int, options: PlanOptions, progress: Callable[[str], bool] = lambda step: True) -> PlanReport:
     """Builds the plan at ``path`` unless it is there already. Two who ask at once: one builds, the other waits and finds it.
 
-    ``depth`` attention layers must be fused. ``progress`` is told each phase, and cancels by answering False. Raises PlanError; then nothing is at ``path``.
+    ``source`` is the canonical graph, or for fp8 the quantised one. ``depth`` attention layers must be fused.
+    ``progress`` is told each phase, and cancels by answering False. Raises PlanError; then nothing is at ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path.with_suffix(".lock")):
         kept = path.with_suffix(".json")
         if path.exists() and kept.exists():
             return PlanReport.from_json(kept.read_text())
-        plan, report = _build(ir.to_proto(typed(canonical, options.precision)).SerializeToString(), path.parent, depth, options, progress)
+        plan, report = _build(ir.to_proto(typed(source, options.precision)).SerializeToString(), path.parent, depth, options, progress)
         for target, content in ((path, plan), (kept, report.to_json().encode())):
             fresh = target.with_suffix(f"{target.suffix}.{os.getpid()}")
             fresh.write_bytes(content)

@@ -11,8 +11,9 @@ import numpy as np
 
 from model.bundle import Artefact, Bundle
 from model.preprocess import Pixels
+from service import machine
 from service.engines.engine import Engine
-from service.engines.open import EngineOptions, golden_gate, open_one
+from service.engines.open import EngineOptions, candidates, golden_gate, open_artefact, runs_on_gpu
 from service.tuned import Choice
 
 WITHIN = 0.97  # of the highest rate: the simpler setting is taken, for what separates them is noise
@@ -38,9 +39,10 @@ class LeftOut:
 
 def measure(bundle: Bundle, cores: int, max_batch: int, seconds: float, left_out: Callable[[LeftOut], None]) -> Iterator[Measurement]:
     """Every artefact that runs here and passes the golden gate, at every split of the cores, each batch size for ``seconds``."""
-    for artefact in bundle.manifest.artefacts:
-        for lanes in splits(cores):
-            options = EngineOptions(lanes=lanes, threads=cores // lanes, max_batch=max_batch)
+    plans = str(machine.plan_folder())
+    for artefact in candidates(bundle, EngineOptions(plan_folder=plans)):
+        for lanes in (1, 2) if runs_on_gpu(artefact) else splits(cores):
+            options = EngineOptions(lanes=lanes, threads=cores // lanes, max_batch=max_batch, plan_folder=plans)
             try:
                 engine = _opened(bundle, artefact, options)
             except Exception as error:  # whatever a foreign library raises: it is not what will serve here
@@ -78,10 +80,7 @@ def sizes(max_batch: int) -> list[int]:
 
 
 def _opened(bundle: Bundle, artefact: Artefact, options: EngineOptions) -> Engine:
-    damage = [bundle.damaged[name] for name in artefact.files if name in bundle.damaged]
-    if damage:
-        raise ValueError("; ".join(damage))
-    engine = open_one(artefact.engine, artefact.precision, bundle.path / artefact.path, options)
+    engine = open_artefact(bundle, artefact, options)
     try:
         golden_gate(engine, bundle, artefact)
     except BaseException:

@@ -32,7 +32,7 @@ from service.engines.open import EngineOptions, NoEngine, Opened, open_engine
 from service.intake import Answers, Intake
 from service.layout import Shape
 from service.link import Link
-from service.machine import cache_folder
+from service.machine import cache_folder, plan_folder
 from service.metrics import Metrics, in_files
 from service.ring import Ring
 from service.scheduler import Batch, Scheduler
@@ -297,8 +297,8 @@ def open_model(settings: Settings, progress: Callable[[str], None]) -> tuple[Bun
         choice = None  # another engine was asked for than the one that was measured
     lanes = settings.lanes or (min(choice.lanes, settings.slots // settings.max_batch) if choice else 1)
     threads = settings.threads or (choice.threads if choice and not settings.lanes else 0)
-    plans = {"none": "", "auto": str(cache_folder() / "plans")}.get(settings.plan_folder, settings.plan_folder)
-    options = EngineOptions(settings.engine, settings.precision, lanes, threads, settings.max_batch, _compiled_folder(settings), plans)
+    plans = {"none": "", "auto": str(plan_folder())}.get(settings.plan_folder, settings.plan_folder)
+    options = EngineOptions(settings.engine, settings.precision, lanes, threads, settings.max_batch, _compiled_folder(settings), plans, settings.torch_compile)
     try:
         return bundle, open_engine(bundle, options, (choice.engine, choice.precision) if choice else None, progress)
     except NoEngine as error:

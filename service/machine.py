@@ -48,6 +48,11 @@ def gpus(drivers: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
     return there if visible is None or not there else [each.strip() for each in visible.split(",") if each.strip()]
 
 
+def plan_folder() -> Path:
+    """Where what is built for a GPU lies, unless told."""
+    return cache_folder() / "plans"
+
+
 def cache_folder() -> Path:
     """Where vitserve keeps what it can make again, of the XDG base directory specification."""
     base = os.environ.get("XDG_CACHE_HOME", "")

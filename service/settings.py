@@ -13,6 +13,15 @@ class SettingsError(ValueError):
     """Settings that contradict one another or the machine; the service refuses to start."""
 
 
+_PRECISIONS = {
+    "tensorrt": ("bf16", "fp16", "fp8"),
+    "onnxruntime-cuda": ("bf16", "fp16"),
+    "torch": ("fp32", "bf16", "fp16"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "onnxruntime": ("fp32", "int8"),  # on a CPU, where it has no bf16
+}
+
+
 def _setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
@@ -24,10 +33,10 @@ class Settings:
     bundle: str = _setting("", "Folder of the bundle to serve; empty serves the model that comes with vitserve.")
     engine: str = _setting(
         "auto",
-        "auto, tensorrt, onnxruntime or openvino. auto: TensorRT on a GPU, else what `vitserve tune` found, else what should be fastest.",
+        "auto, tensorrt, onnxruntime-cuda, torch, openvino or onnxruntime. auto: on a GPU the first that can; else what `vitserve tune` found.",
     )
     precision: str = _setting(
-        "auto", "auto, fp32, bf16, fp16 (TensorRT) or int8. auto takes the fastest in the bundle; what is in it lost little enough when made."
+        "auto", "auto, fp32, bf16, fp16 or fp8 (GPU), or int8. auto takes the fastest that there is; what is in a bundle lost little enough when made."
     )
     workers: int = _setting(0, "Front processes, which speak HTTP and decode; 0 takes one for every four cores, at most eight.")
     engines: int = _setting(0, "Engine processes; 0 takes one for each device. A CPU is one.")
@@ -42,7 +51,8 @@ class Settings:
     max_images: int = _setting(64, "Images in one request.")
     jpeg_draft: bool = _setting(True, "Let libjpeg decode JPEGs at 1/2, 1/4 or 1/8 where three times the needed size remains: faster, not equal to the bit.")
     compiled_folder: str = _setting("auto", "Where engines keep what they compiled, for a quicker start: a folder; auto, in $XDG_CACHE_HOME/vitserve; or none.")
-    plan_folder: str = _setting("auto", "Where TensorRT's plans lie, built at the first start on a GPU: a folder; auto, in $XDG_CACHE_HOME/vitserve; or none.")
+    plan_folder: str = _setting("auto", "Where what is built for a GPU lies, TensorRT's plans above all: a folder; auto, in $XDG_CACHE_HOME/vitserve; or none.")
+    torch_compile: bool = _setting(False, "Have engine torch compile kernels for every batch size at start, which takes minutes and a C compiler.")
     admin_key: str = _setting("", "Key for POST /v1/admin/reload, sent as a bearer token; without one that route is closed. SIGHUP needs none.")
     hang_seconds: float = _setting(10.0, "A process silent for so long, or a batch running for so long and five times its measure, is killed and replaced.")
     drain_seconds: float = _setting(30.0, "After SIGTERM, how long admitted work may take to be answered. A second SIGTERM ends it now.")
@@ -60,15 +70,15 @@ class Settings:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.port <= 65535:
             raise SettingsError(f"port is {self.port}; it must be from 0 to 65535")
-        self._one_of("engine", "auto", "tensorrt", "onnxruntime", "openvino")
-        self._one_of("precision", "auto", "fp32", "bf16", "fp16", "int8")
+        self._one_of("engine", "auto", *_PRECISIONS)
+        self._one_of("precision", "auto", *dict.fromkeys(each for precisions in _PRECISIONS.values() for each in precisions))
         self._one_of("log_level", "debug", "info", "warning", "error")
-        if self.engine == "onnxruntime" and self.precision == "bf16":
-            raise SettingsError("engine onnxruntime has no bf16 on a CPU; use engine openvino, or precision fp32")
-        if self.engine == "tensorrt" and (self.precision not in ("auto", "bf16", "fp16") or self.plan_folder == "none"):
-            raise SettingsError(f"engine tensorrt needs precision bf16 or fp16 and a plan_folder; they are {self.precision} and {self.plan_folder}")
-        if self.precision == "fp16" and self.engine not in ("auto", "tensorrt"):
-            raise SettingsError(f"engine {self.engine} has no fp16 on a CPU; use engine tensorrt, or another precision")
+        if self.engine != "auto" and self.precision not in ("auto", *_PRECISIONS[self.engine]):
+            raise SettingsError(f"engine {self.engine} has no {self.precision}; it has {', '.join(_PRECISIONS[self.engine])}")
+        if self.engine in ("tensorrt", "onnxruntime-cuda") and self.plan_folder == "none":
+            raise SettingsError(f"engine {self.engine} needs a plan_folder, which is none")
+        if self.torch_compile and self.engine not in ("auto", "torch"):
+            raise SettingsError(f"torch_compile is of engine torch, and engine is {self.engine}")
         if self.slots < self.max_batch * max(1, self.lanes):
             raise SettingsError(f"{self.slots} slots cannot fill {max(1, self.lanes)} lanes with batches of {self.max_batch}")
         share = self.slots // max(1, self.workers)

@@ -390,9 +390,15 @@ def serve(settings: Settings) -> int:
 def for_this_machine(settings: Settings, cores: int) -> Settings:
     """Fills in what is left to the machine. Raises SettingsError."""
     fronts = settings.workers or max(1, min(8, cores // 4, settings.slots // settings.max_images))
-    on_gpus = settings.engine == "tensorrt" or (settings.engine == "auto" and importlib.util.find_spec("tensorrt") is not None)
-    engines = settings.engines or (max(1, len(machine.gpus())) if on_gpus else 1)
+    engines = settings.engines or (max(1, len(machine.gpus())) if _runs_on_gpus(settings.engine) else 1)
     return dataclasses.replace(settings, workers=fronts, engines=engines, decode_threads=settings.decode_threads or max(1, cores // fronts))
+
+
+def _runs_on_gpus(engine: str) -> bool:
+    """Whether an engine process for each GPU is wanted: where auto finds nothing to run on them, one on the CPU is."""
+    if engine == "auto":
+        return any(importlib.util.find_spec(package) is not None for package in ("tensorrt", "cuda", "torch"))
+    return engine in ("tensorrt", "onnxruntime-cuda", "torch")
 
 
 def _listen_on(settings: Settings) -> socket.socket:

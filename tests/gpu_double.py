@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as genuine
 from onnx.reference import ReferenceEvaluator
 
 Operation = Callable[[], object]
@@ -223,6 +224,12 @@ class IProgressMonitor:
     def __init__(self) -> None: ...
 
 
+class IProfiler:
+    def __init__(self) -> None: ...
+
+    def report_layer_time(self, layer_name: str, ms: float) -> None: ...
+
+
 class ProfilingVerbosity(Enum):
     LAYER_NAMES_ONLY, NONE, DETAILED = range(3)
 
@@ -413,6 +420,8 @@ class ICudaEngine:
 
 
 class IExecutionContext:
+    profiler: IProfiler | None = None
+
     def __init__(self, engine: ICudaEngine) -> None:
         self._engine, self._profile = engine, 0
         self._addresses: dict[str, int] = {}
@@ -449,6 +458,9 @@ class IExecutionContext:
             for name, values in zip(("logits", "embedding"), self._engine.evaluator.run(None, {"pixels": pixels}), strict=True):
                 content = np.asarray(values, np.float32).tobytes()
                 ctypes.memmove(addresses[name], content, len(content))
+            if self.profiler is not None:
+                for node in self._engine.model.graph.node:
+                    self.profiler.report_layer_time(node.name, 0.25)
 
         device.enqueue(stream_handle, run)
         return True
@@ -467,10 +479,65 @@ class Runtime:
         return ICudaEngine(self.device, serialized_engine)
 
 
+class Binding:
+    """ONNX Runtime's own IOBinding, of memory that is the device's."""
+
+    def __init__(self, session: Any, device: Device) -> None:
+        self.genuine, self._device = session.io_binding(), device
+
+    def bind_input(self, name: str, device_type: str, device_id: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
+        self._check(device_type, device_id, element_type, shape, buffer_ptr)
+        self.genuine.bind_input(name, "cpu", 0, element_type, shape, buffer_ptr)
+
+    def bind_output(self, name: str, device_type: str, device_id: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
+        self._check(device_type, device_id, element_type, shape, buffer_ptr)
+        self.genuine.bind_output(name, "cpu", 0, element_type, shape, buffer_ptr)
+
+    def _check(self, device_type: str, device_id: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
+        assert (device_type, device_id) == ("cuda", 0)
+        assert np.prod(shape) * np.dtype(element_type).itemsize <= len(self._device.allocated[buffer_ptr]), "beyond the memory that was allocated"
+
+
+def onnxruntime_of(device: Device, *, unplaced: str = "", loads: bool = True) -> types.ModuleType:
+    """``onnxruntime`` with a CUDA provider for that device: the genuine one computes, on the CPU, when the stream runs.
+
+    ``unplaced`` is an operator that the provider has no kernel for. Without ``loads`` the provider's libraries are missing, as where CUDA is not installed.
+    """
+
+    class InferenceSession:
+        def __init__(self, path: Path, sess_options: Any, providers: list[tuple[str, dict[str, str]]]) -> None:
+            ((name, self._options),) = providers
+            assert name == "CUDAExecutionProvider"
+            assert sess_options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+            if unplaced and any(node.op_type == unplaced for node in onnx.load(path, load_external_data=False).graph.node):
+                raise RuntimeError("This session contains graph nodes that are assigned to the default CPU EP, but fallback to CPU EP has been disabled")
+            self._session = genuine.InferenceSession(path, providers=["CPUExecutionProvider"])
+            self._captured: set[str] = set()
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"] if loads else ["CPUExecutionProvider"]
+
+        def io_binding(self) -> Binding:
+            return Binding(self._session, device)
+
+        def run_with_iobinding(self, iobinding: Binding, run_options: Any) -> None:
+            assert run_options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+            self._captured.add(run_options.get_run_config_entry("gpu_graph_id"))
+            if device.dead:
+                raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
+            device.enqueue(int(self._options["user_compute_stream"]), lambda: self._session.run_with_iobinding(iobinding.genuine))
+
+    module: Any = types.ModuleType("onnxruntime")
+    module.SessionOptions, module.RunOptions, module.IOBinding, module.InferenceSession = genuine.SessionOptions, genuine.RunOptions, Binding, InferenceSession
+    module.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    return module  # type: ignore[no-any-return]
+
+
 VERSION = "11.4.0.106"
 TYPES: list[Any] = [
     ILogger,
     IProgressMonitor,
+    IProfiler,
     ProfilingVerbosity,
     MemoryPoolType,
     LayerInformationFormat,

@@ -17,7 +17,7 @@ from model.parity import TOLERANCE, Outputs, Parity, Precision, compare, softmax
 from service.engines.engine import Engine, EngineUnavailable
 from service.engines.open import EngineOptions, NoEngine, open_engine, open_one
 
-ENGINES: list[tuple[str, Precision]] = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
+ENGINES: list[tuple[str, Precision]] = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"), ("torch", "fp32"), ("torch", "bf16")]
 
 
 @pytest.fixture(params=ENGINES, ids=[f"{name}-{precision}" for name, precision in ENGINES])
@@ -85,7 +85,7 @@ def test_lanes_run_at_once_without_mixing(engine: Engine) -> None:
 
 
 def test_it_reproduces_the_source_network(engine: Engine, bundle: Bundle) -> None:
-    artefact = next(each for each in bundle.manifest.artefacts if (each.engine, each.precision) == (engine.name, engine.precision))
+    (artefact, *_) = opening.candidates(bundle, EngineOptions(engine=engine.name, precision=engine.precision))
     parity = opening.golden_gate(engine, bundle, artefact)
     assert parity.logits <= TOLERANCE[engine.precision]
 
@@ -118,7 +118,7 @@ def test_int8_comes_first_only_where_the_cpu_multiplies_it(bundle: Bundle, monke
     both = replace(bundle, manifest=replace(bundle.manifest, artefacts=(*bundle.manifest.artefacts, int8)))
     for able, place in ((True, 0), (False, -1)):
         monkeypatch.setattr(opening.machine, "multiplies_int8", lambda able=able: able)
-        assert opening._candidates(both, EngineOptions(), None)[place].precision == "int8"
+        assert opening.candidates(both, EngineOptions(), None)[place].precision == "int8"
 
 
 def test_an_artefact_whose_file_was_changed_is_refused_and_the_next_serves(bundle: Bundle, tmp_path: Path) -> None:

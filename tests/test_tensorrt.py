@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 
-from model.bundle import Bundle
+from model.bundle import GRAPH, Bundle
 from model.parity import compare
 from service.engines.engine import DeviceLost, EngineUnavailable
 from service.engines.padding import worthwhile
@@ -26,7 +26,7 @@ from tests import gpu_double
 from tests.conftest import TINY
 from tests.gpu_double import Device, cudaError_t
 
-OURS = ("service.engines.cuda", "service.engines.tensorrt_engine", "export.to_tensorrt")
+OURS = ("service.engines.cuda", "service.engines.gpu", "service.engines.tensorrt_engine", "export.to_tensorrt")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         monkeypatch.setitem(sys.modules, name, module)
     for name in OURS:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    cuda, engine, build = (importlib.import_module(name) for name in OURS)
+    cuda, _, engine, build = (importlib.import_module(name) for name in OURS)
     yield SimpleNamespace(device=device, cuda=cuda, engine=engine, build=build, options=PlanOptions(max_batch=4))
     for name in OURS:
         sys.modules.pop(name, None)
@@ -197,6 +197,7 @@ def test_what_tensorrt_cannot_read_or_build_is_named(gpu: SimpleNamespace, bundl
         gpu.build.plan_for(bundle.path / "model.onnx", tmp_path / "a.plan", TINY.depth, gpu.options)
     model = onnx.load(bundle.path / "model.onnx")
     model.graph.node.append(onnx.helper.make_node("NonZero", ["logits"], ["where"], name="NonZero_7"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("where", onnx.TensorProto.INT64, [2, None]))
     onnx.save(model, tmp_path / "odd.onnx")
     with pytest.raises(gpu.build.PlanError, match="NonZero NonZero_7: no importer"):
         gpu.build.plan_for(tmp_path / "odd.onnx", tmp_path / "a.plan", TINY.depth, gpu.options)
@@ -221,10 +222,11 @@ def test_timings_are_kept_and_those_of_another_gpu_are_left_aside(gpu: SimpleNam
 
 
 def test_a_plan_is_named_by_all_that_it_is_good_for(gpu: SimpleNamespace, bundle: Bundle) -> None:
-    named = plan_path(Path("plans"), bundle, gpu.options, gpu.engine.target())
+    named = plan_path(Path("plans"), bundle, GRAPH, gpu.options, gpu.engine.target())
     assert re.fullmatch(r"[0-9a-f]{12}-bf16-b4-nvidia-h200-sm90-trt11\.4\.0\.106\.plan", named.name)
     other = replace(bundle, manifest=replace(bundle.manifest, files=bundle.manifest.files | {"model.onnx.data": "0"}))
-    others = {plan_path(Path("plans"), other, gpu.options, gpu.engine.target()), plan_path(Path("plans"), bundle, PlanOptions("fp16", 4), gpu.engine.target())}
+    half, target = PlanOptions("fp16", 4), gpu.engine.target()
+    others = {plan_path(Path("plans"), other, GRAPH, gpu.options, target), plan_path(Path("plans"), bundle, GRAPH, half, target)}
     assert len(others | {named}) == 3
 
 

@@ -1,4 +1,4 @@
-"""CUDA's runtime without torch: memory, streams and graphs, the error of every call checked. Imported by tensorrt_engine.py.
+"""CUDA's runtime without torch: memory, streams and graphs, the error of every call checked. Imported by gpu.py and the engines made of it.
 
 Calls, flags and their meaning: the CUDA runtime API, https://docs.nvidia.com/cuda/cuda-runtime-api.
 An engine process sees one device (CUDA_VISIBLE_DEVICES), so that none of its threads has to choose one.
@@ -15,6 +15,8 @@ import numpy.typing as npt
 from cuda.bindings import runtime
 
 from service.engines.engine import DeviceLost, EngineUnavailable
+
+_LOST = "; the device answers every further call so, until the process ends"
 
 
 class CudaError(RuntimeError):
@@ -34,10 +36,18 @@ def _failure(error: Any) -> BaseException:
     _, text = runtime.cudaGetErrorString(error)
     message = f"{name.decode()}: {text.decode()}"
     runtime.cudaGetLastError()  # forgets what can be forgotten
+    return DeviceLost(f"{message}{_LOST}") if _is_lost() else CudaError(message)
+
+
+def raise_if_lost(error: Exception) -> None:
+    """For what other libraries raise of the device's errors: raises DeviceLost where the error stays."""
+    if _is_lost():
+        raise DeviceLost(f"{error}{_LOST}") from error
+
+
+def _is_lost() -> bool:
     (still,) = runtime.cudaDeviceSynchronize()
-    if still != runtime.cudaError_t.cudaSuccess:
-        return DeviceLost(f"{message}; the device answers every further call so, until the process ends")
-    return CudaError(message)
+    return bool(still != runtime.cudaError_t.cudaSuccess)
 
 
 def count_devices() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from model.bundle import GRAPH, Artefact, Bundle
 from model.parity import Outputs, Parity, Precision, compare
 from service import machine
 from service.engines.engine import Engine, EngineUnavailable
-from service.engines.plans import PlanOptions, build_elsewhere, plan_path
+from service.engines.plans import PlanOptions, build_plan, build_typed, plan_path, typed_path
 
 log = logging.getLogger(__name__)
 
@@ -26,18 +26,38 @@ class EngineOptions:
     threads: int = 0  # per lane; 0: the machine's cores shared among the lanes
     max_batch: int = 8
     compiled_folder: str = ""  # where engines keep what they compiled, for a quicker start; empty: nowhere
-    plan_folder: str = ""  # where TensorRT's plans lie or are built; empty: TensorRT is not used
+    plan_folder: str = ""  # where TensorRT's plans and typed graphs lie or are built; empty: neither TensorRT nor ONNX Runtime on CUDA is used
+    compile: bool = False  # torch: have it make kernels of its own
 
 
 # Fastest first, where nobody has measured: ViT-B/16 on two cores with VNNI and bf16, docs/benchmarks.md.
 _FASTEST = (("openvino", "int8"), ("onnxruntime", "int8"), ("openvino", "bf16"), ("openvino", "fp32"), ("onnxruntime", "fp32"))
-_PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "vitserve[tensorrt]"}
+_PACKAGES = {
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "tensorrt": "vitserve[tensorrt]",
+    "onnxruntime-cuda": "vitserve[gpu]",
+    "torch": "vitserve[torch]",
+}
+_ON_A_GPU: tuple[tuple[str, Precision], ...] = (
+    ("tensorrt", "bf16"),
+    ("tensorrt", "fp16"),
+    ("onnxruntime-cuda", "bf16"),
+    ("onnxruntime-cuda", "fp16"),
+    ("torch", "bf16"),
+    ("torch", "fp16"),
+)
+FP8_CAPABILITY = (8, 9)  # Ada; https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html
 # An engine may be as far from its source as it was when it was accepted, and as far again: other CPUs round and saturate differently.
 _SPREAD, _SLACK = 2.0, 0.01
 
 
 class NoEngine(RuntimeError):
     """No engine can serve the bundle here; the message gives each one's reason."""
+
+
+class Damaged(ValueError):
+    """A file of the artefact is not the one that was proven."""
 
 
 @dataclass(frozen=True)
@@ -65,28 +85,40 @@ def open_engine(bundle: Bundle, options: EngineOptions, first: tuple[str, str] |
     ``progress`` is told of what takes minutes.
     """
     refused: list[Refusal] = []
-    for artefact in _candidates(bundle, options, first):
+    for artefact in candidates(bundle, options, first):
         engine = None
         cause: Literal["unavailable", "damaged", "golden_gate"] = "unavailable"
         try:
-            damage = [bundle.damaged[name] for name in artefact.files if name in bundle.damaged]
-            if damage:
-                cause = "damaged"
-                raise ValueError("; ".join(damage))
-            graph = _plan(bundle, artefact.precision, options, progress) if artefact.engine == "tensorrt" else bundle.path / artefact.path
-            engine = open_one(artefact.engine, artefact.precision, graph, options)
+            engine = open_artefact(bundle, artefact, options, progress)
             cause = "golden_gate"
             return Opened(engine, golden_gate(engine, bundle, artefact), tuple(refused))
         except Exception as error:  # whatever a foreign library raises while it compiles or runs, the next engine may still serve
             if engine is not None:
                 engine.close()
+            if isinstance(error, Damaged):
+                cause = "damaged"
             refused.append(Refusal(artefact.engine, artefact.precision, cause, str(error)))
             log.warning("refused: %s", refused[-1])
     raise NoEngine("; ".join(map(str, refused)) or f"the bundle has no artefact for engine {options.engine!r} in precision {options.precision!r}")
 
 
+def open_artefact(bundle: Bundle, artefact: Artefact, options: EngineOptions, progress: Callable[[str], None] = lambda step: None) -> Engine:
+    """As open_one(), of what candidates() gives; what it needs is built first. Not yet proven. Raises Damaged, EngineUnavailable, and what libraries raise."""
+    damage = [bundle.damaged[name] for name in artefact.files if name in bundle.damaged]
+    if damage:
+        raise Damaged("; ".join(damage))
+    try:
+        graph = _made_for_the_gpu(bundle, artefact, options, progress)
+    except ImportError as error:
+        raise _not_installed(artefact.engine, error) from error
+    return open_one(artefact.engine, artefact.precision, graph or bundle.path / artefact.path, options)
+
+
 def open_one(name: str, precision: Precision, graph: Path, options: EngineOptions) -> Engine:
-    """``graph`` is the file that the engine runs; for TensorRT, a plan. Raises EngineUnavailable where the library is absent or the hardware cannot do it."""
+    """``graph`` is the file that the engine runs; for TensorRT a plan, for ONNX Runtime on CUDA a typed graph.
+
+    Raises EngineUnavailable where the library is absent or the hardware cannot do it.
+    """
     threads = options.threads or max(1, machine.cores() // options.lanes)
     try:
         if name == "onnxruntime":
@@ -101,6 +133,14 @@ def open_one(name: str, precision: Precision, graph: Path, options: EngineOption
             from service.engines.tensorrt_engine import TensorRtEngine
 
             return TensorRtEngine(graph, precision, options.lanes, options.max_batch)
+        if name == "onnxruntime-cuda":
+            from service.engines.onnxruntime_cuda_engine import OnnxRuntimeCudaEngine
+
+            return OnnxRuntimeCudaEngine(graph, precision, options.lanes, options.max_batch)
+        if name == "torch":
+            from service.engines.torch_engine import open_torch
+
+            return open_torch(graph, precision, options.lanes, threads, options.max_batch, compiled=options.compile)
     except ImportError as error:
         raise _not_installed(name, error) from error
     raise EngineUnavailable(f"there is no engine called {name!r}")
@@ -110,19 +150,30 @@ def _not_installed(name: str, error: ImportError) -> EngineUnavailable:
     return EngineUnavailable(f"{name} is not installed ({error}): pip install '{_PACKAGES[name]}'")
 
 
-def _plan(bundle: Bundle, precision: Precision, options: EngineOptions, progress: Callable[[str], None]) -> Path:
-    """For the GPU that is here; built if it is not there yet. Raises EngineUnavailable."""
-    try:
+def _made_for_the_gpu(bundle: Bundle, artefact: Artefact, options: EngineOptions, progress: Callable[[str], None]) -> Path | None:
+    """What TensorRT or ONNX Runtime on CUDA runs; built if it is not there yet. None for other engines. Raises ImportError, EngineUnavailable."""
+    folder, precision = Path(options.plan_folder), artefact.precision
+    if artefact.engine == "tensorrt":
         from service.engines.tensorrt_engine import target
-    except ImportError as error:
-        raise _not_installed("tensorrt", error) from error
-    if precision not in ("bf16", "fp16"):
-        raise EngineUnavailable(f"tensorrt runs in bf16 or fp16, not in {precision}")
-    chosen = PlanOptions(precision, max_batch=options.max_batch)
-    path = plan_path(Path(options.plan_folder), bundle, chosen, target())
-    if not path.exists():
-        build_elsewhere(bundle, path, chosen, progress)
-    return path
+
+        gpu = target()
+        if precision == "fp8" and gpu.compute_capability < FP8_CAPABILITY:
+            raise EngineUnavailable(f"fp8 needs compute capability {FP8_CAPABILITY}; the {gpu.gpu} has {gpu.compute_capability}")
+        assert precision in ("bf16", "fp16", "fp8")
+        chosen = PlanOptions(precision, max_batch=options.max_batch)
+        path = plan_path(folder, bundle, artefact.path, chosen, gpu)
+        if not path.exists():
+            build_plan(bundle, artefact.path, path, chosen, progress)
+        return path
+    if artefact.engine == "onnxruntime-cuda":
+        from service.engines import cuda
+
+        cuda.count_devices()  # before anything is built for it
+        path = typed_path(folder, bundle, precision)
+        if not path.exists():
+            build_typed(bundle, path, precision, progress)
+        return path
+    return None
 
 
 def golden_gate(engine: Engine, bundle: Bundle, artefact: Artefact) -> Parity:
@@ -161,8 +212,8 @@ def worse(one: Parity, other: Parity) -> Parity:
     )
 
 
-def _candidates(bundle: Bundle, options: EngineOptions, first: tuple[str, str] | None) -> list[Artefact]:
-    """Of every precision if none is asked for: each was found good enough by whoever exported it."""
+def candidates(bundle: Bundle, options: EngineOptions, first: tuple[str, str] | None = None) -> list[Artefact]:
+    """What fits ``options``, best first. Of every precision if none is asked for: each was found good enough by whoever exported it."""
 
     def place(artefact: Artefact) -> int:
         key = (artefact.engine, artefact.precision)
@@ -172,14 +223,36 @@ def _candidates(bundle: Bundle, options: EngineOptions, first: tuple[str, str] |
             return len(_FASTEST)
         return _FASTEST.index(key)
 
-    fitting = (each for each in bundle.manifest.artefacts if options.engine in ("auto", each.engine) and options.precision in ("auto", each.precision))
-    return [*_on_a_gpu(bundle, options), *sorted(fitting, key=place)]
+    on_cpu = [each for each in bundle.manifest.artefacts if each.engine != "tensorrt"]
+    return [*_fitting(_on_a_gpu(bundle, options), options), *sorted(_fitting([*on_cpu, *_torch_on_the_cpu(bundle, options)], options), key=place)]
 
 
-def _on_a_gpu(bundle: Bundle, options: EngineOptions) -> list[Artefact]:
-    """What no bundle holds, because it is made of the canonical graph for the very GPU that runs it."""
-    if not options.plan_folder or not (options.engine == "tensorrt" or (options.engine == "auto" and machine.gpus())):
-        return []
+def runs_on_gpu(artefact: Artefact) -> bool:
+    return artefact.engine in ("tensorrt", "onnxruntime-cuda") or (artefact.engine == "torch" and bool(machine.gpus()))
+
+
+def _fitting(artefacts: Iterable[Artefact], options: EngineOptions) -> Iterator[Artefact]:
+    return (each for each in artefacts if options.engine in ("auto", each.engine) and options.precision in ("auto", each.precision))
+
+
+def _on_a_gpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artefact]:
+    """What is made of the canonical graph for the very GPU that runs it, and what the bundle holds for TensorRT."""
+    asked_for = options.engine in [engine for engine, _ in _ON_A_GPU if engine != "torch"]
+    if not options.plan_folder or not (asked_for or machine.gpus()):
+        return
+    yield from (each for each in bundle.manifest.artefacts if each.engine == "tensorrt")  # fp8, which somebody wanted
+    for engine, precision in _ON_A_GPU:
+        yield from _of_the_canonical_graph(bundle, engine, precision)
+
+
+def _torch_on_the_cpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artefact]:
+    """Only for who asks for it: every other engine is quicker."""
+    if options.engine == "torch" and not machine.gpus():
+        yield from _of_the_canonical_graph(bundle, "torch", "fp32")
+        yield from _of_the_canonical_graph(bundle, "torch", "bf16")
+
+
+def _of_the_canonical_graph(bundle: Bundle, engine: str, precision: Precision) -> Iterator[Artefact]:
     source = next((each for each in bundle.manifest.artefacts if each.path == GRAPH and each.precision == "fp32"), None)
-    precisions: tuple[Precision, ...] = ("bf16", "fp16")
-    return [dataclasses.replace(source, engine="tensorrt", precision=each) for each in precisions if source and options.precision in ("auto", each)]
+    if source is not None:
+        yield dataclasses.replace(source, engine=engine, precision=precision, attention=None, evaluation=None)

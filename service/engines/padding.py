@@ -1,8 +1,14 @@
-"""Which batch sizes deserve kernels of their own, by measurement. Imported by tensorrt_engine.py."""
+"""Which batch sizes deserve kernels of their own. Imported by gpu.py and the engines made of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+
+def candidates(max_batch: int) -> list[int]:
+    """Sizes of which each is a little more than the one before, ascending, where trying every size would take too long: 1 … 8, 16 … 64 by 8, and so on."""
+    sizes = [*range(1, 8), *range(8, 64, 8), *range(64, max_batch, 64)]
+    return [*(size for size in sizes if size < max_batch), max_batch]
 
 
 def worthwhile(seconds: Mapping[int, float]) -> list[int]:

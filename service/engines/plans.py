@@ -1,6 +1,6 @@
-"""TensorRT plans: what they are called, where they lie, and having one built by a process of its own. Needs no TensorRT.
+"""What a bundle's graph is made into for a GPU, TensorRT plans and typed graphs: their names, where they lie, and having one built by a process of its own.
 
-Imported by open.py, tensorrt_engine.py and export/to_tensorrt.py.
+Needs neither TensorRT nor onnx. Imported by open.py, tensorrt_engine.py and export/to_tensorrt.py.
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from model.bundle import GRAPH, WEIGHTS, Bundle
 from model.config import ViTConfig
+from model.parity import Precision
 from service.engines.engine import EngineUnavailable
 
-BUILDER = "export.to_tensorrt"  # run, and never imported: a service without a GPU needs none of it
+# Run, and never imported: a service without a GPU needs none of it.
+BUILDER = "export.to_tensorrt"
+TYPER = "export.typed"
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    precision: Literal["bf16", "fp16"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp8"] = "bf16"
     max_batch: int = 64
     optimization_level: int = 3  # 0 … 5: more tactics are tried at each
     workspace_bytes: int = 4 << 30  # at most, while building and for scratch memory of the plan
@@ -45,10 +48,18 @@ class Target:
         return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.gpu).strip('-').lower()}-sm{major}{minor}-trt{self.tensorrt}"
 
 
-def plan_path(folder: Path, bundle: Bundle, options: PlanOptions, target: Target) -> Path:
+def plan_path(folder: Path, bundle: Bundle, graph: str, options: PlanOptions, target: Target) -> Path:
+    """Of the bundle's file ``graph``."""
+    return folder / f"{_digest(bundle, graph)}-{options.precision}-b{options.max_batch}-{target.slug}.plan"
+
+
+def typed_path(folder: Path, bundle: Bundle, precision: Precision) -> Path:
+    return folder / f"{_digest(bundle, GRAPH)}-{precision}.onnx"
+
+
+def _digest(bundle: Bundle, graph: str) -> str:
     files = bundle.manifest.files
-    digest = hashlib.sha256(f"{files[GRAPH]} {files[WEIGHTS]}".encode()).hexdigest()
-    return folder / f"{digest[:12]}-{options.precision}-b{options.max_batch}-{target.slug}.plan"
+    return hashlib.sha256(f"{files[graph]} {files[WEIGHTS]}".encode()).hexdigest()[:12]
 
 
 def attention_layers(bundle: Bundle) -> int:
@@ -56,14 +67,25 @@ def attention_layers(bundle: Bundle) -> int:
     return config.depth if isinstance(config, ViTConfig) else 0
 
 
-def build_elsewhere(bundle: Bundle, path: Path, options: PlanOptions, progress: Callable[[str], None]) -> None:
-    """Minutes, in which this process stays as small as it is. Ends with this one. Raises EngineUnavailable."""
-    command = [sys.executable, "-m", BUILDER, str(bundle.path / GRAPH), str(path), str(attention_layers(bundle)), json.dumps(asdict(options))]
+def build_plan(bundle: Bundle, graph: str, path: Path, options: PlanOptions, progress: Callable[[str], None]) -> None:
+    """Minutes. Raises EngineUnavailable."""
+    arguments = [str(bundle.path / graph), str(path), str(attention_layers(bundle)), json.dumps(asdict(options))]
+    _elsewhere(BUILDER, arguments, lambda line: progress(f"building the TensorRT plan: {line}"), "no TensorRT plan could be built")
+
+
+def build_typed(bundle: Bundle, path: Path, precision: Precision, progress: Callable[[str], None]) -> None:
+    """Seconds. Raises EngineUnavailable."""
+    progress(f"writing the graph in {precision}")
+    _elsewhere(TYPER, [str(bundle.path / GRAPH), str(path), precision], progress, f"no graph in {precision} could be made")
+
+
+def _elsewhere(module: str, arguments: Sequence[str], progress: Callable[[str], None], failed: str) -> None:
+    """In a process that ends with this one, which stays as small as it is."""
     last = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as building:
+    with subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True) as building:
         assert building.stdout is not None
         for line in building.stdout:
             last = line.strip()
-            progress(f"building the TensorRT plan: {last}")
+            progress(last)
     if building.returncode != 0:
-        raise EngineUnavailable(f"no TensorRT plan could be built: {last or f'the builder ended with status {building.returncode}'}")
+        raise EngineUnavailable(f"{failed}: {last or f'the builder ended with status {building.returncode}'}")

@@ -6,18 +6,15 @@ Calls: TensorRT 11's Python API, https://docs.nvidia.com/deeplearning/tensorrt/l
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import SupportsFloat
 
 import tensorrt as trt
 
-from model.parity import Outputs, Precision
-from model.preprocess import Pixels
+from model.parity import Precision
 from service.engines import cuda
 from service.engines.engine import EngineUnavailable
-from service.engines.padding import worthwhile
+from service.engines.gpu import Buffers, GpuEngine
 from service.engines.plans import Target
 
 log = logging.getLogger(__name__)
@@ -45,18 +42,14 @@ def target() -> Target:
     return Target(name, capability, trt.__version__)
 
 
-class TensorRtEngine:
-    """One plan, whose weights exist once; one context, stream and set of CUDA graphs a lane.
-
-    A batch runs as the graph of the smallest captured size that holds it. Which sizes are worth a graph is found by measuring all of them.
-    """
+class TensorRtEngine(GpuEngine):
+    """One plan, whose weights exist once; one context and set of CUDA graphs a lane."""
 
     name = "tensorrt"
 
     def __init__(self, plan: Path, precision: Precision, lanes: int, max_batch: int) -> None:
         """Raises EngineUnavailable without a device, or where the plan is of another GPU or TensorRT, or for smaller batches."""
         cuda.count_devices()
-        self.precision, self.lanes, self.max_batch = precision, lanes, max_batch
         logger = TensorRtLogger()
         self._runtime = trt.Runtime(logger)
         engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
@@ -65,99 +58,83 @@ class TensorRtEngine:
         largest = _largest_batch(engine)
         if largest < max_batch:
             raise EngineUnavailable(f"{plan} takes batches of at most {largest}; {max_batch} are wanted")
-        self._lanes = [_Lane(engine, max_batch) for _ in range(lanes)]
-        every = range(max_batch, 0, -1)  # largest first: the memory that it takes is there for the smaller
-        self._lanes[0].capture(every)
-        self._sizes = worthwhile({size: self._lanes[0].seconds(size) for size in every})
-        self._lanes[0].keep(self._sizes)
-        for lane in self._lanes[1:]:
-            lane.capture(sorted(self._sizes, reverse=True))
-        self._shared: cuda.Pinned | None = None
+        image = shape_of(engine.get_tensor_shape("pixels"))[1:]
+        classes, width = (int(engine.get_tensor_shape(name)[1]) for name in ("logits", "embedding"))
+        self.plan, self._engine = plan, engine
+        super().__init__(
+            precision, lanes, max_batch, range(1, max_batch + 1), lambda: Buffers(image, classes, width, max_batch), lambda buffers: _Program(engine, buffers)
+        )
 
-    def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
-        if rows is not None and self._shared is None:
-            self._shared = cuda.Pinned(pixels)  # the ring: from now on the device reads from the slots by itself
-        images = [pixels] if rows is None else [pixels[row] for row in rows]
-        count = len(pixels) if rows is None else len(rows)
-        return self._lanes[lane].run(images, count, next(size for size in self._sizes if size >= count))
-
-    def close(self) -> None:
-        for lane in self._lanes:
-            lane.close()
-        if self._shared is not None:
-            self._shared.close()
+    def layer_milliseconds(self, size: int) -> dict[str, float]:
+        """Of one batch, by TensorRT's profiler, which runs each layer alone: their shares are what is meant, not their sum. No lane may run meanwhile."""
+        buffers, _ = self._lanes[0]
+        program, profiler = _Program(self._engine, buffers), _Profiler()
+        program.profile(size, profiler)
+        return profiler.milliseconds
 
 
-class _Closable(Protocol):
-    def close(self) -> None: ...
+class _Profiler(trt.IProfiler):  # type: ignore[misc, unused-ignore]  # as TensorRtLogger
+    def __init__(self) -> None:
+        super().__init__()
+        self.milliseconds = dict[str, float]()
+
+    def report_layer_time(self, layer_name: str, ms: SupportsFloat) -> None:
+        self.milliseconds[layer_name] = float(ms)
 
 
-class _Lane:
-    """Addresses are fixed for its life, because the graphs hold them."""
+class _Program:
+    """A CUDA graph for each size holds the kernels and the outputs' way to the host."""
 
-    def __init__(self, engine: trt.ICudaEngine, max_batch: int) -> None:
-        self._engine, self._stream = engine, cuda.Stream()
+    def __init__(self, engine: trt.ICudaEngine, buffers: Buffers) -> None:
+        self._engine, self._buffers = engine, buffers
         self._context = engine.create_execution_context()
         if self._context is None:
             raise cuda.CudaError("TensorRT made no execution context: there is too little device memory for another lane")
-        self._image_shape = shape_of(engine.get_tensor_shape("pixels"))[1:]  # H, W, 3
-        classes, width = (engine.get_tensor_shape(name)[1] for name in ("logits", "embedding"))
-        self._pixels = cuda.DeviceMemory(max_batch * self._image_shape[0] * self._image_shape[1] * 3)
-        self._host = {"logits": cuda.pinned_zeros(max_batch, classes), "embedding": cuda.pinned_zeros(max_batch, width)}
-        self._device = {name: cuda.DeviceMemory(pinned.array.nbytes) for name, pinned in self._host.items()}
-        self._graphs: dict[int, cuda.Graph] = {}
+        for name, memory in {"pixels": buffers.pixels, **buffers.device}.items():
+            _said(self._context.set_tensor_address(name, memory.address), "set_tensor_address")
+        self._graphs = dict[int, cuda.Graph]()
 
-    def capture(self, sizes: Sequence[int]) -> None:
-        for name, memory in {"pixels": self._pixels, **self._device}.items():
-            self._said(self._context.set_tensor_address(name, memory.address), "set_tensor_address")
-        for size in sizes:
-            profile = _profile_of(self._engine, size)
-            if self._context.active_optimization_profile != profile:
-                self._said(self._context.set_optimization_profile_async(profile, self._stream.handle), "set_optimization_profile_async")
-            self._said(self._context.set_input_shape("pixels", (size, *self._image_shape)), "set_input_shape")
-            self._enqueue(size)  # once outside of a graph, as TensorRT asks: what it does only the first time cannot be captured
-            self._stream.synchronize()
-            with self._stream.captured() as self._graphs[size]:
-                self._enqueue(size)
+    def prepare(self, size: int) -> None:
+        stream = self._buffers.stream
+        self._shape(size)
+        self._run(size)  # once outside of a graph, as TensorRT asks: what it does only the first time cannot be captured
+        stream.synchronize()
+        with stream.captured() as graph:
+            self._run(size)
+        self._graphs[size] = graph
 
-    def _enqueue(self, size: int) -> None:
-        self._said(self._context.execute_async_v3(self._stream.handle), "execute_async_v3")
-        for name, memory in self._device.items():
-            memory.read_into(self._host[name].array[:size], self._stream)
+    def profile(self, size: int, profiler: trt.IProfiler) -> None:
+        self._context.profiler = profiler
+        self._shape(size)
+        for _ in range(3):  # the last counts
+            self._run(size)
+            self._buffers.stream.synchronize()
 
-    def _said(self, succeeded: bool, call: str) -> None:
-        if not succeeded:
-            raise cuda.CudaError(f"TensorRT's {call} failed; its log says why")
+    def _shape(self, size: int) -> None:
+        stream, profile = self._buffers.stream, _profile_of(self._engine, size)
+        if self._context.active_optimization_profile != profile:
+            _said(self._context.set_optimization_profile_async(profile, stream.handle), "set_optimization_profile_async")
+        _said(self._context.set_input_shape("pixels", (size, *self._buffers.image_shape)), "set_input_shape")
 
-    def seconds(self, size: int) -> float:
-        """Of a run of the graph, the best of three after one that does not count."""
-        times = []
-        for _ in range(4):
-            began = time.monotonic()
-            self._graphs[size].launch(self._stream)
-            self._stream.synchronize()
-            times.append(time.monotonic() - began)
-        return min(times[1:])
+    def _run(self, size: int) -> None:
+        _said(self._context.execute_async_v3(self._buffers.stream.handle), "execute_async_v3")
+        self._buffers.read(size)
 
-    def keep(self, sizes: Sequence[int]) -> None:
-        for size in set(self._graphs) - set(sizes):
-            self._graphs.pop(size).close()
+    def enqueue(self, size: int) -> None:
+        self._graphs[size].launch(self._buffers.stream)
 
-    def run(self, images: Sequence[Pixels], count: int, size: int) -> Outputs:
-        """``images`` are ``count`` in all, in order; the rest up to ``size`` is whatever was there before, and is not looked at."""
-        offset = 0
-        for image in images:
-            self._pixels.fill(offset, image, self._stream)
-            offset += image.nbytes
-        self._graphs[size].launch(self._stream)
-        self._stream.synchronize()
-        return Outputs(*(self._host[name].array[:count].copy() for name in ("logits", "embedding")))
+    def forget(self, size: int) -> None:
+        self._graphs.pop(size).close()
 
     def close(self) -> None:
-        held: list[_Closable] = [*self._graphs.values(), self._pixels, *self._device.values(), *self._host.values(), self._stream]
-        for each in held:
+        for each in self._graphs.values():
             each.close()
         self._graphs.clear()
+
+
+def _said(succeeded: bool, call: str) -> None:
+    if not succeeded:
+        raise cuda.CudaError(f"TensorRT's {call} failed; its log says why")
 
 
 def shape_of(dims: trt.Dims) -> tuple[int, ...]:

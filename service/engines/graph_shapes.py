@@ -1,0 +1,26 @@
+"""What a bundle's graph takes and gives, read without its weights. Imported by the engines that are given a graph and memory of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+
+class GraphShapes(NamedTuple):
+    image: tuple[int, ...]  # H, W, 3
+    classes: int
+    width: int  # of the embedding
+
+
+def shapes_of(graph: Path) -> GraphShapes:
+    loaded = ir.load(graph).graph
+    pixels, (logits, embedding) = loaded.inputs[0], loaded.outputs
+    image, classes, width = (_without_batch(value) for value in (pixels, logits, embedding))
+    return GraphShapes(image, classes[0], width[0])
+
+
+def _without_batch(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(int(size) for size in list(value.shape)[1:])  # type: ignore[arg-type]  # the batch alone has a name for a size

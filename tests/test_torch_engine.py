@@ -1,0 +1,85 @@
+"""torch as an engine: the bundle's graph, operator by operator, for every family; what torch alone decides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from export.lean import Lean
+from export.to_onnx import Servable, trace
+from model.bundle import Bundle
+from model.config import ResNetConfig, ViTConfig
+from model.parity import Outputs, compare
+from model.preprocess import Preprocessing
+from model.resnet import ResNet
+from service.engines.engine import EngineUnavailable
+from service.engines.open import EngineOptions, open_engine
+from service.engines.torch_engine import open_torch, quickest_attention
+from service.engines.torch_graph import TorchGraph
+from tests.conftest import TINY, network, picture
+
+FAMILIES: dict[str, ViTConfig | ResNetConfig] = {
+    "distilled, layer scale": replace(TINY, distillation_token=True, distillation_head=True, layer_scale=True, qk_norm=True),
+    "registers, SwiGLU": replace(TINY, registers=3, swiglu=True),
+    "quick GELU, pre-logits": replace(TINY, activation="quick_gelu", representation_width=24),
+    "hybrid, axial, mean": replace(TINY, image_size=32, stem=(8, 16), attention="axial", pool="mean", class_token=False, norm_after_pool=True),
+    "local": replace(TINY, image_size=32, attention="local", window=3),
+    "R + ViT": replace(TINY, image_size=64, patch_size=16, resnet=(1, 1, 1)),
+    "ResNet": ResNetConfig(64, (1, 1), 1, classes=7),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graph_of_every_family_is_what_torch_computes(family: str, tmp_path: Path) -> None:
+    config = FAMILIES[family]
+    made: nn.Module = network(config) if isinstance(config, ViTConfig) else ResNet(config).eval()
+    trace(Lean(made, Preprocessing(config.image_size)).eval(), config.image_size, tmp_path / "model.onnx")  # type: ignore[arg-type]  # a Network
+    images = torch.from_numpy(np.stack([np.asarray(picture(config.image_size, config.image_size, seed)) for seed in range(3)]))
+    with torch.inference_mode():
+        ours = TorchGraph(tmp_path / "model.onnx").eval()(images)
+        source = Servable(made, Preprocessing(config.image_size)).eval()(images)  # type: ignore[arg-type]
+    assert compare(Outputs(*(each.numpy() for each in ours)), Outputs(*(each.numpy() for each in source))).failure("fp32") is None
+
+
+def test_an_operator_that_is_not_known_is_named(bundle: Bundle, tmp_path: Path) -> None:
+    model = onnx.load(bundle.path / "model.onnx")
+    model.graph.node.append(onnx.helper.make_node("NonZero", ["logits"], ["where"]))
+    onnx.save(model, tmp_path / "odd.onnx")
+    with pytest.raises(EngineUnavailable, match=r"no torch call is known for NonZero of odd\.onnx"):
+        TorchGraph(tmp_path / "odd.onnx")
+
+
+def test_it_serves_a_bundle_only_when_asked_for(bundle: Bundle) -> None:
+    assert open_engine(bundle, EngineOptions()).engine.name != "torch"
+    opened = open_engine(bundle, EngineOptions(engine="torch", precision="bf16"))
+    assert (opened.engine.name, opened.engine.precision) == ("torch", "bf16")
+    assert opened.parity.failure("bf16") is None
+
+
+def test_a_gpu_that_torch_does_not_see_is_not_replaced_by_the_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.machine.gpus", lambda: ["0"])
+    with pytest.raises(EngineUnavailable, match="there is a GPU, but this torch sees none"):
+        open_torch(bundle.path / "model.onnx", "bf16", 1, 1, 4)
+    with pytest.raises(EngineUnavailable, match="torch runs in fp32, bf16, fp16, not in int8"):
+        open_torch(bundle.path / "model.onnx", "int8", 1, 1, 4)
+
+
+def test_the_kernel_for_attention_is_chosen_among_those_that_run(bundle: Bundle) -> None:
+    graph = TorchGraph(bundle.path / "model.onnx").eval()
+    assert quickest_attention(graph, torch.from_numpy(bundle.golden().pixels[:2])).name in ("FLASH_ATTENTION", "MATH"), "a CPU has no others"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, about torch
+def test_compiled_it_computes_the_same(bundle: Bundle) -> None:
+    golden = bundle.golden()
+    engine = open_torch(bundle.path / "model.onnx", "fp32", 1, 1, 8, compiled=True)
+    outputs = engine.run(0, golden.pixels[:8])
+    assert compare(outputs, Outputs(*(each[:8] for each in golden.reference))).failure("fp32") is None
+    engine.close()
