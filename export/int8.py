@@ -108,9 +108,22 @@ def without_calibration(graph: Path, path: Path) -> None:
 
 
 def _read(graph: Path) -> openvino.Model:
-    import openvino
+    """A convolution's bias is a constant of the output's rank, instead of one that is given that rank when the model runs.
 
-    return openvino.Core().read_model(graph)
+    OpenVINO 2026's int8 transformations lose the other kind where ReLU and quantisation follow: 1.2 points of accuracy of the model that comes along.
+    """
+    import openvino
+    from openvino import opset13
+
+    model = openvino.Core().read_model(graph)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Add" and node.input_value(0).get_node().get_type_name() == "Convolution":
+            shaped = node.input_value(1).get_node()
+            bias = _constant(shaped.input_value(0)) if shaped.get_type_name() == "Reshape" else None
+            if bias is not None:
+                node.input(1).replace_source_output(opset13.constant(bias.reshape(1, -1, 1, 1)).output(0))
+    model.validate_nodes_and_infer_types()
+    return model
 
 
 def _nncf(images: Pixels, smooth: bool) -> tuple[Any, dict[str, Any]]:
