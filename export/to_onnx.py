@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from model.preprocess import Preprocessing
@@ -41,15 +42,16 @@ def trace(network: nn.Module, image_size: int, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecation notices; they concern nothing of ours
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        torch.onnx.export(
+        program = torch.onnx.export(
             network,
             (example,),
-            path,
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=({0: batch},),
             input_names=["pixels"],
             output_names=["logits", "embedding"],
-            external_data=True,  # mapped instead of parsed when an engine opens it, and shared by the graphs of other dialects
             verbose=False,
         )
+    assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)  # where in the source each node comes from: two thirds of the file, and another wherever that lies
+    program.save(path, external_data=True)  # mapped instead of parsed when an engine opens it, and shared by the graphs of other dialects

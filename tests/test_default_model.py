@@ -30,7 +30,7 @@ def default_server() -> Iterator[Server]:
 
 
 def test_it_is_small_and_meets_its_floor(default: Bundle) -> None:
-    assert sum(each.stat().st_size for each in default.path.iterdir()) <= 12_000_000
+    assert sum(each.stat().st_size for each in default.path.iterdir()) <= 12 << 20
     assert default.manifest.training is not None
     assert default.manifest.training["test_accuracy"] >= 0.78
     assert np.sum(default.manifest.training["confusion"]) == default.manifest.training["test_images"]
