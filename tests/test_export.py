@@ -42,8 +42,6 @@ def test_the_graph_is_canonical(bundle: Bundle) -> None:
     assert (embedding.name, shape(embedding), embedding.type.tensor_type.elem_type) == ("embedding", ["n", 32], onnx.TensorProto.FLOAT)
     assert [node.op_type for node in graph.graph.node].count("Attention") == TINY.depth
     assert not any(node.metadata_props for node in graph.graph.node), "it says nothing of where it was made"
-        "it says nothing of where it was made"
-    )
 
 
 @pytest.mark.parametrize(
