@@ -170,8 +170,11 @@ def inspect_bundle(
     """Show what a bundle holds: the network, its artefacts, what each has shown, and which kernels run its attention."""
     from rich.console import Console
 
+    from export.plan_report import PlanReport
     from model.bundle import BundleError, open_bundle
+    from service import machine
     from service.engine_process import EMBEDDED
+    from service.engines.plans import plans_of
 
     try:
         opened = open_bundle(bundle or EMBEDDED)
@@ -184,6 +187,8 @@ def inspect_bundle(
     size, classes = manifest.preprocessing.image_size, manifest.config.classes
     console.print(f"[bold]{manifest.name}[/bold] {manifest.version}: {manifest.variant}, {size} × {size} pixels, {classes} classes", highlight=False)
     _show(opened)
+    for plan in plans_of(machine.plan_folder(), opened):
+        console.print(f"{plan.stem}: {PlanReport.from_json(plan.with_suffix('.json').read_text())}", highlight=False)
     for reason in opened.damaged.values():
         console.print(f"[red]damaged: {reason}[/red]")
 

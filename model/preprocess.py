@@ -87,6 +87,21 @@ class Preprocessing:
             return short, int(short * height / width)
         return int(short * width / height), short
 
+    def cropped(self, width: int, height: int) -> tuple[int, int, int]:
+        """Left, top and side of what the centre crop keeps of the resized image."""
+        half = math.floor if self.floor_crop else round
+        return half((width - self.image_size) / 2), half((height - self.image_size) / 2), self.image_size
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image says of itself before it is decoded."""
+
+    format: str  # Pillow's name
+    mode: str  # likewise
+    orientation: int  # EXIF's; 1 is upright
+    wanted: tuple[int, int]  # width and height to resize to, of the image as it is stored
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -111,6 +126,11 @@ class Decoder:
             raise DamagedImage("the image's data is truncated or damaged") from error
         finally:
             image.close()
+
+    def header(self, encoded: bytes | memoryview) -> Header:
+        """Raises NotAnImage or TooManyPixels; whether the data behind it is whole is not known yet."""
+        with self._open(encoded) as image:
+            return Header(image.format or "", image.mode, _orientation(image), self._size_to_resize_to(image))
 
     def _open(self, encoded: bytes | memoryview) -> Image.Image:
         try:
@@ -140,9 +160,7 @@ class Decoder:
     def _resize_and_crop(self, image: Image.Image, wanted: tuple[int, int]) -> Pixels:
         if image.size != wanted:
             image = image.resize(wanted, _RESAMPLING[self.preprocessing.interpolation])
-        side = self.preprocessing.image_size
-        half = math.floor if self.preprocessing.floor_crop else round
-        left, top = half((image.width - side) / 2), half((image.height - side) / 2)
+        left, top, side = self.preprocessing.cropped(image.width, image.height)
         return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
@@ -160,11 +178,16 @@ def prepare_pillow() -> None:
     warnings.filterwarnings("ignore", module="PIL")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        orientation: int = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # broken metadata is ignored, as browsers do; the image itself is fine
-        return image
+        return 1
+    return orientation
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

@@ -6,7 +6,7 @@ to a front    open{settings, front, epoch, decode_threads}+[listening socket] ·
               reloaded{id, …} · drain
 from a front  alive · reload{id}
 to an engine  open{settings, engine, fronts, epoch}+[ring, if there is one] · connect{front, epoch}+[link] · retire
-from it       opened{name, version}+[ring, if it made one] · refused{result, reason} · alive
+from it       opened{name, version}+[ring, if it made one] · refused{result, reason} · progress{step} · alive · built
 """
 
 from __future__ import annotations

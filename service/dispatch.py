@@ -15,8 +15,9 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from model.parity import Floats, softmax
-from model.preprocess import Decoder, ImageError
+from model.preprocess import ImageError
 from service import errors, wire
+from service.decoding import decoder_for
 from service.demand import Demand
 from service.link import Link
 from service.metrics import Metrics
@@ -86,7 +87,7 @@ class Dispatcher:
 
     def __post_init__(self) -> None:
         self.served = Served.from_json(self.ring.description)
-        self.decoder = Decoder(self.served.preprocessing, self.settings.max_image_pixels, self.settings.jpeg_draft)
+        self.decoder = decoder_for(self.served.preprocessing, self.settings)
         self.slots = Slots(self.ring, self.front, self.epoch)
         self.demand = Demand(self.ring, self.front, self.metrics)
         self._lock = threading.Lock()

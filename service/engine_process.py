@@ -28,7 +28,7 @@ from model.bundle import MANIFEST, Bundle, BundleError, open_bundle, sha256
 from service import layout, wire
 from service.control import BEATS, Channel, Message, orphaned, start_child
 from service.engines.engine import Engine
-from service.engines.open import EngineOptions, NoEngine, Opened, open_engine
+from service.engines.open import EngineOptions, NoEngine, Opened, build_missing, open_engine
 from service.intake import Answers, Intake
 from service.layout import Shape
 from service.link import Link
@@ -286,7 +286,7 @@ class Progress:
             self._channel.send({"kind": "progress", "step": step[:1000]})
 
 
-def open_model(settings: Settings, progress: Callable[[str], None]) -> tuple[Bundle, Opened]:
+def open_model(settings: Settings, progress: Callable[[str], None]) -> tuple[Bundle, Opened, EngineOptions]:
     """Raises Refused."""
     try:
         bundle = open_bundle(Path(settings.bundle) if settings.bundle else EMBEDDED)
@@ -298,9 +298,19 @@ def open_model(settings: Settings, progress: Callable[[str], None]) -> tuple[Bun
     lanes = settings.lanes or (min(choice.lanes, settings.slots // settings.max_batch) if choice else 1)
     threads = settings.threads or (choice.threads if choice and not settings.lanes else 0)
     plans = {"none": "", "auto": str(plan_folder())}.get(settings.plan_folder, settings.plan_folder)
-    options = EngineOptions(settings.engine, settings.precision, lanes, threads, settings.max_batch, _compiled_folder(settings), plans, settings.torch_compile)
+    options = EngineOptions(
+        settings.engine,
+        settings.precision,
+        lanes,
+        threads,
+        settings.max_batch,
+        _compiled_folder(settings),
+        plans,
+        serve_meanwhile=settings.while_building == "serve",
+        compile=settings.torch_compile,
+    )
     try:
-        return bundle, open_engine(bundle, options, (choice.engine, choice.precision) if choice else None, progress)
+        return bundle, open_engine(bundle, options, (choice.engine, choice.precision) if choice else None, progress), options
     except NoEngine as error:
         raise Refused("no_engine", str(error)) from error
 
@@ -372,22 +382,31 @@ def main() -> None:
     os.nice(NICENESS)
     settings = Settings(**opening["settings"])
     try:
-        process, founded = _open(settings, opening, descriptors, channel)
+        process, founded, build = _open(settings, opening, descriptors, channel)
     except Refused as refused:
         channel.send({"kind": "refused", "result": refused.result, "reason": str(refused)[:10_000]})
         return
     process.ring.publish_start(process.index, time.monotonic() - began)
     channel.send({"kind": "opened"}, founded)
     gc.freeze()  # as in front.py
+    threading.Thread(target=_build, args=(build, channel), name="builder", daemon=True).start()
     process.run(channel)
     process.engine.close()
 
 
-def _open(settings: Settings, opening: Message, descriptors: list[int], channel: Channel) -> tuple[EngineProcess, list[int]]:
-    """The process's work, and the descriptor of the ring if it was made here. Raises Refused."""
+def _build(build: Callable[[], bool], channel: Channel) -> None:
+    try:
+        if build():
+            channel.send({"kind": "built"})
+    except Exception:  # what serves goes on serving
+        log.error("what was to serve better cannot be built", exc_info=True)
+
+
+def _open(settings: Settings, opening: Message, descriptors: list[int], channel: Channel) -> tuple[EngineProcess, list[int], Callable[[], bool]]:
+    """The process's work, the descriptor of the ring if it was made here, and what builds a better engine's plan if one is missing. Raises Refused."""
     if descriptors:  # it takes its place at slots that are there, whatever was tuned meanwhile
         settings = dataclasses.replace(settings, lanes=Ring(descriptors[0]).shape.lanes)
-    bundle, opened = open_model(settings, Progress(channel))
+    bundle, opened, options = open_model(settings, Progress(channel))
     seconds = warm_up(opened.engine, bundle.manifest.preprocessing.image_size)
     served = describe(bundle, opened)
     founded = [] if descriptors else [make_ring(bundle, opened, served, settings, opening["fronts"], opening["engines"])]
@@ -395,7 +414,8 @@ def _open(settings: Settings, opening: Message, descriptors: list[int], channel:
     if Served.from_json(ring.description).identity != served.identity:
         raise Refused("changed", f"the bundle at {bundle.path} is not the one that is being served")
     metrics = in_files(opening["process"])
-    return EngineProcess(opened.engine, ring, opening["engine"], opening["epoch"], seconds, metrics, settings.hang_seconds), founded
+    process = EngineProcess(opened.engine, ring, opening["engine"], opening["epoch"], seconds, metrics, settings.hang_seconds)
+    return process, founded, lambda: build_missing(bundle, options, opened.refused)
 
 
 def _die_with_the_supervisor() -> None:

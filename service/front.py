@@ -15,6 +15,7 @@ import uvicorn
 
 from service.app import create_app
 from service.control import start_child
+from service.decoding import preload
 from service.metrics import in_files
 from service.settings import Settings
 from service.state import State
@@ -53,6 +54,7 @@ def main() -> None:
     # It warns of every malformed form; our answer says so already, and a client shall not write to our log.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     settings = Settings(**opening["settings"])
+    preload(settings)
     state = State(settings, channel, in_files(opening["process"]), opening["front"], opening["epoch"], opening["decode_threads"])
     config = uvicorn.Config(
         create_app(state), log_config=None, access_log=False, log_level="warning", proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS

@@ -43,7 +43,8 @@ class Settings:
     lanes: int = _setting(0, "Batches that run at once; 0 takes what `vitserve tune` found, or else 1. More pay on many cores, which one batch cannot fill.")
     threads: int = _setting(0, "Threads per lane; 0 takes what `vitserve tune` found, or else shares the machine's cores among the lanes.")
     max_batch: int = _setting(8, "Largest batch measured at start. The service settles on the smallest within 5 % of the best throughput.")
-    decode_threads: int = _setting(0, "Threads that decode images in each front; 0 shares the machine's cores among the fronts.")
+    decode: str = _setting("cpu", "Where JPEGs are decoded: cpu, or gpu, which pays where decode threads are the bottleneck and needs vitserve[gpu-decode].")
+    decode_threads: int = _setting(0, "Threads that decode images in each front; 0 shares the machine's cores among the fronts, and takes 32 for the GPU.")
     slots: int = _setting(256, "Images in the house at once, each holding its pixels, shared among the fronts. A further one is answered 429.")
     timeout_ms: int = _setting(10_000, "How long a caller waits who does not say (timeout_ms in the request). What cannot be done in time is answered 429.")
     max_body_bytes: int = _setting(33_554_432, "Largest request body, enforced while it streams in.")
@@ -52,6 +53,9 @@ class Settings:
     jpeg_draft: bool = _setting(True, "Let libjpeg decode JPEGs at 1/2, 1/4 or 1/8 where three times the needed size remains: faster, not equal to the bit.")
     compiled_folder: str = _setting("auto", "Where engines keep what they compiled, for a quicker start: a folder; auto, in $XDG_CACHE_HOME/vitserve; or none.")
     plan_folder: str = _setting("auto", "Where what is built for a GPU lies, TensorRT's plans above all: a folder; auto, in $XDG_CACHE_HOME/vitserve; or none.")
+    while_building: str = _setting(
+        "wait", "What a start does that must first build a plan, for minutes: wait, or serve by the next engine meanwhile and change over without a loss."
+    )
     torch_compile: bool = _setting(False, "Have engine torch compile kernels for every batch size at start, which takes minutes and a C compiler.")
     admin_key: str = _setting("", "Key for POST /v1/admin/reload, sent as a bearer token; without one that route is closed. SIGHUP needs none.")
     hang_seconds: float = _setting(10.0, "A process silent for so long, or a batch running for so long and five times its measure, is killed and replaced.")
@@ -72,6 +76,8 @@ class Settings:
             raise SettingsError(f"port is {self.port}; it must be from 0 to 65535")
         self._one_of("engine", "auto", *_PRECISIONS)
         self._one_of("precision", "auto", *dict.fromkeys(each for precisions in _PRECISIONS.values() for each in precisions))
+        self._one_of("decode", "cpu", "gpu")
+        self._one_of("while_building", "wait", "serve")
         self._one_of("log_level", "debug", "info", "warning", "error")
         if self.engine != "auto" and self.precision not in ("auto", *_PRECISIONS[self.engine]):
             raise SettingsError(f"engine {self.engine} has no {self.precision}; it has {', '.join(_PRECISIONS[self.engine])}")

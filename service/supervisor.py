@@ -29,6 +29,7 @@ START_SECONDS = 600.0  # for a child to import, open and prove what it serves
 ATTEMPTS = 5  # starts in a row that end before the child says that it lives; then the supervisor gives up
 _FIRST_PAUSE_SECONDS = 0.25  # before the second attempt; doubled for each further one
 _LONGEST_PAUSE_SECONDS = 30.0
+GPU_DECODE_THREADS = 32  # in each front: they wait for the device, which decodes for all that wait at once
 _GOODBYE_SECONDS = 5.0  # for an engine to end once nobody is connected to it
 
 
@@ -120,6 +121,11 @@ class Supervisor:
     def _hear(self, front: Child, message: Message) -> None:
         if message["kind"] == "reload":
             self._asking.append((front, message["id"]))
+            self._reload_wanted.set()
+
+    def _hear_engine(self, engine: Child, message: Message) -> None:
+        if message["kind"] == "built":
+            log.info("%s has built what is quicker than it; the bundle is opened again", engine.name)
             self._reload_wanted.set()
 
     def _connect(self, generation: Generation, engine: int, child: Child, index: int, front: Child) -> None:
@@ -231,7 +237,7 @@ class Supervisor:
                     return
                 self._join(generation, index, child)
             attempts = 0
-            await self._listen(child, lambda child, message: None)
+            await self._listen(child, self._hear_engine)
             del generation.engines[index]
             how = await self._ended(child)
             if not generation.retired:
@@ -391,7 +397,8 @@ def for_this_machine(settings: Settings, cores: int) -> Settings:
     """Fills in what is left to the machine. Raises SettingsError."""
     fronts = settings.workers or max(1, min(8, cores // 4, settings.slots // settings.max_images))
     engines = settings.engines or (max(1, len(machine.gpus())) if _runs_on_gpus(settings.engine) else 1)
-    return dataclasses.replace(settings, workers=fronts, engines=engines, decode_threads=settings.decode_threads or max(1, cores // fronts))
+    threads = settings.decode_threads or (GPU_DECODE_THREADS if settings.decode == "gpu" else max(1, cores // fronts))
+    return dataclasses.replace(settings, workers=fronts, engines=engines, decode_threads=threads)
 
 
 def _runs_on_gpus(engine: str) -> bool:

@@ -191,7 +191,7 @@ def test_what_loses_too_much_is_refused_and_said(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_layers_that_cost_too_much_stay_in_float(tmp_path: Path) -> None:
     pytest.importorskip("nncf", reason="nncf is not installed")
-    judged = pictures(200, 1000)
+    judged = pictures(1000, 1000)
     plain = build_bundle(sure(), tmp_path / "plain", name="small", precisions=["int8"], calibration=pictures(32), judged=judged, max_loss=100)
     lost = next(each for each in plain.manifest.artefacts if each.precision == "int8").evaluation
     assert lost is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -65,6 +66,29 @@ def test_a_device_that_answers_no_more_costs_no_image(bundle: Bundle, tmp_path: 
     assert not fault.exists()
     running.wait_for("DeviceLost: cudaErrorIllegalAddress")
     running.wait_for(r"(?s)(service.front: ready.*){2}")
+    assert running.stop() == 0
+
+
+def test_a_missing_plan_is_built_while_the_next_engine_serves_which_then_hands_over(bundle: Bundle, tmp_path: Path, environment: dict[str, str]) -> None:
+    there = "from service import machine\nmachine.gpus = lambda *_: ['0']\n"  # for auto, in every process
+    (tmp_path / "packages" / "sitecustomize.py").write_text(there)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    arguments = ("--engine", "auto", "--while-building", "serve", "--max-batch", "4", "--timeout-ms", "60000")
+    running = start_server("--bundle", str(bundle.path), *arguments, environment=environment | {"DOUBLE_GATE": str(gate)})
+    with httpx.Client(base_url=running.url, timeout=60) as client:
+
+        def serving() -> dict[str, Any]:
+            return dict(client.get("/v1/model").json()["serving"])
+
+        assert serving()["engine"] != "tensorrt"
+        assert ("tensorrt", "not_built") in [(each["engine"], each["cause"]) for each in serving()["refused"]]
+        answers = [client.post("/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"})]
+        gate.write_bytes(b"")
+        wait_until(lambda: serving()["engine"] == "tensorrt", "the plan serves")
+        answers.append(client.post("/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"}))
+        assert [each.status_code for each in answers] == [200, 200]
+        assert client.get("/readyz").status_code == 200
     assert running.stop() == 0
 
 

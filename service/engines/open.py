@@ -27,6 +27,7 @@ class EngineOptions:
     max_batch: int = 8
     compiled_folder: str = ""  # where engines keep what they compiled, for a quicker start; empty: nowhere
     plan_folder: str = ""  # where TensorRT's plans and typed graphs lie or are built; empty: neither TensorRT nor ONNX Runtime on CUDA is used
+    serve_meanwhile: bool = False  # leave out what has to be built first for minutes; missing_plans() says what that is
     compile: bool = False  # torch: have it make kernels of its own
 
 
@@ -56,6 +57,10 @@ class NoEngine(RuntimeError):
     """No engine can serve the bundle here; the message gives each one's reason."""
 
 
+class NotBuiltYet(EngineUnavailable):
+    """It can serve once its plan is built."""
+
+
 class Damaged(ValueError):
     """A file of the artefact is not the one that was proven."""
 
@@ -64,7 +69,7 @@ class Damaged(ValueError):
 class Refusal:
     engine: str
     precision: Precision
-    cause: Literal["unavailable", "damaged", "golden_gate"]
+    cause: Literal["unavailable", "not_built", "damaged", "golden_gate"]
     reason: str
 
     def __str__(self) -> str:
@@ -87,7 +92,7 @@ def open_engine(bundle: Bundle, options: EngineOptions, first: tuple[str, str] |
     refused: list[Refusal] = []
     for artefact in candidates(bundle, options, first):
         engine = None
-        cause: Literal["unavailable", "damaged", "golden_gate"] = "unavailable"
+        cause: Literal["unavailable", "not_built", "damaged", "golden_gate"] = "unavailable"
         try:
             engine = open_artefact(bundle, artefact, options, progress)
             cause = "golden_gate"
@@ -97,9 +102,25 @@ def open_engine(bundle: Bundle, options: EngineOptions, first: tuple[str, str] |
                 engine.close()
             if isinstance(error, Damaged):
                 cause = "damaged"
+            elif isinstance(error, NotBuiltYet):
+                cause = "not_built"
             refused.append(Refusal(artefact.engine, artefact.precision, cause, str(error)))
             log.warning("refused: %s", refused[-1])
     raise NoEngine("; ".join(map(str, refused)) or f"the bundle has no artefact for engine {options.engine!r} in precision {options.precision!r}")
+
+
+def build_missing(bundle: Bundle, options: EngineOptions, refused: Iterable[Refusal]) -> bool:
+    """Builds the best plan that was missing when ``refused`` were; the next best where that fails. True once one is there."""
+    missing = {(each.engine, each.precision) for each in refused if each.cause == "not_built"}
+    for artefact in candidates(bundle, options):
+        if (artefact.engine, artefact.precision) in missing:
+            try:
+                _made_for_the_gpu(bundle, artefact, dataclasses.replace(options, serve_meanwhile=False), log.debug)
+            except Exception as error:  # what serves goes on serving
+                log.error("what was to serve better cannot be built: %s", error)
+                continue
+            return True
+    return False
 
 
 def open_artefact(bundle: Bundle, artefact: Artefact, options: EngineOptions, progress: Callable[[str], None] = lambda step: None) -> Engine:
@@ -162,6 +183,8 @@ def _made_for_the_gpu(bundle: Bundle, artefact: Artefact, options: EngineOptions
         assert precision in ("bf16", "fp16", "fp8")
         chosen = PlanOptions(precision, max_batch=options.max_batch)
         path = plan_path(folder, bundle, artefact.path, chosen, gpu)
+        if not path.exists() and options.serve_meanwhile:
+            raise NotBuiltYet("its plan is not built yet")
         if not path.exists():
             build_plan(bundle, artefact.path, path, chosen, progress)
         return path

@@ -53,6 +53,12 @@ def plan_path(folder: Path, bundle: Bundle, graph: str, options: PlanOptions, ta
     return folder / f"{_digest(bundle, graph)}-{options.precision}-b{options.max_batch}-{target.slug}.plan"
 
 
+def plans_of(folder: Path, bundle: Bundle) -> list[Path]:
+    """Those of the bundle that lie there, whatever GPU they are for; a report of the same name, .json, lies beside each."""
+    graphs = sorted({GRAPH, *(each.path for each in bundle.manifest.artefacts if each.engine == "tensorrt")})
+    return [path for graph in graphs for path in sorted(folder.glob(f"{_digest(bundle, graph)}-*.plan"))]
+
+
 def typed_path(folder: Path, bundle: Bundle, precision: Precision) -> Path:
     return folder / f"{_digest(bundle, GRAPH)}-{precision}.onnx"
 
