@@ -85,15 +85,25 @@ def one_turn(name: str, setup: Setup, known: Sequence[Picture], pictures: Sequen
         found.services.append(Measured(name, chosen.name, started, sum(a == b for a, b in zip(classes, found.right, strict=True)), row))
 
 
-def engines_turn(bundle: Bundle, graph: Path, sizes: Sequence[int], seconds: float, found: Compared) -> None:
+def split_of(serve: str) -> tuple[int, int]:
+    """Lanes and threads that the options of `vitserve serve` name: engines alone are measured as they are served."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--lanes", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0)
+    named, _ = parser.parse_known_args(shlex.split(serve))
+    return named.lanes, named.threads
+
+
+def engines_turn(bundle: Bundle, graph: Path, serve: str, sizes: Sequence[int], seconds: float, found: Compared) -> None:
     """The plain graph in ONNX Runtime, as others run it, and each of the bundle's artefacts."""
 
     def left_out(reason: str) -> None:
         name, _, why = reason.partition(": ")
         found.left_out[name] = why
 
-    options = EngineOptions(max_batch=max(sizes))
-    subjects = [plain_subject(graph, options), *(subject for _, subject in opened(bundle, options, left_out))]
+    lanes, threads = split_of(serve)
+    options = EngineOptions(lanes=lanes, threads=threads, max_batch=max(sizes))
+    subjects = [plain_subject(graph), *(subject for _, subject in opened(bundle, options, left_out))]
     try:
         results = take_turns(subjects, bundle.golden().pixels, sizes, seconds, 1)
         for place, subject in enumerate(subjects):
@@ -103,7 +113,7 @@ def engines_turn(bundle: Bundle, graph: Path, sizes: Sequence[int], seconds: flo
             subject.close()
 
 
-def plain_subject(graph: Path, options: EngineOptions) -> Subject:
+def plain_subject(graph: Path) -> Subject:
     """A session as most people make it; pixels are normalised beforehand, which is not timed."""
     import onnxruntime
 
@@ -115,7 +125,7 @@ def plain_subject(graph: Path, options: EngineOptions) -> Subject:
             prepared[len(pixels)] = ((pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)).transpose(0, 3, 1, 2).copy()
         return session.run(None, {"pixels": prepared[len(pixels)]})
 
-    return Subject("plain graph, onnxruntime", "fp32", 1, options.threads or machine.cores(), run)
+    return Subject("plain graph, onnxruntime", "fp32", 1, machine.cores(), run)
 
 
 @contextmanager
@@ -192,7 +202,7 @@ def main() -> None:
                 one_turn(name, setup, known_pictures(bundle), pictures, options, found)
             if options.engine_alone:
                 console.print(f"round {turn + 1} of {options.rounds}: engines alone")
-                engines_turn(bundle, graph, options.sizes, options.engine_seconds, found)
+                engines_turn(bundle, graph, options.serve, options.sizes, options.engine_seconds, found)
             if found.services or found.engines:
                 text = write_all(found, options.output)  # in every round: what was measured is not lost by what comes after
     for name, reason in found.left_out.items():

@@ -89,7 +89,7 @@ class Compared:
         rates, p50s = [each.images_per_second for each in its], [each.p50_ms for each in its]
         return ComparedRow(
             subject=f"{engine} {precision}",
-            title=f"{engine} {precision}" if "plain" in engine else f"vitserve's graph, {engine} {precision}",
+            title=f"{engine} {precision}" if "plain" in engine else f"vitserve's graph, {engine} {precision}, {its[0].lanes} × {its[0].threads} threads",
             load=f"batch {size}",
             rounds=len(its),
             per_second=statistics.median(rates),

@@ -74,7 +74,7 @@ def subjects(checkpoint: Checkpoint, bundle: Bundle, images: Path | None, folder
     """By the name of the step, in their order; one that cannot run here is left out, and why is said."""
     size = checkpoint.preprocessing.image_size
     write_plain_graph(checkpoint.network, size, folder / "plain.onnx")
-    found = {PLAIN: plain_subject(folder / "plain.onnx", options)}
+    found = {PLAIN: plain_subject(folder / "plain.onnx")}
     network = copy.deepcopy(checkpoint.network)
     if not isinstance(network, ViT):
         raise ValueError("the source is not a Vision Transformer")

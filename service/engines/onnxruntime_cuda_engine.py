@@ -5,6 +5,7 @@ Provider and session options: https://onnxruntime.ai/docs/execution-providers/CU
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from service.engines.graph_shapes import GraphShapes, shapes_of
 from service.engines.padding import candidates
 
 PROVIDER = "CUDAExecutionProvider"
+_RUNS_UNTIL_REPLAY = 4  # two that allocate, one that captures, and one to see it replayed (microsoft/onnxruntime #15005, #17355)
 
 
 class OnnxRuntimeCudaEngine(GpuEngine):
@@ -42,6 +44,8 @@ class OnnxRuntimeCudaEngine(GpuEngine):
 
 
 class _Program:
+    """Runs on a thread of its own, because the provider captures graphs for each thread anew, and a lane is run by whichever thread is free."""
+
     def __init__(self, graph: Path, shapes: GraphShapes, buffers: Buffers) -> None:
         self._shapes, self._buffers = shapes, buffers
         options = onnxruntime.SessionOptions()
@@ -63,6 +67,7 @@ class _Program:
         if self._session.get_providers()[0] != PROVIDER:  # it says so in its log, and goes on without
             raise EngineUnavailable("ONNX Runtime's CUDA provider could not be loaded; its log says which library is missing")
         self._runs = dict[int, tuple[onnxruntime.IOBinding, onnxruntime.RunOptions]]()
+        self._thread = ThreadPoolExecutor(1, "onnxruntime-cuda")
 
     def prepare(self, size: int) -> None:
         binding, options = self._session.io_binding(), onnxruntime.RunOptions()
@@ -72,18 +77,19 @@ class _Program:
         options.add_run_config_entry("gpu_graph_id", str(size))
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the outputs' copies follow on the same stream
         self._runs[size] = binding, options
-        for _ in range(3):  # allocates, captures, replays
+        for _ in range(_RUNS_UNTIL_REPLAY):
             self.enqueue(size)
             self._buffers.stream.synchronize()
 
     def enqueue(self, size: int) -> None:
         binding, options = self._runs[size]
-        self._session.run_with_iobinding(binding, options)
+        self._thread.submit(self._session.run_with_iobinding, binding, options).result()
         self._buffers.read(size)
 
     def forget(self, size: int) -> None:
         del self._runs[size]
 
     def close(self) -> None:
+        self._thread.shutdown()
         self._runs.clear()
         del self._session
