@@ -104,7 +104,7 @@ def test_it_is_small_and_holds_what_serving_needs_and_no_more(image: Image) -> N
     assert image.size() < MAX_BYTES
     (packages,) = (image.root / "opt" / "vitserve" / "lib").glob("python3*/site-packages")
     assert {"service", "model", "onnxruntime", "openvino", "PIL"} <= names(packages)
-    assert not names(packages) & {"torch", "onnx", "transformers", "timm", "openvino_telemetry", "pip", "setuptools", "tests", "bench"}
+    assert not names(packages) & {"torch", "onnx", "transformers", "timm", "openvino_telemetry", "pip", "setuptools", "tests"}
     programs = {name for folder in ("opt/vitserve/bin", "usr/bin", "usr/local/bin") for name in names(image.root / folder)}
     assert {"vitserve", "dumb-init"} <= programs
     assert not programs & {"gcc", "cc", "g++", "make", "ld", "pip"}
