@@ -19,6 +19,7 @@ from export.evaluation import Images, evaluate, in_batches
 from export.plan_report import PlanReport
 from model.bundle import GRAPH, Artefact, Bundle, Evaluation
 from model.parity import Parity
+from service import machine
 from service.engines.engine import Engine
 from service.engines.open import EngineOptions, NoEngine, candidates, golden_gate, open_artefact, open_one
 
@@ -143,7 +144,7 @@ def _evaluate(bundle: Bundle, engine: Engine, images: Images) -> Evaluation:
 
 
 def _device(engine: Engine) -> str | None:
-    if engine.name not in ("tensorrt", "onnxruntime-cuda"):
+    if engine.name not in ("tensorrt", "onnxruntime-cuda") and not (engine.name == "torch" and machine.gpus()):
         return None
     from service.engines import cuda
 

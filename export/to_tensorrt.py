@@ -52,11 +52,16 @@ def plan_for(source: Path, path: Path, depth: int, options: PlanOptions, progres
         if path.exists() and kept.exists():
             return PlanReport.from_json(kept.read_text())
         plan, report = _build(ir.to_proto(typed(source, options.precision)).SerializeToString(), path.parent, depth, options, progress)
-        for target, content in ((path, plan), (kept, report.to_json().encode())):
-            fresh = target.with_suffix(f"{target.suffix}.{os.getpid()}")
-            fresh.write_bytes(content)
-            fresh.replace(target)
+        for target, content in ((kept, report.to_json().encode()), (path, plan)):  # a plan is there once its report is
+            _write(target, content)
         return report
+
+
+def _write(target: Path, content: bytes) -> None:
+    """At once or not at all."""
+    fresh = target.with_suffix(f"{target.suffix}.{os.getpid()}")
+    fresh.write_bytes(content)
+    fresh.replace(target)
 
 
 @contextmanager
@@ -82,7 +87,8 @@ def _build(graph: bytes, folder: Path, depth: int, options: PlanOptions, progres
     monitor = _Monitor(progress)
     config.progress_monitor = monitor
     timings = folder / f"timings-trt{trt.__version__}.cache"
-    if not config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.exists() else b""), ignore_mismatch=False):
+    known = config.create_timing_cache(timings.read_bytes()) if timings.exists() else None  # None too where it cannot be read
+    if known is None or not config.set_timing_cache(known, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)  # of another GPU or version: then every tactic is timed anew
     pixels = network.get_input(0)
     image = shape_of(pixels.shape)[1:]
@@ -102,7 +108,7 @@ def _build(graph: bytes, folder: Path, depth: int, options: PlanOptions, progres
     report = report_of(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON), depth)
     if not report.fused and not options.allow_unfused:
         raise PlanError(f"{report}; allow it if it shall be so")
-    timings.write_bytes(_content(config.get_timing_cache().serialize()))
+    _write(timings, _content(config.get_timing_cache().serialize()))
     return plan, report
 
 

@@ -100,7 +100,8 @@ class Header:
     format: str  # Pillow's name
     mode: str  # likewise
     orientation: int  # EXIF's; 1 is upright
-    wanted: tuple[int, int]  # width and height to resize to, of the image as it is stored
+    pixels: int  # of the image as it is stored
+    wanted: tuple[int, int]  # width and height to resize that to
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Decoder:
     def header(self, encoded: bytes | memoryview) -> Header:
         """Raises NotAnImage or TooManyPixels; whether the data behind it is whole is not known yet."""
         with self._open(encoded) as image:
-            return Header(image.format or "", image.mode, _orientation(image), self._size_to_resize_to(image))
+            return Header(image.format or "", image.mode, _orientation(image), image.width * image.height, self._size_to_resize_to(image))
 
     def _open(self, encoded: bytes | memoryview) -> Image.Image:
         try:

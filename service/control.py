@@ -5,8 +5,8 @@ Messages are JSON objects with a "kind", rare and small; descriptors of sockets 
 to a front    open{settings, front, epoch, decode_threads}+[listening socket] · connect{generation, engine, epoch}+[ring, link] · status{…} ·
               reloaded{id, …} · drain
 from a front  alive · reload{id}
-to an engine  open{settings, engine, fronts, epoch}+[ring, if there is one] · connect{front, epoch}+[link] · retire
-from it       opened{name, version}+[ring, if it made one] · refused{result, reason} · progress{step} · alive · built
+to an engine  open{settings, engine, fronts, left_out, epoch}+[ring, if there is one] · connect{front, epoch}+[link] · retire
+from it       opened{name, version}+[ring, if it made one] · refused{result, reason} · progress{step, trying} · alive · built
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -278,15 +279,24 @@ class Progress:
 
     def __init__(self, channel: Channel) -> None:
         self._channel, self._next = channel, 0.0
+        self._trying: str | None = None
 
     def __call__(self, step: str) -> None:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + 0.5
-            self._channel.send({"kind": "progress", "step": step[:1000]})
+            self._say(step)
+
+    def trying(self, engine: str) -> None:
+        """Always told: if this process dies, it is what the next one may have to do without."""
+        self._trying = engine
+        self._say(f"opening {engine}")
+
+    def _say(self, step: str) -> None:
+        self._channel.send({"kind": "progress", "step": step[:1000], "trying": self._trying})
 
 
-def open_model(settings: Settings, progress: Callable[[str], None]) -> tuple[Bundle, Opened, EngineOptions]:
+def open_model(settings: Settings, progress: Progress, left_out: Sequence[str]) -> tuple[Bundle, Opened, EngineOptions]:
     """Raises Refused."""
     try:
         bundle = open_bundle(Path(settings.bundle) if settings.bundle else EMBEDDED)
@@ -310,7 +320,8 @@ def open_model(settings: Settings, progress: Callable[[str], None]) -> tuple[Bun
         compile=settings.torch_compile,
     )
     try:
-        return bundle, open_engine(bundle, options, (choice.engine, choice.precision) if choice else None, progress), options
+        first = (choice.engine, choice.precision) if choice else None
+        return bundle, open_engine(bundle, options, first, progress, progress.trying, left_out), options
     except NoEngine as error:
         raise Refused("no_engine", str(error)) from error
 
@@ -394,10 +405,19 @@ def main() -> None:
     process.engine.close()
 
 
+def _tell(channel: Channel, message: Message) -> None:
+    """However long the supervisor is busy."""
+    while True:
+        try:
+            return channel.send(message)
+        except BlockingIOError:
+            select.select([], [channel], [])
+
+
 def _build(build: Callable[[], bool], channel: Channel) -> None:
     try:
         if build():
-            channel.send({"kind": "built"})
+            _tell(channel, {"kind": "built"})
     except Exception:  # what serves goes on serving
         log.error("what was to serve better cannot be built", exc_info=True)
 
@@ -406,13 +426,14 @@ def _open(settings: Settings, opening: Message, descriptors: list[int], channel:
     """The process's work, the descriptor of the ring if it was made here, and what builds a better engine's plan if one is missing. Raises Refused."""
     if descriptors:  # it takes its place at slots that are there, whatever was tuned meanwhile
         settings = dataclasses.replace(settings, lanes=Ring(descriptors[0]).shape.lanes)
-    bundle, opened, options = open_model(settings, Progress(channel))
+    bundle, opened, options = open_model(settings, Progress(channel), opening["left_out"])
     seconds = warm_up(opened.engine, bundle.manifest.preprocessing.image_size)
     served = describe(bundle, opened)
     founded = [] if descriptors else [make_ring(bundle, opened, served, settings, opening["fronts"], opening["engines"])]
     ring = Ring((descriptors or founded)[0])
     if Served.from_json(ring.description).identity != served.identity:
         raise Refused("changed", f"the bundle at {bundle.path} is not the one that is being served")
+    opened.engine.share(ring.pixels)
     metrics = in_files(opening["process"])
     process = EngineProcess(opened.engine, ring, opening["engine"], opening["epoch"], seconds, metrics, settings.hang_seconds)
     return process, founded, lambda: build_missing(bundle, options, opened.refused)

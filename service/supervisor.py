@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ from service.settings import Settings
 log = logging.getLogger("service.supervisor")
 
 START_SECONDS = 600.0  # for a child to import, open and prove what it serves
+DEATHS = 2  # of processes that were opening the same engine in the same precision; then that is left out until a reload
 ATTEMPTS = 5  # starts in a row that end before the child says that it lives; then the supervisor gives up
 _FIRST_PAUSE_SECONDS = 0.25  # before the second attempt; doubled for each further one
 _LONGEST_PAUSE_SECONDS = 30.0
@@ -40,9 +42,10 @@ class GaveUp(RuntimeError):
 class StartFailed(Exception):
     """An engine did not open the bundle: it refused it, or died. ``result`` is for the metric, the message for people."""
 
-    def __init__(self, result: str, reason: str) -> None:
+    def __init__(self, result: str, reason: str, trying: str | None = None) -> None:
         super().__init__(reason)
         self.result = result
+        self.trying = trying  # the engine and precision that it was opening when it died
 
 
 @dataclass(eq=False)
@@ -69,6 +72,8 @@ class Supervisor:
         self._restarts = {process: {"died": 0, "hung": 0} for process in ("front", "engine")}
         self._reloads: dict[str, int] = {"ok": 0}
         self._progress: str | None = None  # of an engine that is being opened
+        self._trying: str | None = None  # by that engine
+        self._deaths = Counter[str]()  # of processes that opened an engine, by engine and precision
         self._reload_wanted = asyncio.Event()
         self._asking: list[tuple[Child, int]] = []  # fronts that wait to hear what came of a reload
         self._stopping = asyncio.Event()
@@ -144,12 +149,12 @@ class Supervisor:
         while True:
             self._reload_wanted.clear()
             asking, self._asking = self._asking, []
-            result, reason = "ok", ""
+            result, reason, failed_at = "ok", "", None
             try:
                 await self._load()
                 self._failure = None
             except StartFailed as failure:
-                result, reason = failure.result, str(failure)
+                result, reason, failed_at = failure.result, str(failure), failure.trying
                 self._refused(failure)
             if reload:
                 self._reloads[result] = self._reloads.get(result, 0) + 1
@@ -158,12 +163,13 @@ class Supervisor:
             for front, asked in asking:
                 front.send({"kind": "reloaded", "id": asked, "result": result, "reason": reason[:10_000]})
             if self._serving is None and result == "died":
-                attempts += 1
+                attempts = 0 if failed_at is not None and self._deaths[failed_at] == DEATHS else attempts + 1  # the next try is another one
                 await self._pause(attempts, reason)
                 continue
             attempts = 0
             await self._reload_wanted.wait()
             reload = True
+            self._deaths.clear()
 
     def _refused(self, failure: StartFailed) -> None:
         log.error("the bundle cannot be served (%s): %s", failure.result, failure)
@@ -228,7 +234,7 @@ class Supervisor:
                     if failure.result != "died":  # it would be refused again; a reload may find it repaired
                         self._refused(failure)
                         return
-                    attempts += 1
+                    attempts = 0 if failure.trying is not None and self._deaths[failure.trying] == DEATHS else attempts + 1
                     await self._pause(attempts, str(failure), needed=not generation.engines)
                     continue
                 if self._serving is not generation or self._stopping.is_set():  # the fronts are not to come back to an old model
@@ -254,7 +260,9 @@ class Supervisor:
         """Starts an engine and waits until it is warm and proven. Raises StartFailed."""
         # The generations that exist at one time differ in parity, so that no two processes have one name.
         name = f"engine-{index}-{'ab'[generation.number % 2]}"
-        opening = {"engine": index, "fronts": self.settings.workers, "engines": self.settings.engines}
+        left_out = [engine for engine, deaths in self._deaths.items() if deaths >= DEATHS]
+        opening = {"engine": index, "fronts": self.settings.workers, "engines": self.settings.engines, "left_out": left_out}
+        self._trying = None
         devices = machine.gpus()
         environment = {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)]} if devices else {}
         child = self._start("service.engine_process", name, opening, [] if generation.ring is None else [generation.ring], environment)
@@ -263,16 +271,26 @@ class Supervisor:
         except TimeoutError:
             child.kill()
             await self._ended(child)
-            raise StartFailed("died", f"{name} did not open the bundle within {START_SECONDS:.0f} s") from None
+            raise self._died(f"{name} did not open the bundle within {START_SECONDS:.0f} s") from None
         if received is None:
-            raise StartFailed("died", f"{name} ended {await self._ended(child)} while it opened the bundle")
+            raise self._died(f"{name} ended {await self._ended(child)} while it opened the bundle")
         message, descriptors = received
         if message["kind"] == "refused":
             await self._ended(child)
             raise StartFailed(message["result"], message["reason"])
+        self._deaths.pop(str(self._trying), None)  # it can be opened after all
         if descriptors:
             (generation.ring,) = descriptors
         return child
+
+    def _died(self, reason: str) -> StartFailed:
+        """Counts what it was opening: what ends a process again and again shall not keep the next best from serving."""
+        if self._trying is None:
+            return StartFailed("died", reason)
+        self._deaths[self._trying] += 1
+        if self._deaths[self._trying] == DEATHS:
+            log.error("%s is left out until a reload: %d processes ended while they opened it", self._trying, DEATHS)
+        return StartFailed("died", f"{reason}, at {self._trying}", self._trying)
 
     async def _opened(self, child: Child) -> tuple[Message, list[int]] | None:
         """What it says when it is done, or None at its end. Raises TimeoutError when it has said nothing for too long."""
@@ -282,7 +300,7 @@ class Supervisor:
                     received = await child.receive()
                 if received is None or received[0]["kind"] != "progress":
                     return received
-                self._progress = received[0]["step"]
+                self._progress, self._trying = received[0]["step"], received[0]["trying"]
                 self._tell_status()
         finally:
             self._progress = None

@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable
 from enum import Enum, IntEnum
@@ -31,6 +32,8 @@ class cudaError_t(IntEnum):
     cudaErrorMemoryAllocation = 2
     cudaErrorNoDevice = 100
     cudaErrorIllegalAddress = 700
+    cudaErrorHostMemoryAlreadyRegistered = 712
+    cudaErrorStreamCaptureUnsupported = 900
 
 
 class cudaMemcpyKind(IntEnum):
@@ -87,7 +90,7 @@ class Device:
         return (self.dead or cudaError_t.cudaSuccess,)
 
     def cudaDeviceSynchronize(self) -> tuple[Any, ...]:
-        return (self.dead or cudaError_t.cudaSuccess,)
+        return (self.dead or (cudaError_t.cudaErrorStreamCaptureUnsupported if self.capturing else cudaError_t.cudaSuccess),)
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         if sum(len(each) for each in self.allocated.values()) + size > self.memory_bytes:
@@ -236,6 +239,10 @@ class ProfilingVerbosity(Enum):
 
 class MemoryPoolType(Enum):
     WORKSPACE = 0
+
+
+class ExecutionContextAllocationStrategy(Enum):
+    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
 
 
 class LayerInformationFormat(Enum):
@@ -412,7 +419,12 @@ class ICudaEngine:
         assert name == "pixels"
         return [Dims(tuple(each)) for each in self.header["profiles"][profile_index]]
 
-    def create_execution_context(self) -> IExecutionContext | None:
+    @property
+    def device_memory_size_v2(self) -> int:
+        return 256
+
+    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> IExecutionContext | None:
+        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         return IExecutionContext(self)
 
     def create_engine_inspector(self) -> EngineInspector:
@@ -427,16 +439,25 @@ class IExecutionContext:
         self._addresses: dict[str, int] = {}
         self._shape: tuple[int, ...] = ()
         self._seen: set[tuple[int, tuple[int, ...]]] = set()
+        self._captured = False
+        self._scratch = 0
 
     @property
     def active_optimization_profile(self) -> int:
         return self._profile
 
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self._engine.device_memory_size_v2
+        assert len(self._engine.device.allocated[memory]) >= size
+        self._scratch = memory
+
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert not self._captured, "a graph holds the context as it was"
         self._profile, self._shape = profile_index, ()
         return 0 <= profile_index < self._engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert not self._captured, "a graph holds the context as it was"
         least, _, most = self._engine.get_tensor_profile_shape(name, self._profile)
         self._shape = tuple(shape)
         return all(low <= each <= high for low, each, high in zip(least, shape, most, strict=True))
@@ -446,8 +467,9 @@ class IExecutionContext:
         return name in self._engine.shapes
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        if set(self._addresses) != set(self._engine.shapes) or not self._shape:
+        if set(self._addresses) != set(self._engine.shapes) or not self._shape or not self._scratch:
             return False
+        self._captured |= stream_handle in self._engine.device.capturing
         shape, addresses, device = self._shape, dict(self._addresses), self._engine.device
         if stream_handle in device.capturing and (self._profile, shape) not in self._seen:
             return False
@@ -505,30 +527,30 @@ def onnxruntime_of(device: Device, *, unplaced: str = "", loads: bool = True) ->
     """
 
     class InferenceSession:
-        def __init__(self, path: Path, sess_options: Any, providers: list[tuple[str, dict[str, str]]]) -> None:
+        def __init__(self, path: Path, sess_options: Any, providers: list[tuple[str, dict[str, str]]], enable_fallback: int) -> None:
             ((name, self._options),) = providers
-            assert name == "CUDAExecutionProvider"
+            assert (name, enable_fallback) == ("CUDAExecutionProvider", 0)
             assert sess_options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
-            if unplaced and any(node.op_type == unplaced for node in onnx.load(path, load_external_data=False).graph.node):
+            if not loads or any(node.op_type == unplaced for node in onnx.load(path, load_external_data=False).graph.node):
                 raise RuntimeError("This session contains graph nodes that are assigned to the default CPU EP, but fallback to CPU EP has been disabled")
             self._session = genuine.InferenceSession(path, providers=["CPUExecutionProvider"])
-            self._captured: set[str] = set()
-
-        def get_providers(self) -> list[str]:
-            return ["CUDAExecutionProvider", "CPUExecutionProvider"] if loads else ["CPUExecutionProvider"]
+            self._thread: int | None = None
 
         def io_binding(self) -> Binding:
             return Binding(self._session, device)
 
         def run_with_iobinding(self, iobinding: Binding, run_options: Any) -> None:
             assert run_options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
-            self._captured.add(run_options.get_run_config_entry("gpu_graph_id"))
+            assert run_options.get_run_config_entry("gpu_graph_id")
+            self._thread = self._thread or threading.get_ident()
+            assert self._thread == threading.get_ident(), "another thread would capture its graphs anew, while the device is at work"
             if device.dead:
                 raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
             device.enqueue(int(self._options["user_compute_stream"]), lambda: self._session.run_with_iobinding(iobinding.genuine))
 
     module: Any = types.ModuleType("onnxruntime")
     module.SessionOptions, module.RunOptions, module.IOBinding, module.InferenceSession = genuine.SessionOptions, genuine.RunOptions, Binding, InferenceSession
+    module.preload_dlls = lambda: None
     module.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     return module  # type: ignore[no-any-return]
 
@@ -541,6 +563,7 @@ TYPES: list[Any] = [
     ProfilingVerbosity,
     MemoryPoolType,
     LayerInformationFormat,
+    ExecutionContextAllocationStrategy,
     Dims,
     OnnxParser,
     Builder,

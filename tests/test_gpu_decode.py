@@ -6,6 +6,7 @@ import io
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,33 @@ def test_a_device_that_fails_costs_no_image(gpu: GpuDecoder, monkeypatch: pytest
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(gpu, "_resized", lost)
-    image = encoded(picture(60, 40), "JPEG")
-    assert np.array_equal(gpu.decode(image), gpu.decoder.decode(image))
-    assert "1 images could not be decoded on the GPU" in caplog.text
+    monkeypatch.setattr(gpu, "_failures", 0)
+    images = [encoded(picture(60, 40, seed), "JPEG") for seed in range(6)]
+    assert all(np.array_equal(gpu.decode(image), gpu.decoder.decode(image)) for image in images)
+    assert caplog.text.count("could not be decoded on the GPU") == 2, "when it began, and when it was taken to be for good"
+    assert "which is left alone" in caplog.text
+
+
+def test_chroma_is_interpolated_as_libjpeg_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvJPEG's default on a GPU; its decoder for the CPU can be made to do the same."""
+    monkeypatch.setattr("service.gpu_decode.OPTIONS", ":fancy_upsampling=0")
+    with pytest.raises(Unproven, match="levels in the mean"):
+        GpuDecoder(Decoder(Preprocessing(224), jpeg_draft=False), "cpu")
+
+
+def test_large_images_are_decoded_at_a_reduced_scale_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = GpuDecoder(Decoder(Preprocessing(32)), "cpu")
+    monkeypatch.setattr(ours, "_run", lambda jobs: pytest.fail("it was given to the device"))
+    large = encoded(picture(4000, 2100), "JPEG")
+    assert np.array_equal(ours.decode(large), ours.decoder.decode(large))
+
+
+def test_a_batch_is_bounded_by_its_pixels(gpu: GpuDecoder) -> None:
+    from service.gpu_decode import MOST_PIXELS, _Job
+
+    header = gpu.decoder.header(encoded(picture(60, 40), "JPEG"))
+    gpu._waiting.extend(_Job(b"", replace(header, pixels=MOST_PIXELS)) for _ in range(20))
+    assert [len(gpu._next()) for _ in range(3)] == [8, 8, 4]
 
 
 def test_a_device_that_decodes_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ def test_rows_of_the_ring_go_to_the_device_from_where_they_are(gpu: SimpleNamesp
     golden = bundle.golden()
     engine = gpu.engine(graph)
     ring = np.ascontiguousarray(golden.pixels)
+    engine.share(ring)
     outputs = engine.run(0, ring, [5, 0, 3])
     assert compare(outputs, Outputs(*(each[[5, 0, 3]] for each in golden.reference))).failure("fp16") is None
     assert gpu.device.pinned[ring.ctypes.data] == ring.nbytes
@@ -73,13 +74,13 @@ def test_rows_of_the_ring_go_to_the_device_from_where_they_are(gpu: SimpleNamesp
 
 
 def test_a_graph_that_would_run_in_part_on_the_cpu_is_refused_and_leaves_nothing_behind(gpu: SimpleNamespace, graph: Path) -> None:
-    with pytest.raises(EngineUnavailable, match=r"cannot run half\.onnx on the GPU alone: .*assigned to the default CPU EP"):
+    with pytest.raises(EngineUnavailable, match=r"cannot run half\.onnx on the GPU alone; .*assigned to the default CPU EP"):
         gpu.engine(graph, unplaced="LayerNormalization")
     assert (gpu.device.allocated, gpu.device.pinned, gpu.device.streams) == ({}, {}, {})
 
 
 def test_missing_libraries_and_a_missing_device_are_named(gpu: SimpleNamespace, graph: Path) -> None:
-    with pytest.raises(EngineUnavailable, match="provider could not be loaded; its log says which library is missing"):
+    with pytest.raises(EngineUnavailable, match=r"or a library of CUDA's is missing \(its log says which: pip install 'onnxruntime-gpu\[cuda,cudnn\]'\)"):
         gpu.engine(graph, loads=False)
     gpu.device.devices = 0
     with pytest.raises(EngineUnavailable, match="CUDA finds no device"):
@@ -87,7 +88,7 @@ def test_missing_libraries_and_a_missing_device_are_named(gpu: SimpleNamespace, 
 
 
 def test_too_little_memory_for_a_second_lane_gives_the_first_ones_back(gpu: SimpleNamespace, graph: Path) -> None:
-    gpu.device.memory_bytes = 15_000
+    gpu.device.memory_bytes = 15_000  # of which a lane takes eleven
     with pytest.raises(RuntimeError, match="cudaErrorMemoryAllocation"):
         gpu.engine(graph, lanes=2)
     assert (gpu.device.allocated, gpu.device.pinned, gpu.device.streams) == ({}, {}, {})

@@ -522,10 +522,21 @@ def test_when_the_supervisor_is_killed_nothing_is_left_of_it(bundle: Bundle, exp
         assert not folder.exists(), "the counters' files are gone; the ring went with the last process that had it"
 
 
-@pytest.mark.parametrize(("module", "name"), [("uvicorn", "front-0"), ("openvino", "engine-0-b")])
+def test_an_engine_that_ends_the_processes_that_open_it_is_left_out(tmp_path: Path, bundle: Bundle) -> None:
+    """As a driver's fault would. A module that ends whoever imports it stands in the way of the genuine one."""
+    (tmp_path / "openvino.py").write_text("import os\nos._exit(3)\n")
+    running = start_server("--bundle", str(bundle.path), environment={"PYTHONPATH": str(tmp_path)})
+    with httpx.Client(base_url=running.url, timeout=60) as client:
+        assert classify(client, encoded(picture())).status_code == 200
+        serving = client.get("/v1/model").json()["serving"]
+    assert (serving["engine"], serving["precision"]) == ("onnxruntime", "fp32")
+    assert {(each["engine"], each["reason"]) for each in serving["refused"]} == {("openvino", "it ended the processes that opened it")}
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize(("module", "name"), [("service.front", "front-0"), ("service.engine_process", "engine-0-b")])
 def test_what_never_comes_up_is_given_up_with_the_reason(tmp_path: Path, bundle: Bundle, module: str, name: str) -> None:
-    """A module that ends whoever imports it stands in the way of the genuine one."""
-    (tmp_path / f"{module}.py").write_text("import os\nos._exit(3)\n")
+    (tmp_path / "sitecustomize.py").write_text(f"import os, sys\nif {module!r} in sys.orig_argv:\n    os._exit(3)\n")
     command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", "--bundle", str(bundle.path)]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -19,6 +19,7 @@ import pytest
 
 from model.bundle import GRAPH, Bundle
 from model.parity import compare
+from service.engines import open as opening
 from service.engines.engine import DeviceLost, EngineUnavailable
 from service.engines.padding import worthwhile
 from service.engines.plans import PlanOptions, plan_path
@@ -76,6 +77,7 @@ def test_every_batch_has_the_sources_numbers(gpu: SimpleNamespace, plan: Path, b
 def test_rows_of_the_ring_are_read_by_the_device_itself_and_answered_in_their_order(gpu: SimpleNamespace, plan: Path, bundle: Bundle) -> None:
     golden, engine = bundle.golden(), open_plan(gpu, plan)
     ring = np.ascontiguousarray(np.concatenate([golden.pixels, golden.pixels[::-1]]))
+    engine.share(ring)
     rows = [len(ring) - 1, 2, 0]
     mixed = engine.run(0, ring, rows)
     one_by_one = [engine.run(0, ring, [row]) for row in rows]
@@ -99,10 +101,53 @@ def test_lanes_have_memory_of_their_own(gpu: SimpleNamespace, plan: Path, bundle
 
 def test_closing_gives_everything_back(gpu: SimpleNamespace, plan: Path, bundle: Bundle) -> None:
     engine = open_plan(gpu, plan, lanes=2)
-    engine.run(0, bundle.golden().pixels, [0])
+    engine.share(ring := bundle.golden().pixels)
+    engine.run(0, ring, [0])
     engine.close()
     device = gpu.device
     assert (device.allocated, device.pinned, device.streams, device.graphs) == ({}, {}, {}, {})
+
+
+def test_slots_that_cannot_be_pinned_are_copied(gpu: SimpleNamespace, plan: Path, bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    golden, engine = bundle.golden(), open_plan(gpu, plan)
+    gpu.device.fail("cudaHostRegister", cudaError_t.cudaErrorMemoryAllocation)
+    engine.share(golden.pixels)
+    assert "the slots cannot be pinned: cudaErrorMemoryAllocation" in caplog.text
+    outputs = engine.run(0, golden.pixels, [3, 1])
+    assert compare(outputs, type(outputs)(*(each[[3, 1]] for each in golden.reference))).failure("bf16") is None
+    engine.close()
+
+
+def test_a_size_that_computes_something_else_is_found(gpu: SimpleNamespace, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enqueue = gpu.engine._Program.enqueue
+
+    def wrong(self: Any, size: int) -> None:
+        enqueue(self, size)
+        if size == 2:
+            gpu.device.enqueue(self._buffers.stream.handle, lambda: self._buffers.host["logits"].array.fill(9))
+
+    monkeypatch.setattr(gpu.engine._Program, "enqueue", wrong)
+    monkeypatch.setattr(importlib.import_module("service.engines.gpu"), "worthwhile", lambda seconds: sorted(seconds))
+    with pytest.raises(EngineUnavailable, match=r"batches of 2 come out otherwise than those of 4: logits differ"):
+        open_plan(gpu, plan)
+    assert gpu.device.allocated == {}
+
+
+def test_an_error_while_a_graph_is_captured_is_not_the_devices_end(gpu: SimpleNamespace, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, calls = gpu.device.cudaMemcpyAsync, list[int]()
+    runtime = sys.modules["cuda.bindings.runtime"]
+
+    def failing(*arguments: Any) -> Any:
+        if gpu.device.capturing:
+            calls.append(1)
+            return (cudaError_t.cudaErrorStreamCaptureUnsupported,)
+        return copy(*arguments)
+
+    monkeypatch.setattr(runtime, "cudaMemcpyAsync", failing)
+    with pytest.raises(gpu.cuda.CudaError, match="cudaErrorStreamCaptureUnsupported"):
+        open_plan(gpu, plan)
+    assert calls == [1]
+    assert (gpu.device.allocated, gpu.device.capturing) == ({}, {})
 
 
 def test_only_sizes_that_are_quicker_than_all_larger_ones_keep_a_graph() -> None:
@@ -234,3 +279,29 @@ def test_the_last_profile_reaches_the_largest_batch(gpu: SimpleNamespace) -> Non
     assert gpu.build.profile_ranges(64) == [(1, 1), (1, 8), (1, 64)]
     assert gpu.build.profile_ranges(8) == [(1, 1), (1, 8)]
     assert gpu.build.profile_ranges(1) == [(1, 1)]
+
+
+def test_a_plan_that_cannot_be_built_is_not_tried_again_while_others_serve(
+    gpu: SimpleNamespace, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = list[str]()
+
+    def build(bundle: Bundle, graph: str, path: Path, options: PlanOptions, progress: object) -> None:
+        tried.append(options.precision)
+        if options.precision == "bf16":
+            raise EngineUnavailable("no TensorRT plan could be built: Could not find any implementation for node 7")
+        path.write_bytes(b"a plan")
+
+    monkeypatch.setattr(opening, "build_plan", build)
+    options = opening.EngineOptions(engine="tensorrt", plan_folder=str(tmp_path), serve_meanwhile=True)
+    with pytest.raises(opening.NoEngine, match=r"bf16: its plan is not built yet; tensorrt in fp16: its plan is not built yet"):
+        opening.open_engine(bundle, options)
+    refused = [opening.Refusal("tensorrt", precision, "not_built", "") for precision in ("bf16", "fp16")]
+    assert opening.build_missing(bundle, options, refused), "the next best"
+    assert tried == ["bf16", "fp16"]
+    bf16, _ = opening.candidates(bundle, options)
+    with pytest.raises(EngineUnavailable, match=r"for node 7; remove .*\.failed to have it tried again"):
+        opening.open_artefact(bundle, bf16, options)
+    with pytest.raises(EngineUnavailable, match=r"for node 7$"):
+        opening.open_artefact(bundle, bf16, replace(options, serve_meanwhile=False))
+    assert tried == ["bf16", "fp16", "bf16"], "who waits for it has it tried"

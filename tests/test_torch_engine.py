@@ -47,6 +47,16 @@ def test_the_graph_of_every_family_is_what_torch_computes(family: str, tmp_path:
     assert compare(Outputs(*(each.numpy() for each in ours)), Outputs(*(each.numpy() for each in source))).failure("fp32") is None
 
 
+def test_nothing_is_read_from_the_device_while_it_runs(tmp_path: Path) -> None:
+    """What a captured graph may not do. Tensors on torch's meta device have no content that could be read."""
+    config = FAMILIES["R + ViT"]
+    assert isinstance(config, ViTConfig)
+    trace(Lean(network(config), Preprocessing(config.image_size)).eval(), config.image_size, tmp_path / "model.onnx")
+    size = config.image_size
+    logits, _ = TorchGraph(tmp_path / "model.onnx").to("meta")(torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta"))
+    assert logits.shape == (2, config.classes)
+
+
 def test_an_operator_that_is_not_known_is_named(bundle: Bundle, tmp_path: Path) -> None:
     model = onnx.load(bundle.path / "model.onnx")
     model.graph.node.append(onnx.helper.make_node("NonZero", ["logits"], ["where"]))

@@ -16,6 +16,7 @@ from cuda.bindings import runtime
 
 from service.engines.engine import DeviceLost, EngineUnavailable
 
+_OF_CAPTURE = range(900, 910)  # cudaErrorStreamCaptureUnsupported … cudaErrorGraphExecUpdateFailure and its neighbours: of a stream, not of the device
 _LOST = "; the device answers every further call so, until the process ends"
 
 
@@ -46,8 +47,9 @@ def raise_if_lost(error: Exception) -> None:
 
 
 def _is_lost() -> bool:
+    """Whether the error is still there when all work has been waited for; a device that cannot be waited for, because a stream captures, is not lost."""
     (still,) = runtime.cudaDeviceSynchronize()
-    return bool(still != runtime.cudaError_t.cudaSuccess)
+    return still != runtime.cudaError_t.cudaSuccess and int(still) not in _OF_CAPTURE
 
 
 def count_devices() -> int:
@@ -79,9 +81,10 @@ class Stream:
         checked(runtime.cudaStreamBeginCapture(self.handle, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
         try:
             yield graph
-        finally:
-            drawn = checked(runtime.cudaStreamEndCapture(self.handle))
-        graph.instantiate(drawn)
+        except BaseException:
+            runtime.cudaStreamEndCapture(self.handle)  # whose own error is that of what went wrong inside
+            raise
+        graph.instantiate(checked(runtime.cudaStreamEndCapture(self.handle)))
 
     def close(self) -> None:
         checked(runtime.cudaStreamDestroy(self.handle))

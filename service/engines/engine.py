@@ -28,6 +28,10 @@ class Engine(Protocol):
     lanes: int
     max_batch: int
 
+    def share(self, pixels: Pixels) -> None:
+        """Before the first run() with rows: the array that all rows will be of, which the engine may arrange itself for."""
+        ...
+
     def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
         """uint8 [n, H, W, 3] with 1 ≤ n ≤ max_batch → float32 logits [n, classes], embedding [n, width], owned by the caller.
 

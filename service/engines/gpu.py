@@ -9,15 +9,21 @@ Imported by those three.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
-from model.parity import Outputs, Precision
+import numpy as np
+
+from model.parity import Outputs, Precision, compare
 from model.preprocess import Pixels
 from service.engines import cuda
+from service.engines.engine import EngineUnavailable
 from service.engines.padding import worthwhile
+
+log = logging.getLogger(__name__)
 
 
 class Buffers:
@@ -97,11 +103,17 @@ class GpuEngine:
                     self._sizes = self._worthwhile(sizes)
                 else:
                     self._prepare(lane, self._sizes)
+                self._prove_sizes(lane)
             undo.pop_all()
 
+    def share(self, pixels: Pixels) -> None:
+        """From now on the device reads from the slots by itself, where their memory can be pinned; else it is given copies, which is slower."""
+        try:
+            self._shared = cuda.Pinned(pixels)
+        except cuda.CudaError as error:
+            log.warning("images are copied to the GPU by way of the host, because the slots cannot be pinned: %s", error)
+
     def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
-        if rows is not None and self._shared is None:
-            self._shared = cuda.Pinned(pixels)  # the ring: from now on the device reads from the slots by itself
         images = [pixels] if rows is None else [pixels[row] for row in rows]
         count = len(pixels) if rows is None else len(rows)
         buffers, program = self._lanes[lane]
@@ -129,6 +141,17 @@ class GpuEngine:
             undo.callback(memory.close)
             self._lanes.append((memory, program(memory)))
             undo.pop_all()
+
+    def _prove_sizes(self, lane: int) -> None:
+        """Each prepared size computes what the largest does: the golden gate sees only one of them. Raises EngineUnavailable."""
+        largest = self._sizes[-1]
+        pixels = np.random.default_rng(0).integers(0, 256, (largest, *self._lanes[lane][0].image_shape), np.uint8)
+        expected = self.run(lane, pixels)
+        for size in self._sizes[:-1]:
+            parity = compare(self.run(lane, pixels[:size]), Outputs(*(each[:size] for each in expected)))
+            failure = parity.failure(self.precision)
+            if failure is not None:
+                raise EngineUnavailable(f"batches of {size} come out otherwise than those of {largest}: {failure}")
 
     def _worthwhile(self, sizes: Sequence[int]) -> list[int]:
         self._prepare(0, sizes)

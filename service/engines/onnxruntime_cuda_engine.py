@@ -32,6 +32,7 @@ class OnnxRuntimeCudaEngine(GpuEngine):
         if PROVIDER not in onnxruntime.get_available_providers():
             raise EngineUnavailable("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu in the place of onnxruntime")
         cuda.count_devices()
+        onnxruntime.preload_dlls()  # CUDA's libraries, where they were installed as packages
         shapes = shapes_of(graph)
         super().__init__(
             precision,
@@ -61,11 +62,10 @@ class _Program:
             "sdpa_kernel": "0",  # flash where the type and the head allow it, else what is next best
         }
         try:
-            self._session = onnxruntime.InferenceSession(graph, options, providers=[(PROVIDER, provider)])
+            self._session = onnxruntime.InferenceSession(graph, options, providers=[(PROVIDER, provider)], enable_fallback=0)
         except Exception as error:  # of several kinds, none of them public
-            raise EngineUnavailable(f"ONNX Runtime cannot run {graph.name} on the GPU alone: {error}") from error
-        if self._session.get_providers()[0] != PROVIDER:  # it says so in its log, and goes on without
-            raise EngineUnavailable("ONNX Runtime's CUDA provider could not be loaded; its log says which library is missing")
+            missing = "a node has no kernel there, or a library of CUDA's is missing (its log says which: pip install 'onnxruntime-gpu[cuda,cudnn]')"
+            raise EngineUnavailable(f"ONNX Runtime cannot run {graph.name} on the GPU alone; {missing}: {error}") from error
         self._runs = dict[int, tuple[onnxruntime.IOBinding, onnxruntime.RunOptions]]()
         self._thread = ThreadPoolExecutor(1, "onnxruntime-cuda")
 

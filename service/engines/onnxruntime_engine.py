@@ -25,6 +25,9 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads burn a core that decodes images
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
+    def share(self, pixels: Pixels) -> None:
+        """Nothing to arrange: the CPU reads it as it is."""
+
     def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
         logits, embedding = self._session.run(["logits", "embedding"], {"pixels": gathered(pixels, rows)})
         return Outputs(logits, embedding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,17 +83,27 @@ class Opened:
     refused: tuple[Refusal, ...]  # why each better candidate is not the one
 
 
-def open_engine(bundle: Bundle, options: EngineOptions, first: tuple[str, str] | None = None, progress: Callable[[str], None] = lambda step: None) -> Opened:
+def open_engine(
+    bundle: Bundle,
+    options: EngineOptions,
+    first: tuple[str, str] | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+    trying: Callable[[str], None] = lambda engine: None,
+    left_out: Collection[str] = (),
+) -> Opened:
     """Opens the fastest of the bundle's artefacts that fits ``options``, can run here and passes the golden gate. Raises NoEngine.
 
     ``first`` is the engine and precision to try before all others, because they were measured to be the fastest here.
-    ``progress`` is told of what takes minutes.
+    ``progress`` is told of what takes minutes, ``trying`` of each engine and precision before it is opened; what is in ``left_out``, named so, is refused.
     """
     refused: list[Refusal] = []
     for artefact in candidates(bundle, options, first):
         engine = None
         cause: Literal["unavailable", "not_built", "damaged", "golden_gate"] = "unavailable"
+        trying(called := f"{artefact.engine} in {artefact.precision}")
         try:
+            if called in left_out:
+                raise EngineUnavailable("it ended the processes that opened it")
             engine = open_artefact(bundle, artefact, options, progress)
             cause = "golden_gate"
             return Opened(engine, golden_gate(engine, bundle, artefact), tuple(refused))
@@ -183,10 +193,19 @@ def _made_for_the_gpu(bundle: Bundle, artefact: Artefact, options: EngineOptions
         assert precision in ("bf16", "fp16", "fp8")
         chosen = PlanOptions(precision, max_batch=options.max_batch)
         path = plan_path(folder, bundle, artefact.path, chosen, gpu)
+        failed = path.with_suffix(".failed")
         if not path.exists() and options.serve_meanwhile:
+            if failed.exists():  # else every start and every reload would try again for minutes, on the device that serves
+                raise EngineUnavailable(f"{failed.read_text()}; remove {failed} to have it tried again")
             raise NotBuiltYet("its plan is not built yet")
         if not path.exists():
-            build_plan(bundle, artefact.path, path, chosen, progress)
+            try:
+                build_plan(bundle, artefact.path, path, chosen, progress)
+            except EngineUnavailable as error:
+                folder.mkdir(parents=True, exist_ok=True)
+                failed.write_text(str(error))
+                raise
+            failed.unlink(missing_ok=True)
         return path
     if artefact.engine == "onnxruntime-cuda":
         from service.engines import cuda
@@ -260,12 +279,14 @@ def _fitting(artefacts: Iterable[Artefact], options: EngineOptions) -> Iterator[
 
 def _on_a_gpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artefact]:
     """What is made of the canonical graph for the very GPU that runs it, and what the bundle holds for TensorRT."""
-    asked_for = options.engine in [engine for engine, _ in _ON_A_GPU if engine != "torch"]
-    if not options.plan_folder or not (asked_for or machine.gpus()):
+    asked_for = options.engine in ("tensorrt", "onnxruntime-cuda")
+    if not (asked_for or machine.gpus()):
         return
-    yield from (each for each in bundle.manifest.artefacts if each.engine == "tensorrt")  # fp8, which somebody wanted
+    if options.plan_folder:
+        yield from (each for each in bundle.manifest.artefacts if each.engine == "tensorrt")  # fp8, which somebody wanted
     for engine, precision in _ON_A_GPU:
-        yield from _of_the_canonical_graph(bundle, engine, precision)
+        if options.plan_folder or engine == "torch":
+            yield from _of_the_canonical_graph(bundle, engine, precision)
 
 
 def _torch_on_the_cpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artefact]:

@@ -37,6 +37,9 @@ class OpenVinoEngine:
         )
         self._requests = [self.compiled.create_infer_request() for _ in range(lanes)]
 
+    def share(self, pixels: Pixels) -> None:
+        """Nothing to arrange: the CPU reads it as it is."""
+
     def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
         results = self._requests[lane].infer({"pixels": gathered(pixels, rows)}, share_inputs=True)
         return Outputs(results["logits"].copy(), results["embedding"].copy())

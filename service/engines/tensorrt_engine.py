@@ -43,7 +43,7 @@ def target() -> Target:
 
 
 class TensorRtEngine(GpuEngine):
-    """One plan, whose weights exist once; one context and set of CUDA graphs a lane."""
+    """One plan, whose weights exist once; contexts and CUDA graphs for each lane and batch size."""
 
     name = "tensorrt"
 
@@ -69,7 +69,10 @@ class TensorRtEngine(GpuEngine):
         """Of one batch, by TensorRT's profiler, which runs each layer alone: their shares are what is meant, not their sum. No lane may run meanwhile."""
         buffers, _ = self._lanes[0]
         program, profiler = _Program(self._engine, buffers), _Profiler()
-        program.profile(size, profiler)
+        try:
+            program.profile(size, profiler)
+        finally:
+            program.close()
         return profiler.milliseconds
 
 
@@ -83,53 +86,62 @@ class _Profiler(trt.IProfiler):  # type: ignore[misc, unused-ignore]  # as Tenso
 
 
 class _Program:
-    """A CUDA graph for each size holds the kernels and the outputs' way to the host."""
+    """Each size has a context of its own, which nothing changes once its graph is captured; they share the memory that they compute in, for one runs at a time.
+
+    A graph holds the kernels and the outputs' way to the host.
+    """
 
     def __init__(self, engine: trt.ICudaEngine, buffers: Buffers) -> None:
         self._engine, self._buffers = engine, buffers
-        self._context = engine.create_execution_context()
-        if self._context is None:
-            raise cuda.CudaError("TensorRT made no execution context: there is too little device memory for another lane")
-        for name, memory in {"pixels": buffers.pixels, **buffers.device}.items():
-            _said(self._context.set_tensor_address(name, memory.address), "set_tensor_address")
-        self._graphs = dict[int, cuda.Graph]()
+        self._scratch_bytes = max(engine.device_memory_size_v2, 1)
+        self._scratch = cuda.DeviceMemory(self._scratch_bytes)
+        self._prepared = dict[int, tuple[trt.IExecutionContext, cuda.Graph]]()
 
     def prepare(self, size: int) -> None:
-        stream = self._buffers.stream
-        self._shape(size)
-        self._run(size)  # once outside of a graph, as TensorRT asks: what it does only the first time cannot be captured
+        context, stream = self._context(size), self._buffers.stream
+        self._run(context, size)  # once outside of a graph, as TensorRT asks: what it does only the first time cannot be captured
         stream.synchronize()
         with stream.captured() as graph:
-            self._run(size)
-        self._graphs[size] = graph
+            self._run(context, size)
+        self._prepared[size] = context, graph
 
     def profile(self, size: int, profiler: trt.IProfiler) -> None:
-        self._context.profiler = profiler
-        self._shape(size)
+        context = self._context(size)
+        context.profiler = profiler
         for _ in range(3):  # the last counts
-            self._run(size)
+            self._run(context, size)
             self._buffers.stream.synchronize()
 
-    def _shape(self, size: int) -> None:
+    def _context(self, size: int) -> trt.IExecutionContext:
         stream, profile = self._buffers.stream, _profile_of(self._engine, size)
-        if self._context.active_optimization_profile != profile:
-            _said(self._context.set_optimization_profile_async(profile, stream.handle), "set_optimization_profile_async")
-        _said(self._context.set_input_shape("pixels", (size, *self._buffers.image_shape)), "set_input_shape")
+        context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise cuda.CudaError("TensorRT made no execution context: there is too little device memory for another")
+        context.set_device_memory(self._scratch.address, self._scratch_bytes)
+        if context.active_optimization_profile != profile:
+            _said(context.set_optimization_profile_async(profile, stream.handle), "set_optimization_profile_async")
+        _said(context.set_input_shape("pixels", (size, *self._buffers.image_shape)), "set_input_shape")
+        for name, memory in {"pixels": self._buffers.pixels, **self._buffers.device}.items():
+            _said(context.set_tensor_address(name, memory.address), "set_tensor_address")
+        return context
 
-    def _run(self, size: int) -> None:
-        _said(self._context.execute_async_v3(self._buffers.stream.handle), "execute_async_v3")
+    def _run(self, context: trt.IExecutionContext, size: int) -> None:
+        _said(context.execute_async_v3(self._buffers.stream.handle), "execute_async_v3")
         self._buffers.read(size)
 
     def enqueue(self, size: int) -> None:
-        self._graphs[size].launch(self._buffers.stream)
+        _, graph = self._prepared[size]
+        graph.launch(self._buffers.stream)
 
     def forget(self, size: int) -> None:
-        self._graphs.pop(size).close()
+        _, graph = self._prepared.pop(size)
+        graph.close()
 
     def close(self) -> None:
-        for each in self._graphs.values():
-            each.close()
-        self._graphs.clear()
+        for _, graph in self._prepared.values():
+            graph.close()
+        self._prepared.clear()
+        self._scratch.close()
 
 
 def _said(succeeded: bool, call: str) -> None:

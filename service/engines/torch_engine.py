@@ -46,6 +46,9 @@ class TorchEngine:
         torch.set_num_threads(threads)  # of each thread that runs a lane
         self._network = torch.compile(network, dynamic=True) if compiled else network
 
+    def share(self, pixels: Pixels) -> None:
+        """Nothing to arrange: the CPU reads it as it is."""
+
     def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
         with torch.inference_mode():
             logits, embedding = self._network(torch.from_numpy(gathered(pixels, rows)))
@@ -63,6 +66,9 @@ def _on_gpu(network: TorchGraph, precision: Precision, lanes: int, max_batch: in
     with torch.inference_mode():
         logits, embedding = network(torch.zeros(1, *shape, dtype=torch.uint8, device="cuda"))
     backend = quickest_attention(network, torch.zeros(max_batch, *shape, dtype=torch.uint8, device="cuda"))
+    sizes = candidates(max_batch)
+    if compiled:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(sizes) + 1)  # beyond it the rest would silently not be compiled
     runs = torch.compile(network, dynamic=False) if compiled else network
 
     class TorchCudaEngine(GpuEngine):
@@ -72,7 +78,7 @@ def _on_gpu(network: TorchGraph, precision: Precision, lanes: int, max_batch: in
         precision,
         lanes,
         max_batch,
-        candidates(max_batch),
+        sizes,
         lambda: Buffers(shape, logits.shape[1], embedding.shape[1], max_batch),
         lambda buffers: _Program(runs, buffers, backend, max_batch),
     )

@@ -34,10 +34,11 @@ class TorchGraph(nn.Module):
         unknown = sorted({node.op_type for node in graph} - OPERATORS.keys() - {"Cast"})
         if unknown:
             raise EngineUnavailable(f"no torch call is known for {', '.join(unknown)} of {path.name}")
-        self._numbers = dict[str, list[int]]()  # what says shapes and axes: read on the host, and never on the device
+        self._numbers = dict[str, list[Any]]()  # what says shapes, axes and what padding is filled with: read on the host, and never on the device
         for name, value in graph.initializers.items():
             assert value.const_value is not None
-            if value.const_value.dtype == ir.DataType.INT64:
+            filling = any(user.op_type == "Pad" and index == 2 for user, index in value.uses())
+            if value.const_value.dtype == ir.DataType.INT64 or filling:
                 self._numbers[name] = value.const_value.numpy().reshape(-1).tolist()
             else:
                 held = torch.from_numpy(value.const_value.numpy().copy())
@@ -154,7 +155,7 @@ def _gather(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
 
 def _pad(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
     x, pads = inputs[:2]
-    value = float(inputs[2]) if len(inputs) > 2 and inputs[2] is not None else 0.0
+    (value,) = inputs[2] if len(inputs) > 2 and inputs[2] is not None else (0.0,)
     ends = [each for place in reversed(range(x.ndim)) for each in (pads[place], pads[x.ndim + place])]
     return functional.pad(x, ends, value=value)
 
