@@ -530,7 +530,9 @@ def test_an_engine_that_ends_the_processes_that_open_it_is_left_out(tmp_path: Pa
         assert classify(client, encoded(picture())).status_code == 200
         serving = client.get("/v1/model").json()["serving"]
     assert (serving["engine"], serving["precision"]) == ("onnxruntime", "fp32")
-    assert {(each["engine"], each["reason"]) for each in serving["refused"]} == {("openvino", "it ended the processes that opened it")}
+    assert {(each["engine"], each["cause"], each["reason"]) for each in serving["refused"]} == {
+        ("openvino", "crashed", "it ended the processes that opened it")
+    }
     assert running.stop() == 0
 
 

@@ -69,7 +69,7 @@ class Damaged(ValueError):
 class Refusal:
     engine: str
     precision: Precision
-    cause: Literal["unavailable", "not_built", "damaged", "golden_gate"]
+    cause: Literal["unavailable", "not_built", "damaged", "crashed", "golden_gate"]
     reason: str
 
     def __str__(self) -> str:
@@ -99,10 +99,11 @@ def open_engine(
     refused: list[Refusal] = []
     for artefact in candidates(bundle, options, first):
         engine = None
-        cause: Literal["unavailable", "not_built", "damaged", "golden_gate"] = "unavailable"
+        cause: Literal["unavailable", "not_built", "damaged", "crashed", "golden_gate"] = "unavailable"
         trying(called := f"{artefact.engine} in {artefact.precision}")
         try:
             if called in left_out:
+                cause = "crashed"
                 raise EngineUnavailable("it ended the processes that opened it")
             engine = open_artefact(bundle, artefact, options, progress)
             cause = "golden_gate"
