@@ -53,6 +53,9 @@ def test_it_comes_first_on_a_gpu_and_not_at_all_without_one(with_fp8: Bundle, tm
     found = [(each.engine, each.precision) for each in opening.candidates(with_fp8, options)]
     assert found[:4] == [("tensorrt", "fp8"), ("tensorrt", "bf16"), ("tensorrt", "fp16"), ("onnxruntime-cuda", "bf16")]
     assert found[5:7] == [("torch", "bf16"), ("torch", "fp16")]
+    assert ("torch", "fp32") not in found
+    without_plans = opening.candidates(with_fp8, EngineOptions(engine="torch"))
+    assert [each.precision for each in without_plans] == ["bf16", "fp16", "fp32"], "torch needs no folder for plans"
 
 
 def test_a_gpu_without_it_is_told_apart(with_fp8: Bundle, tmp_path: Path, gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,6 +288,8 @@ def _on_a_gpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artefact]:
     for engine, precision in _ON_A_GPU:
         if options.plan_folder or engine == "torch":
             yield from _of_the_canonical_graph(bundle, engine, precision)
+    if options.engine == "torch":  # which on a GPU is only for who asks for it
+        yield from _of_the_canonical_graph(bundle, "torch", "fp32")
 
 
 def _torch_on_the_cpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artefact]:
