@@ -53,5 +53,5 @@ def trace(network: nn.Module, image_size: int, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    ClearMetadataAndDocStringPass()(program.model)  # where in the source each node comes from: two thirds of the file, and another wherever that lies
+    ClearMetadataAndDocStringPass()(program.model)  # where in the source each node comes from: three quarters of the file, and another wherever that lies
     program.save(path, external_data=True)  # mapped instead of parsed when an engine opens it, and shared by the graphs of other dialects
