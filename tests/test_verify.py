@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from bench.verify import verify
 from export.evaluation import Images
-from model.bundle import Bundle
+from model.bundle import AttentionProof, Bundle
 from service.engines.engine import EngineUnavailable
 from service.engines.open import EngineOptions, NoEngine
 from tests.conftest import ROOT, TINY, encoded, picture
@@ -43,6 +44,15 @@ def test_the_report_has_all_that_was_found(bundle: Bundle, folder: Path, tmp_pat
     assert [row["batch_size"] for row in report["rows"]] == [1, 3]
     assert {"numpy", "openvino"} <= report["machine"]["packages"].keys()
     assert "5 images: 100.00% agree with float32" in result.output
+
+
+def test_attention_that_is_not_fused_is_said_and_fails_only_a_plan(bundle: Bundle) -> None:
+    openvino = next(each for each in bundle.manifest.artefacts if (each.engine, each.precision) == ("openvino", "fp32"))
+    apart = replace(bundle, manifest=replace(bundle.manifest, artefacts=(replace(openvino, attention=AttentionProof({}, 2)),)))
+    report = verify(apart, EngineOptions(), None, [1], 0.01, 1)
+    assert report.attention is not None
+    assert (report.attention.said, report.attention.fused) == ("fused when the bundle was made: none; 2 softmax layers beside", False)
+    assert not report.failures
 
 
 def test_what_is_wrong_with_an_engine_is_its_report_and_not_hidden_behind_the_next(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
