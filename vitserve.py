@@ -205,7 +205,7 @@ def tune(
     from rich.console import Console
     from rich.table import Table
 
-    from export.tune import LeftOut, Measurement, choose, measure
+    from bench.tune import LeftOut, Measurement, choose, measure
     from model.bundle import MANIFEST, BundleError, open_bundle, sha256
     from service import machine
     from service.engine_process import EMBEDDED
@@ -229,7 +229,7 @@ def tune(
         choice = choose(measured)
         console.print(table)
         if plot is not None:
-            from export.tune_plot import draw
+            from bench.tune_plot import draw
 
             draw(measured, plot)
         kept = "" if dry_run else f" → {remember(sha256(opened.path / MANIFEST), choice)}"

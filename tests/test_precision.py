@@ -322,7 +322,7 @@ def test_tune_measures_remembers_and_is_heeded(bundle: Bundle, tmp_path: Path, m
 
 
 def test_the_choice_is_the_fastest_and_among_equals_the_simplest() -> None:
-    from export.tune import Measurement, choose, sizes, splits
+    from bench.tune import Measurement, choose, sizes, splits
 
     def measured(engine: str, lanes: int, rate: float, size: int = 1) -> Measurement:
         return Measurement(engine, "fp32", lanes, 4 // lanes, size, rate, 0.1)

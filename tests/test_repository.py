@@ -19,7 +19,7 @@ from vitserve import __version__, app
 # Folder or file → the folders and files of ours that it may import. Imports point one way.
 MAY_IMPORT = {
     "model": {"model"},
-    "export": {"model", "export", "service.engines", "service.machine", "service.tuned"},
+    "export": {"model", "export", "service.engines", "service.machine"},
     "service": {"service", "model.bundle", "model.config", "model.parity", "model.preprocess"},
     "bench": {"bench", "model.bundle", "model.preprocess", "service"},
     "bench/plain_graph.py": {"bench", "export", "model"},  # these two make what they compare with; `vitserve bench` imports neither, and so no torch

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from bench.engine import spell
 from model.bundle import Artefact, Bundle
 from model.preprocess import Pixels
 from service import machine
@@ -90,31 +89,6 @@ def _opened(bundle: Bundle, artefact: Artefact, options: EngineOptions) -> Engin
 
 
 def _measure(engine: Engine, lanes: int, threads: int, golden: Pixels, size: int, seconds: float) -> Measurement:
-    """All lanes at once, as under load, each over and over until the time is up."""
-    batch = np.resize(golden, (size, *golden.shape[1:]))
-    times: list[list[float]] = [[] for _ in range(lanes)]
-    failures: list[BaseException] = []
-    start = threading.Barrier(lanes)
-
-    def keep_busy(lane: int) -> None:
-        try:
-            engine.run(lane, batch)  # the first of a size is slower
-            start.wait()
-            end = time.perf_counter() + seconds
-            while not times[lane] or time.perf_counter() < end:
-                began = time.perf_counter()
-                engine.run(lane, batch)
-                times[lane].append(time.perf_counter() - began)
-        except BaseException as error:
-            start.abort()
-            failures.append(error)
-
-    workers = [threading.Thread(target=keep_busy, args=(lane,)) for lane in range(lanes)]
-    for each in workers:
-        each.start()
-    for each in workers:
-        each.join()
-    if failures:
-        raise failures[0]
+    times = spell(engine.run, lanes, np.resize(golden, (size, *golden.shape[1:])), seconds)
     rate = sum(size * len(its) / sum(its) for its in times)
     return Measurement(engine.name, engine.precision, lanes, threads, size, rate, float(np.median(np.concatenate(times))))
