@@ -173,8 +173,8 @@ def inspect_bundle(
     from export.plan_report import PlanReport
     from model.bundle import BundleError, open_bundle
     from service import machine
-    from service.engine_process import EMBEDDED
     from service.engines.plans import plans_of
+    from service.opening import EMBEDDED
 
     try:
         opened = open_bundle(bundle or EMBEDDED)
@@ -208,7 +208,7 @@ def tune(
     from bench.tune import LeftOut, Measurement, choose, measure
     from model.bundle import MANIFEST, BundleError, open_bundle, sha256
     from service import machine
-    from service.engine_process import EMBEDDED
+    from service.opening import EMBEDDED
     from service.tuned import remember
 
     console, measured = Console(), list[Measurement]()
@@ -292,8 +292,8 @@ def verify_bundle(
     from export.evaluation import Images, read_images
     from model.bundle import open_bundle
     from service import machine
-    from service.engine_process import EMBEDDED
     from service.engines.open import EngineOptions
+    from service.opening import EMBEDDED
 
     console = Console(stderr=True)
     try:

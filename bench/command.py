@@ -18,8 +18,8 @@ from bench.request import made_picture
 from bench.service import Plan, measure
 from model.bundle import open_bundle
 from service import machine
-from service.engine_process import EMBEDDED
 from service.engines.open import EngineOptions
+from service.opening import EMBEDDED
 
 
 @dataclass(frozen=True)

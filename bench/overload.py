@@ -31,7 +31,7 @@ from bench.load import Run, Sample, closed_loop, open_loop
 from bench.processes import free_port
 from bench.report import percentile, rate
 from bench.request import Picture, get, made_picture, raw
-from service.engine_process import EMBEDDED
+from service.opening import EMBEDDED
 
 CONNECTIONS = 32  # of the closed loop: enough that batches fill while others are decoded
 

@@ -1,6 +1,6 @@
 """What `vitserve tune` found fastest for a bundle on this kind of CPU: kept outside the bundle, which other machines serve too.
 
-Written by vitserve.py's `tune`, read by engine_process.py.
+Written by vitserve.py's `tune`, read by opening.py.
 """
 
 from __future__ import annotations

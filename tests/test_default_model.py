@@ -12,8 +12,8 @@ import pytest
 
 from model.bundle import Bundle, open_bundle
 from model.preprocess import Decoder
-from service.engine_process import EMBEDDED
 from service.engines.open import EngineOptions, open_engine
+from service.opening import EMBEDDED
 from tests.conftest import ROOT, SHARED, Server, start_server
 
 

@@ -21,11 +21,12 @@ from model.preprocess import Decoder, Pixels, Preprocessing
 from service import errors, layout, wire
 from service.control import Channel
 from service.dispatch import Answer, Dispatcher, Moved
-from service.engine_process import EngineProcess, warm_up
+from service.engine_process import EngineProcess
 from service.engines.engine import gathered
 from service.layout import FREE, Shape
 from service.link import Link
 from service.metrics import Metrics
+from service.opening import warm_up
 from service.ring import Ring
 from service.scheduler import Scheduler
 from service.served import Served

@@ -20,7 +20,7 @@ from bench.client import Client
 from bench.overload import Caller
 from bench.request import Picture
 from model.bundle import sha256
-from service.engine_process import EMBEDDED
+from service.opening import EMBEDDED
 from service.tuned import Choice, remember
 from tests.conftest import ROOT, encoded, picture, start_server
 from tests.prometheus import Prometheus, prometheus
