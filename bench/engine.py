@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import statistics
 import threading
 import time
@@ -30,6 +31,7 @@ class Subject:
     threads: int
     run: Run
     close: Callable[[], None] = lambda: None
+    share: Callable[[Pixels], None] = lambda pixels: None
 
 
 @dataclass
@@ -80,20 +82,26 @@ def opened(
 
 def subject(engine: Engine, options: EngineOptions) -> Subject:
     threads = options.threads or max(1, machine.cores() // options.lanes)
-    return Subject(engine.name, engine.precision, options.lanes, threads, engine.run, engine.close)
+    return Subject(engine.name, engine.precision, options.lanes, threads, engine.run, engine.close, engine.share)
 
 
 def take_turns(
     subjects: Sequence[Subject], pixels: Pixels, sizes: Sequence[int], seconds: float, rounds: int, progress: Callable[[], None] = lambda: None
 ) -> Results:
-    """Each subject at each batch size for ``seconds``, again in every round, in turned order: a machine's speed drifts, and each gets its share of it."""
+    """Each subject at each batch size for ``seconds``, again in every round, in turned order: a machine's speed drifts, and each gets its share of it.
+
+    Images lie where they do in service: in memory that the engine was told of, on pages of its own.
+    """
     results = {(place, size): Spells() for place in range(len(subjects)) for size in sizes}
+    images = np.frombuffer(mmap.mmap(-1, max(sizes) * pixels[0].nbytes), np.uint8).reshape(-1, *pixels.shape[1:])
+    images[:] = np.resize(pixels, images.shape)
+    for each in subjects:
+        each.share(images)
     for turn in range(rounds):
         places = range(len(subjects)) if turn % 2 == 0 else range(len(subjects) - 1, -1, -1)
         for size in sizes:
-            batch = np.resize(pixels, (size, *pixels.shape[1:]))
             for place in places:
-                its = spell(subjects[place].run, subjects[place].lanes, batch, seconds)
+                its = spell(subjects[place].run, subjects[place].lanes, images[:size], seconds)
                 results[place, size].rates.append(sum(size * len(each) / sum(each) for each in its))
                 results[place, size].batch_seconds += [one for each in its for one in each]
                 progress()

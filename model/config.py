@@ -44,6 +44,7 @@ class ViTConfig:
     pool: Pool = "token"  # what becomes the embedding: the class token, the mean of the patch tokens, or both (DINOv2's classifier)
     representation_width: int | None = None  # width of the tanh layer before the head (the paper's pre-training head)
     stem: tuple[int, ...] | None = None  # channels of a convolutional stem; its feature map becomes the tokens (hybrid)
+    stem_convolutions: int = 1  # of each of its residual branches
     resnet: tuple[int, ...] | None = None  # blocks per stage of a ResNet in its place (the paper's hybrid, R50 less its last stage: 3, 4, 9)
     class_token: bool = True
     distillation_token: bool = False  # a second token after the class token (DeiT, arXiv:2012.12877)
@@ -130,6 +131,7 @@ VARIANTS: dict[str, ViTConfig] = {f"{size}/{patch}": _imagenet(size, patch) for 
     # So small that the server around it is what is timed.
     "one-block/4": ViTConfig(32, 4, 32, 1, 1, 64, classes=10),
     "compact-hybrid/4": ViTConfig(32, 4, 192, 4, 3, 768, classes=10, stem=(32, 64, 192)),
+    "compact-hybrid-deep/4": ViTConfig(32, 4, 192, 3, 3, 768, classes=10, stem=(48, 96, 160), stem_convolutions=2),
     # The paper's comparisons at that size and about that cost.
     "compact-mean/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, pool="mean", class_token=False, norm_after_pool=True),
     "compact-axial/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, attention="axial"),

@@ -27,6 +27,9 @@ class Labelled:
     def take(self, indices: Tensor) -> Labelled:
         return Labelled(self.pixels[indices], self.classes[indices])
 
+    def to(self, device: torch.device) -> Labelled:
+        return Labelled(self.pixels.to(device), self.classes.to(device))
+
 
 class ImageArchive:
     """An .npz with arrays {split}_jpeg (encoded images end to end, uint8), {split}_offsets [n + 1], {split}_labels [n], and classes (names)."""
@@ -45,9 +48,12 @@ class ImageArchive:
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [n, 3, H, W] → float32, (pixels / 255 - mean) / std per channel, in the memory order that convolutions like best."""
-    shift = torch.tensor(mean).view(1, 3, 1, 1)
-    scale = torch.tensor(std).view(1, 3, 1, 1)
+    shift = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
+    scale = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
     return ((pixels.float() / 255 - shift) / scale).contiguous(memory_format=torch.channels_last)
+
+
+# Every random number comes from a generator of the CPU, so that a run goes on alike wherever it computes.
 
 
 def augment(images: Tensor, shift_pixels: int, generator: torch.Generator) -> Tensor:
@@ -59,13 +65,48 @@ def augment(images: Tensor, shift_pixels: int, generator: torch.Generator) -> Te
     columns = left + torch.arange(side)
     mirrored = torch.rand(n, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
-    moved = padded.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]  # [n, side, side, 3]
+    each, rows, columns = (index.to(images.device) for index in (torch.arange(n), rows, columns))
+    moved = padded.permute(0, 2, 3, 1)[each[:, None, None], rows[:, :, None], columns[:, None, :]]  # [n, side, side, 3]
     return moved.permute(0, 3, 1, 2)  # already channels-last
+
+
+def warp(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Each image turned by up to strength radians, and stretched and sheared by up to that share of its side, about its centre."""
+    turn, shear, wide, high = ((2 * torch.rand(len(images), generator=generator) - 1) * strength for _ in range(4))
+    cosine, sine = torch.cos(turn), torch.sin(turn)
+    rows = (torch.stack([cosine * (1 + wide), shear - sine], 1), torch.stack([sine, cosine * (1 + high)], 1))
+    matrices = torch.cat([torch.stack(rows, 1), torch.zeros(len(images), 2, 1)], 2).to(images.device)  # [n, 2, 3]
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).contiguous(memory_format=torch.channels_last)
+
+
+def recolour(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation of each image changed by up to strength, of normalised pixels whose range is about -1 … 1."""
+    brightness, contrast, saturation = (((2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1) * strength).to(images.device) for _ in range(3))
+    grey = images.mean(1, keepdim=True)
+    images = grey + (images - grey) * (1 + saturation)
+    centre = images.mean((1, 2, 3), keepdim=True)
+    return centre + (images - centre) * (1 + contrast) + brightness
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Blends each image and its target with another of the batch, one Beta(alpha, alpha) share a batch (arXiv:1710.09412)."""
-    seed = int(torch.randint(2**31, (1,), generator=generator))
-    share = float(np.random.default_rng(seed).beta(alpha, alpha))
-    other = torch.randperm(len(images), generator=generator)
+    share, other = _beta(alpha, generator), torch.randperm(len(images), generator=generator).to(images.device)
     return torch.lerp(images[other], images, share), torch.lerp(targets[other], targets, share)
+
+
+def cutmix(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Puts a rectangle of another image of the batch into each, of uniform area, the same place for all, and blends targets by that area (arXiv:1905.04899)."""
+    side = images.shape[-1]
+    share, other = _beta(1.0, generator), torch.randperm(len(images), generator=generator).to(images.device)
+    half = side * (1 - share) ** 0.5 / 2
+    middle = torch.randint(side, (2,), generator=generator).tolist()
+    (top, bottom), (left, right) = ((max(round(at - half), 0), min(round(at + half), side)) for at in middle)
+    images = images.clone()
+    images[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
+    return images, torch.lerp(targets, targets[other], (bottom - top) * (right - left) / side**2)
+
+
+def _beta(alpha: float, generator: torch.Generator) -> float:
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    return float(np.random.default_rng(seed).beta(alpha, alpha))

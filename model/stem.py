@@ -25,11 +25,12 @@ class ConvNorm(nn.Module):
 
 
 class Residual(nn.Module):
-    """Adds to a feature map what one convolution makes of it."""
+    """Adds to a feature map what one or several convolutions make of it."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, convolutions: int) -> None:
         super().__init__()
-        self.branch = ConvNorm(channels, channels)
+        branch = [ConvNorm(channels, channels) for _ in range(convolutions)]
+        self.branch = branch[0] if convolutions == 1 else nn.Sequential(*branch)
 
     def forward(self, x: Tensor) -> Tensor:
         added: Tensor = x + self.branch(x)
@@ -39,11 +40,11 @@ class Residual(nn.Module):
 class ConvStem(nn.Module):
     """[n, 3, H, W] → [n, channels[-1], H / r, W / r] with r = 2 ** (len(channels) - 1)."""
 
-    def __init__(self, channels: tuple[int, ...]) -> None:
+    def __init__(self, channels: tuple[int, ...], convolutions: int = 1) -> None:
         super().__init__()
         stages: list[nn.Module] = [ConvNorm(3, channels[0])]
         for before, after in itertools.pairwise(channels):
-            stages += [ConvNorm(before, after, halve=True), Residual(after)]
+            stages += [ConvNorm(before, after, halve=True), Residual(after, convolutions)]
         self.stages = nn.Sequential(*stages)
 
     def forward(self, x: Tensor) -> Tensor:

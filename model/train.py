@@ -1,18 +1,21 @@
-"""Trains a ViT on an archive of labelled images, on a CPU's budget. Imported by vitserve.py's `train` alone.
+"""Trains a ViT on an archive of labelled images, on a CPU's budget or a GPU's. Imported by vitserve.py's `train` alone.
 
-The recipe: Muon for the matrices of the blocks and AdamW for the rest, a one-cycle schedule, mirrored and shifted
-images, mixup until the last epochs, label smoothing, an exponential moving average of the weights, bf16 autocast
-where the CPU multiplies bf16. Where it does not, torch's Muon costs as much as all else (it works in bf16, emulated),
-so AdamW takes its place unless asked otherwise.
+Both recipes: Muon for the matrices of the blocks and AdamW for the rest, a one-cycle schedule, mirrored and shifted
+images, mixup until the last epochs, label smoothing, an exponential moving average of the weights, bf16 autocast.
+QUICK is for two CPU cores. Where they do not multiply bf16, torch's Muon costs as much as all else (it works in bf16,
+emulated), so AdamW takes its place unless asked otherwise. LONG is for a GPU: many more epochs, and images that are also
+warped, recoloured and cut into each other, because a network that sees each of them hundreds of times would learn them by heart.
 A part of the training set is held out for validation; the test set is read once, after the last epoch.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +26,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from model.config import ResNetConfig, ViTConfig
-from model.data import ImageArchive, Labelled, augment, mixup, normalise
+from model.data import ImageArchive, Labelled, augment, cutmix, mixup, normalise, recolour, warp
 from model.network import Network, network_of
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,11 @@ class Recipe:
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     mixup_alpha: float = 0.2
-    mixup_share: float = 0.75  # of all steps; the last ones see images as they are
+    cutmix_share: float = 0.0  # of the steps that mix, those that cut and do not blend
+    mixup_share: float = 0.75  # of all steps, those that mix; the last ones see images as they are
     shift_pixels: int = 3
+    warp: float = 0.0  # radians, and share of a side
+    recolour: float = 0.0
     ema_decay: float = 0.997
     validation_images: int = 2500  # held out of the training set
     seed: int = 0
@@ -48,12 +56,30 @@ class Recipe:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
+QUICK = Recipe()
+LONG = Recipe(
+    epochs=300,
+    batch_size=512,
+    learning_rate=3e-3,
+    warm_up_share=0.1,
+    mixup_alpha=0.4,
+    cutmix_share=0.5,
+    mixup_share=0.95,
+    shift_pixels=4,
+    warp=0.15,
+    recolour=0.3,
+    ema_decay=0.999,
+    bf16=True,
+    optimizer="muon",
+)
+
+
 @dataclass
 class Training:
     """Everything that changes while training, and so all that a resumed run needs."""
 
     network: Network
-    average: torch.optim.swa_utils.AveragedModel
+    average: Network
     optimizers: list[torch.optim.Optimizer]
     schedules: list[torch.optim.lr_scheduler.LRScheduler]
     generator: torch.Generator
@@ -84,8 +110,12 @@ class Training:
         self.epoch, self.seconds, self.history = state["epoch"], state["seconds"], state["history"]
 
 
-def train(config: ViTConfig | ResNetConfig, recipe: Recipe, archive_path: Path, run: Path) -> dict[str, Any]:
+def train(
+    config: ViTConfig | ResNetConfig, recipe: Recipe, archive_path: Path, run: Path, device: torch.device = CPU, compiled: bool = False
+) -> dict[str, Any]:
     """Trains into the folder ``run`` (state.pt after every epoch, from which a second call goes on), then tests once.
+
+    ``compiled`` has torch.compile make the network's kernels first, which takes a minute and pays on a GPU.
 
     Writes run/weights.safetensors, with the configuration and labels in its metadata, and run/training.json, which it returns:
     recipe, history, seconds, machine, test accuracy and confusion table [true class][predicted class].
@@ -95,44 +125,49 @@ def train(config: ViTConfig | ResNetConfig, recipe: Recipe, archive_path: Path, 
     archive = ImageArchive(archive_path)
     if len(archive.labels) != config.classes:
         raise ValueError(f"the archive has {len(archive.labels)} classes; the variant has {config.classes}")
-    training_set, validation_set = hold_out(archive.split("train"), recipe)
+    training_set, validation_set = (part.to(device) for part in hold_out(archive.split("train"), recipe))
     steps = len(training_set) // recipe.batch_size * recipe.epochs
-    state = begin(config, recipe, steps)
+    state = begin(config, recipe, steps, device)
     run.mkdir(parents=True, exist_ok=True)
     if (run / "state.pt").exists():
-        state.restore(torch.load(run / "state.pt", weights_only=True))
+        state.restore(torch.load(run / "state.pt", weights_only=True, map_location="cpu"))
+    forward = torch.compile(state.network) if compiled else state.network
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=steps, completed=steps // recipe.epochs * state.epoch)
         while state.epoch < recipe.epochs:
             began = time.monotonic()
-            loss = one_epoch(state, training_set, recipe, lambda: progress.advance(task))
+            loss = one_epoch(state, forward, training_set, recipe, lambda: progress.advance(task))
             state.epoch += 1
             state.seconds += time.monotonic() - began
             accuracy, _ = evaluate(state.average, validation_set, recipe)
             state.history.append({"epoch": state.epoch, "loss": loss, "validation_accuracy": accuracy, "seconds": state.seconds})
             save_atomically(state.state(), run / "state.pt")
             progress.console.print(f"epoch {state.epoch}: loss {loss:.3f}, validation {accuracy:.2%}, {state.seconds:.0f} s")
-    round_to_half(state.average.module)  # what is tested is what is stored
+    round_to_half(state.average)  # what is tested is what is stored
     test_set = archive.split("test")
-    accuracy, confusion = evaluate(state.average, test_set, recipe)
+    accuracy, confusion = evaluate(state.average.to(CPU), test_set, recipe)
     report: dict[str, Any] = {
         "config": asdict(config),
         "labels": archive.labels,
         "recipe": asdict(recipe),
         "history": state.history,
         "seconds": round(state.seconds),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}",
+        "machine": f"{_named(device)}, torch {torch.__version__}",
         "training_images": len(training_set),
         "test_images": len(test_set),
         "test_accuracy": accuracy,
         "confusion": confusion.tolist(),
     }
     metadata = {key: json.dumps(report[key]) for key in ("config", "labels")} | {"mean": json.dumps(recipe.mean), "std": json.dumps(recipe.std)}
-    weights = {name: half(tensor).contiguous() for name, tensor in state.average.module.state_dict().items()}
+    weights = {name: half(tensor).contiguous() for name, tensor in state.average.state_dict().items()}
     save_file(weights, run / "weights.safetensors", metadata)
     (run / "training.json").write_text(json.dumps(report, indent=1))
     return report
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def hold_out(everything: Labelled, recipe: Recipe) -> tuple[Labelled, Labelled]:
@@ -142,9 +177,9 @@ def hold_out(everything: Labelled, recipe: Recipe) -> tuple[Labelled, Labelled]:
     return everything.take(kept[: round(len(kept) * recipe.share)]), everything.take(order[: recipe.validation_images])
 
 
-def begin(config: ViTConfig | ResNetConfig, recipe: Recipe, steps: int) -> Training:
+def begin(config: ViTConfig | ResNetConfig, recipe: Recipe, steps: int, device: torch.device = CPU) -> Training:
     torch.manual_seed(recipe.seed)
-    network = network_of(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
+    network = network_of(config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
     of_muon = {name for name, p in network.named_parameters() if recipe.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2}
     matrices = [p for name, p in network.named_parameters() if name in of_muon]
     others = [p for name, p in network.named_parameters() if name not in of_muon]
@@ -159,37 +194,41 @@ def begin(config: ViTConfig | ResNetConfig, recipe: Recipe, steps: int) -> Train
 
     schedules: list[torch.optim.lr_scheduler.LRScheduler] = [torch.optim.lr_scheduler.LambdaLR(each, share_of_rate) for each in optimizers]
 
-    def averaging(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
-        """The decay rises to its final value, so that the average forgets the first steps, when weights move fastest."""
-        n = int(updates)
-        decay = min(recipe.ema_decay, (1 + n) / (10 + n))
-        return averaged.lerp(current, 1 - decay) if averaged.is_floating_point() else current
-
-    average = torch.optim.swa_utils.AveragedModel(network, avg_fn=averaging, use_buffers=True)
-    return Training(network, average, optimizers, schedules, torch.Generator().manual_seed(recipe.seed))
+    return Training(network, copy.deepcopy(network), optimizers, schedules, torch.Generator().manual_seed(recipe.seed))
 
 
-def one_epoch(state: Training, training_set: Labelled, recipe: Recipe, advance: Any) -> float:
-    """One pass over the training set in a fresh order; returns the mean loss."""
+@torch.no_grad()
+def follow(average: Network, network: Network, step: int, decay: float) -> None:
+    """The decay rises to its final value, so that the average forgets the first steps, when weights move fastest."""
+    share = 1 - min(decay, step / (step + 9))
+    pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
+    moving = [(slow, quick) for slow, quick in pairs if slow.is_floating_point()]
+    torch._foreach_lerp_([slow for slow, _ in moving], [quick for _, quick in moving], share)
+    for slow, quick in pairs:
+        if not slow.is_floating_point():
+            slow.copy_(quick)
+
+
+def one_epoch(state: Training, forward: Callable[[Tensor], Any], training_set: Labelled, recipe: Recipe, advance: Callable[[], None]) -> float:
+    """One pass over the training set in a fresh order; returns the mean loss. ``forward`` is the network, or what was compiled of it."""
     state.network.train()
-    order = torch.randperm(len(training_set), generator=state.generator)
+    order = torch.randperm(len(training_set), generator=state.generator).to(training_set.pixels.device)
     batches = order[: len(order) // recipe.batch_size * recipe.batch_size].split(recipe.batch_size)  # type: ignore[no-untyped-call]  # as torch has it
     losses = []
     for index, indices in enumerate(batches):
-        done = (state.epoch + index / len(batches)) / recipe.epochs
-        losses.append(one_step(state, training_set.take(indices), recipe, mix=done < recipe.mixup_share))
+        step = state.epoch * len(batches) + index
+        mix = step < recipe.mixup_share * recipe.epochs * len(batches)
+        losses.append(one_step(state, forward, training_set.take(indices), recipe, mix))
+        follow(state.average, state.network, step, recipe.ema_decay)
         advance()
-    return sum(losses) / len(losses)
+    return float(torch.stack(losses).mean())
 
 
-def one_step(state: Training, batch: Labelled, recipe: Recipe, mix: bool) -> float:
-    images = augment(normalise(batch.pixels, recipe.mean, recipe.std), recipe.shift_pixels, state.generator)
-    classes = state.network.config.classes
-    targets = F.one_hot(batch.classes, classes).float()
-    if mix:
-        images, targets = mixup(images, targets, recipe.mixup_alpha, state.generator)
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-        logits, _ = state.network(images)
+def one_step(state: Training, forward: Callable[[Tensor], Any], batch: Labelled, recipe: Recipe, mix: bool) -> Tensor:
+    """Returns the loss where it was computed: to wait for it would leave a GPU idle."""
+    images, targets = prepare(batch, state.network.config.classes, recipe, mix, state.generator)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.bf16):
+        logits, _ = forward(images)
     loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
     for optimizer in state.optimizers:
         optimizer.zero_grad()
@@ -197,8 +236,22 @@ def one_step(state: Training, batch: Labelled, recipe: Recipe, mix: bool) -> flo
     for optimizer, schedule in zip(state.optimizers, state.schedules, strict=True):
         optimizer.step()
         schedule.step()
-    state.average.update_parameters(state.network)
-    return float(loss.detach())
+    return loss.detach()
+
+
+def prepare(batch: Labelled, classes: int, recipe: Recipe, mix: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What the network is shown of a batch: float32 [n, 3, side, side], and targets float32 [n, classes]."""
+    images = augment(normalise(batch.pixels, recipe.mean, recipe.std), recipe.shift_pixels, generator)
+    if recipe.warp:
+        images = warp(images, recipe.warp, generator)
+    if recipe.recolour:
+        images = recolour(images, recipe.recolour, generator)
+    targets = F.one_hot(batch.classes, classes).float()
+    if not mix:
+        return images, targets
+    if recipe.cutmix_share and float(torch.rand(1, generator=generator)) < recipe.cutmix_share:
+        return cutmix(images, targets, generator)
+    return mixup(images, targets, recipe.mixup_alpha, generator)
 
 
 @torch.inference_mode()
@@ -208,7 +261,7 @@ def evaluate(network: nn.Module, data: Labelled, recipe: Recipe) -> tuple[float,
     predicted = [network(normalise(pixels, recipe.mean, recipe.std))[0].argmax(1) for pixels in data.pixels.split(500)]  # type: ignore[no-untyped-call]
     classes = int(data.classes.max()) + 1
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    confusion.index_put_((data.classes, torch.cat(predicted)), torch.ones_like(data.classes), accumulate=True)
+    confusion.index_put_((data.classes.cpu(), torch.cat(predicted).cpu()), torch.ones(len(data), dtype=torch.int64), accumulate=True)
     return float(confusion.diagonal().sum() / len(data)), confusion
 
 

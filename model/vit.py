@@ -116,7 +116,7 @@ class PatchEmbed(nn.Module):
         channels = 3
         self.backbone: nn.Module = nn.Identity()
         if config.stem is not None:
-            self.backbone, channels = ConvStem(config.stem), config.stem[-1]
+            self.backbone, channels = ConvStem(config.stem, config.stem_convolutions), config.stem[-1]
         if config.resnet is not None:
             self.backbone = ResNetMap(config.resnet, 1, preact=False)
             channels = self.backbone.channels

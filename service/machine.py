@@ -39,10 +39,12 @@ def multiplies_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(flags & {"avx512_vnni", "avx_vnni", "asimddp"})
 
 
-def gpus(drivers: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+def gpus(drivers: Path = Path("/proc/driver/nvidia/gpus"), devices: Path = Path("/dev")) -> list[str]:
     """NVIDIA's devices that CUDA would show this process, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = [str(index) for index, _ in enumerate(drivers.iterdir())] if drivers.is_dir() else []
+    found = list(drivers.iterdir()) if drivers.is_dir() else []
+    found = found or list(devices.glob("nvidia[0-9]*"))  # a sandbox may show the devices alone
+    there = [str(index) for index, _ in enumerate(found)]
     if not there and Path("/dev/dxg").exists():  # WSL, which tells no more
         there = ["0"]
     return there if visible is None or not there else [each.strip() for each in visible.split(",") if each.strip()]

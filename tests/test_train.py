@@ -158,5 +158,5 @@ def test_either_optimizer_moves_every_weight(optimizer: Literal["muon", "adamw"]
     before = {name: weight.detach().clone() for name, weight in state.network.named_parameters()}
     batch = Labelled(torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.randint(0, 2, (16,)))
     for _ in range(2):  # the head begins at zero, so that the first step moves nothing before it
-        model.train.one_step(state, batch, recipe, mix=False)
+        model.train.one_step(state, state.network, batch, recipe, mix=False)
     assert [name for name, weight in state.network.named_parameters() if torch.equal(weight, before[name])] == []
