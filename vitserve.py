@@ -319,7 +319,7 @@ def train(
     variant: Annotated[str, typer.Option(help="The network, a name from model/config.py.")] = "compact-hybrid/4",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where torch sees one.")] = "auto",
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the training set; the schedule is stretched over them. 6 on a CPU, 300 on a GPU.")
+        int | None, typer.Option(min=1, help="Passes over the training set; the schedule is stretched over them. 6 on a CPU, 100 on a GPU.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights, the order, and the augmentation.")] = 0,
     share: Annotated[float, typer.Option(min=0.001, max=1, help="Of the training set, what is trained on; a smaller share is a part of a greater one.")] = 1.0,

@@ -71,7 +71,7 @@ def build_bundle(
         save_golden(contents / "golden.npz", reference.pixels, reference.reference)
         (contents / "labels.txt").write_text("".join(f"{label}\n" for label in checkpoint.labels), encoding="utf-8")
         if training is not None:
-            (contents / "MODEL_CARD.md").write_text(model_card(name, training), encoding="utf-8")
+            (contents / "MODEL_CARD.md").write_text(model_card(name, variant_of(checkpoint.network.config), training), encoding="utf-8")
         prover = Prover(contents, servable, reference, calibration, judged, max_loss, progress)
         artefacts = prover.prove(DEFAULT_PRECISIONS if precisions is None else precisions, asked_for=precisions is not None)
         manifest = Manifest(
@@ -154,11 +154,19 @@ class Prover:
         assert self.calibration is not None
         graph, pixels = self.contents / GRAPH, self.calibration.pixels
         best: tuple[float, Artefact] | None = None
+        rejected: Rejected | None = None
         for smooth in (True, False):
             self.progress(f"quantising to int8 with {len(pixels)} images, {'with' if smooth else 'without'} SmoothQuant")
             name = f"int8-{'smooth' if smooth else 'plain'}.xml"
             openvino.save_model(int8.calibrated(graph, pixels, smooth=smooth), self.contents / name, compress_to_fp16=False)
-            artefact = self._proven("openvino", "int8", name, name.replace(".xml", ".bin"), gate=False)
+            try:
+                artefact = self._proven("openvino", "int8", name, name.replace(".xml", ".bin"), gate=False)
+            except Rejected as error:  # the other may still do
+                rejected = error
+                self.progress(f"left out: {error}")
+                for suffix in ("xml", "bin"):
+                    (self.contents / name).with_suffix(f".{suffix}").unlink()
+                continue
             loss = self._loss(artefact)
             self.progress(f"it loses {loss:.2f} points")
             if best is not None and loss >= best[0]:
@@ -167,7 +175,9 @@ class Prover:
             if best is not None:
                 self._remove(best[1])
             best = (loss, artefact)
-        assert best is not None
+        if best is None:
+            assert rejected is not None
+            raise rejected
         if best[0] > self.max_loss and self.judged is not None:
             self._remove(best[1])
             return self._calibrated_until("smooth" in best[1].path)

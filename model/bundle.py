@@ -163,7 +163,9 @@ def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
         fresh = Path(beside) / "bundle"
-        shutil.copytree(contents, fresh)
+        fresh.mkdir()  # as readable as other folders made here, whatever ``contents`` is
+        for each in contents.iterdir():
+            shutil.copy2(each, fresh)
         (fresh / MANIFEST).write_bytes(text)
         if path.exists():
             path.rename(Path(beside) / "old")

@@ -58,7 +58,7 @@ class Recipe:
 
 QUICK = Recipe()
 LONG = Recipe(
-    epochs=300,
+    epochs=100,
     batch_size=512,
     learning_rate=3e-3,
     warm_up_share=0.1,

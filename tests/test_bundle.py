@@ -64,6 +64,15 @@ def test_a_manifest_that_is_wrong_is_refused(copy: Path, change: dict[str, objec
         open_bundle(copy)
 
 
+def test_others_can_read_what_was_made_where_nobody_else_may_look(tmp_path: Path, bundle: Bundle) -> None:
+    contents = Path(shutil.copytree(bundle.path, tmp_path / "contents"))
+    (contents / "bundle.json").unlink()
+    contents.chmod(0o700)
+    (tmp_path / "usual").mkdir()
+    made = write_bundle(tmp_path / "made", bundle.manifest, contents)
+    assert made.path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_a_folder_that_is_no_bundle_is_neither_opened_nor_overwritten(tmp_path: Path, bundle: Bundle) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(BundleError, match="is not a bundle"):

@@ -167,5 +167,18 @@ def test_softmax_neither_overflows_nor_loses_small_ones() -> None:
 
 
 def test_what_is_not_a_number_is_not_equal() -> None:
-    parity = Parity(logits=float("nan"), embedding=0.0, probability=0.0, top1_agreement=1.0)
+    parity = Parity(logits=float("nan"), embedding=0.0, probability=0.0, top1_agreement=1.0, typical=0.0)
     assert parity.failure("bf16") is not None
+
+
+def test_calibrated_precisions_are_judged_by_the_image_in_the_middle() -> None:
+    """What lies outside of the ranges that were calibrated is clipped, in three images of sixteen as in the model that comes along."""
+    reference = Outputs(np.random.default_rng(0).normal(size=(16, 7)).astype(np.float32), np.zeros((16, 32), np.float32))
+    clipped = reference.logits.copy()
+    clipped[13:] = -clipped[13:]
+    off = compare(Outputs(clipped, reference.embedding), reference)
+    assert off.typical == 0.0
+    assert off.logits > 0.3
+    assert off.failure("int8") is None
+    assert off.failure("bf16") is not None
+    assert compare(Outputs(-reference.logits, reference.embedding), reference).failure("int8") is not None

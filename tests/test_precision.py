@@ -203,6 +203,18 @@ def test_layers_that_cost_too_much_stay_in_float(tmp_path: Path) -> None:
     assert artefact.evaluation.loss <= lost.loss / 2
 
 
+def test_smoothquant_that_is_refused_leaves_the_plain_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    genuine, another = int8.calibrated, sure()
+    with torch.no_grad():
+        another.network.head.weight.neg_()  # type: ignore[operator, union-attr]
+    trace(Lean(another.network, another.preprocessing).eval(), SMALL.image_size, tmp_path / "another.onnx")
+    monkeypatch.setattr("export.int8.calibrated", lambda graph, images, smooth: genuine(tmp_path / "another.onnx" if smooth else graph, images, smooth=smooth))
+    made = build_bundle(sure(), tmp_path / "bundle", name="small", precisions=["int8"], calibration=pictures(32), judged=pictures(40, 1), max_loss=100)
+    assert [each.path for each in made.manifest.artefacts if each.precision == "int8"] == ["int8-plain.xml"]
+    assert not (made.path / "int8-smooth.xml").exists()
+
+
 def tampered(quantised: Bundle, path: Path, row: int) -> Path:
     """The bundle with one quantised layer's scales doubled, and a manifest that vouches for it."""
     import shutil

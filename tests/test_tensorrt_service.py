@@ -112,6 +112,10 @@ def test_each_gpu_has_an_engine_process_of_its_own(tmp_path: Path, monkeypatch: 
     assert machine.gpus(tmp_path) == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 0")
     assert machine.gpus(tmp_path) == ["2", "0"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):  # all that a sandbox may show of two
+        (tmp_path / name).touch()
+    assert machine.gpus(tmp_path / "none", tmp_path) == ["0", "1"]
     monkeypatch.setattr("service.machine.gpus", lambda: ["2", "0"])
     assert for_this_machine(Settings(engine="tensorrt"), 8).engines == 2
     assert for_this_machine(Settings(engine="tensorrt", engines=1), 8).engines == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +24,8 @@ from model.resnet import ResNet
 from service.engines.engine import EngineUnavailable
 from service.engines.open import EngineOptions, open_engine
 from service.engines.torch_engine import open_torch, quickest_attention
-from service.engines.torch_graph import TorchGraph
+from service.engines.torch_fusion import ADD_NORM, LINEAR, LINEAR_GELU, Step, joined
+from service.engines.torch_graph import OPERATORS, TorchGraph
 from tests.conftest import TINY, network, picture
 
 FAMILIES: dict[str, ViTConfig | ResNetConfig] = {
@@ -63,6 +67,49 @@ def test_an_operator_that_is_not_known_is_named(bundle: Bundle, tmp_path: Path) 
     onnx.save(model, tmp_path / "odd.onnx")
     with pytest.raises(EngineUnavailable, match=r"no torch call is known for NonZero of odd\.onnx"):
         TorchGraph(tmp_path / "odd.onnx")
+
+
+def test_steps_are_joined_where_nobody_else_reads_what_is_between_them() -> None:
+    def step(operator: str, inputs: list[str | None], output: str) -> Step:
+        return Step(operator, inputs, {}, [output])
+
+    product, biased, active = step("MatMul", ["x", "w"], "p"), step("Add", ["p", "b"], "l"), step("Gelu", ["l"], "g")
+    weights = {"w": 2, "b": 1, "scale": 1, "positions": 3}
+    assert joined([product, biased, active], weights, ["g"]) == [Step(LINEAR_GELU, ["x", "w", "b"], {}, ["g"])]
+    assert joined([product, biased, active], weights, ["l", "g"]) == [Step(LINEAR, ["x", "w", "b"], {}, ["l"]), active], "the graph's output stays"
+    other = step("Sqrt", ["p"], "s")
+    assert joined([product, other, biased], weights, ["l", "s"]) == [product, other, biased], "a product that is read twice stays"
+    assert joined([product, step("Add", ["p", "positions"], "l")], weights, ["l"])[0] == product, "only a vector is a bias"
+
+    total, norm, branch = step("Add", ["y", "z"], "t"), step("LayerNormalization", ["t", "scale", "b"], "n"), step("Mul", ["z", "z"], "m")
+    assert joined([total, branch, norm], weights, ["n", "m"]) == [Step(ADD_NORM, ["y", "z", "scale", "b"], {}, ["t", "n"]), branch]
+    assert joined([total, norm, norm._replace(outputs=["k"])], weights, ["n", "k"])[0] == total, "the sum of two norms stays"
+    spread = step("Add", ["y", "positions"], "t")
+    assert joined([spread, norm], weights, ["n"]) == [spread, norm], "positions are spread over the batch"
+
+
+def test_patches_that_do_not_overlap_are_projected_as_a_convolution_does() -> None:
+    images, weight, bias = torch.randn(2, 12, 6, 3).permute(0, 3, 1, 2), torch.randn(5, 3, 4, 2), torch.randn(5)
+    attributes = {"strides": (4, 2), "dilations": (1, 1), "group": 1}
+    made = OPERATORS["Conv"]([images, weight, bias], attributes)
+    torch.testing.assert_close(made, torch.nn.functional.conv2d(images, weight, bias, (4, 2)))
+    overlapping = OPERATORS["Conv"]([images, weight, bias], attributes | {"strides": (2, 2)})
+    torch.testing.assert_close(overlapping, torch.nn.functional.conv2d(images, weight, bias, (2, 2)))
+
+
+def test_the_kernel_for_a_sum_and_its_norm_computes_both() -> None:
+    """By Triton's interpreter, in a process of its own, which it has to be chosen for before Triton is imported. bf16 it rounds as no GPU does."""
+    pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
+    program = """
+import torch
+from service.engines.torch_kernels import add_norm
+for kind in (torch.float32, torch.float16):
+    x, y, weight, bias = (torch.randn(*shape).to(kind) for shape in ((2, 5, 96), (2, 5, 96), (96,), (96,)))
+    total, normed = add_norm(x, y, weight, bias, 1e-6)
+    assert torch.equal(total, x + y)
+    torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x + y, (96,), weight, bias, 1e-6))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
 
 
 def test_it_serves_a_bundle_only_when_asked_for(bundle: Bundle) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,8 @@ import model.train
 from export.build import build_bundle
 from export.checkpoint import load_checkpoint
 from model.config import ResNetConfig, ViTConfig
-from model.data import ImageArchive, Labelled, augment, mixup
-from model.train import Recipe, evaluate, hold_out, train
+from model.data import ImageArchive, Labelled, augment, cutmix, mixup, recolour, warp
+from model.train import LONG, Recipe, evaluate, hold_out, train
 from service.engines.open import EngineOptions, open_engine
 from tests.conftest import encoded
 
@@ -112,6 +113,36 @@ def test_mixup_blends_images_and_targets_alike() -> None:
     mixed, blended = mixup(images, targets, 0.5, torch.Generator().manual_seed(3))
     torch.testing.assert_close(mixed.view(4, 4), blended)
     torch.testing.assert_close(blended.sum(1), torch.ones(4))
+
+
+def test_cutmix_takes_the_targets_in_the_shares_of_the_area() -> None:
+    """Of one-coloured images, by whose colour a pixel tells where it came from."""
+    images, targets = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8), torch.eye(4)
+    for seed in range(20):
+        mixed, blended = cutmix(images, targets, torch.Generator().manual_seed(seed))
+        shares = torch.stack([(mixed[:, 0] == source).float().mean((1, 2)) for source in range(4)], 1)
+        torch.testing.assert_close(shares, blended)
+    assert torch.equal(images, torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)), "the batch itself is left alone"
+
+
+@pytest.mark.parametrize("change", [warp, recolour])
+def test_images_change_by_as_much_as_is_asked_for(change: Callable[[torch.Tensor, float, torch.Generator], torch.Tensor]) -> None:
+    smooth = torch.linspace(-1, 1, 16).view(1, 1, 1, 16) * torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1, 1)
+    images = smooth.expand(50, 3, 16, 16)
+
+    def by(strength: float) -> float:
+        changed = change(images, strength, torch.Generator().manual_seed(0))
+        assert changed.shape == images.shape
+        return float((changed - images).abs().mean())
+
+    assert by(0.0) < 1e-6
+    assert 0.001 < by(0.05) < by(0.3) < 0.5
+
+
+def test_the_long_recipe_learns(archive: Path, tmp_path: Path) -> None:
+    """With all that is done to images, in as few steps as there are."""
+    recipe = replace(LONG, epochs=12, batch_size=16, validation_images=16, ema_decay=0.9, bf16=False, optimizer="adamw", recolour=0.05)
+    assert train(CONFIG, recipe, archive, tmp_path)["test_accuracy"] > 0.8
 
 
 def test_an_archive_of_other_classes_is_refused(archive: Path, tmp_path: Path) -> None:

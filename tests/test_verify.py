@@ -64,6 +64,8 @@ def test_what_is_wrong_with_an_engine_is_its_report_and_not_hidden_behind_the_ne
 
             return Outputs(np.ones((len(pixels), TINY.classes), np.float32), np.ones((len(pixels), TINY.width), np.float32))
 
+        def share(self, pixels: np.ndarray) -> None: ...
+
         def close(self) -> None: ...
 
     monkeypatch.setattr("bench.verify.open_artefact", lambda *_: Wrong())
