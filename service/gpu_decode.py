@@ -52,7 +52,8 @@ class GpuDecoder:
         """``device`` may be "cpu", where nvImageCodec's own decoders for the CPU and torch's kernels do the same. Raises Unproven."""
         self.decoder, self._device = decoder, torch.device(device)
         on_cpu = self._device.type == "cpu"
-        backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)] if on_cpu else None
+        # Left to choose on a GPU, nvImageCodec gives the hardware decoder its share of a batch, and is slower for it (docs/gpu.md).
+        backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY if on_cpu else nvimgcodec.BackendKind.HYBRID_CPU_GPU)]
         self._codec = nvimgcodec.Decoder(device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY if on_cpu else 0, backends=backends, options=OPTIONS)
         self._parameters = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
         self._waiting: deque[_Job] = deque()
