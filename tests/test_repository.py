@@ -59,7 +59,7 @@ def test_imports_point_one_way(part: str) -> None:
 
 def test_serving_never_imports_torch() -> None:
     """But for the engine and the decoder that are torch, which are imported when they are asked for."""
-    are_torch = {ROOT / "service" / name for name in ("engines/torch_engine.py", "engines/torch_graph.py", "gpu_decode.py")}
+    are_torch = {ROOT / "service" / name for name in ("engines/torch_engine.py", "engines/torch_graph.py", "engines/torch_kernels.py", "gpu_decode.py")}
     for path in [*sorted({*sources("service")} - are_torch), *(ROOT / name for name in TORCH_FREE)]:
         assert not {name.split(".")[0] for name in imports(path)} & {"torch", "onnx", "onnxscript", "safetensors", "timm"}, path
 
