@@ -329,13 +329,11 @@ def train(
     """Train a compact ViT on labelled images: within an hour on two CPU cores, or in many more epochs on a GPU."""
     from dataclasses import replace
 
-    import torch
-
     from model.config import any_variant
-    from model.train import LONG, QUICK, train
+    from model.train import LONG, QUICK, device_called, train
 
     try:
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        place = device_called(device)
         recipe = LONG if place.type == "cuda" else QUICK
         recipe = replace(recipe, epochs=epochs or recipe.epochs, seed=seed, share=share, batch_size=batch_size or recipe.batch_size)
         report = train(any_variant(variant), recipe, data, output, place, compiled)

@@ -74,6 +74,15 @@ LONG = Recipe(
 )
 
 
+def device_called(name: str) -> torch.device:
+    """cpu, cuda, or auto for a GPU where torch sees one. Raises ValueError for another name, and where there is no GPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"there is no device {name!r}; known: auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU here")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 @dataclass
 class Training:
     """Everything that changes while training, and so all that a resumed run needs."""

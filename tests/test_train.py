@@ -17,7 +17,7 @@ from export.build import build_bundle
 from export.checkpoint import load_checkpoint
 from model.config import ResNetConfig, ViTConfig
 from model.data import ImageArchive, Labelled, augment, cutmix, mixup, recolour, warp
-from model.train import LONG, Recipe, evaluate, hold_out, train
+from model.train import LONG, Recipe, device_called, evaluate, hold_out, train
 from service.engines.open import EngineOptions, open_engine
 from tests.conftest import encoded
 
@@ -137,6 +137,15 @@ def test_images_change_by_as_much_as_is_asked_for(change: Callable[[torch.Tensor
 
     assert by(0.0) < 1e-6
     assert 0.001 < by(0.05) < by(0.3) < 0.5
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="there is no device 'tpu'; known: auto, cpu, cuda"):
+        device_called("tpu")
+    if not torch.cuda.is_available():
+        assert device_called("auto") == torch.device("cpu")
+        with pytest.raises(ValueError, match="torch sees no GPU here"):
+            device_called("cuda")
 
 
 def test_the_long_recipe_learns(archive: Path, tmp_path: Path) -> None:
