@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import openvino
 from rich.console import Console
 
 from bench import marks, plot, report
@@ -87,6 +86,8 @@ def subjects(checkpoint: Checkpoint, bundle: Bundle, images: Path | None, folder
         try:
             if (engine, precision) not in graphs and precision == "int8":  # of random weights it need not be exact to be as fast as any other
                 graphs[engine, precision] = folder / "int8.xml"
+                import openvino  # after what it must find set: service/engines/open.py
+
                 openvino.save_model(calibrated(bundle.path / GRAPH, calibration(checkpoint, images), smooth=True), folder / "int8.xml", compress_to_fp16=False)
             if (engine, precision) not in graphs:
                 raise EngineUnavailable(f"the bundle has no {precision} for {engine}")

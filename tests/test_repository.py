@@ -78,6 +78,14 @@ def test_help_imports_no_stage() -> None:
     assert not loaded & {"numpy", "torch", "fastapi", "uvicorn", "onnxruntime", "openvino", "PIL", "pydantic"}
 
 
+@pytest.mark.parametrize("statement", ["import service.engines.open, service.engines.openvino_engine", "import export.build, nncf", "import bench.waterfall"])
+def test_nothing_reports_to_anybody(statement: str) -> None:
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    loaded = modules_after(f"{statement}\nimport openvino.tools.ovc")
+    assert not [name for name in loaded if name.startswith("openvino_telemetry.")]
+    assert "openvino.tools.ovc.telemetry_stub" in loaded
+
+
 def test_the_service_imports_no_torch() -> None:
     loaded = modules_after("import service.front, service.engine_process, service.engines.onnxruntime_engine, service.engines.openvino_engine")
     assert not loaded & {"torch", "onnx", "onnxscript", "export"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,11 @@ from service.engines.engine import Engine, EngineUnavailable
 from service.engines.plans import PlanOptions, build_plan, build_typed, plan_path, typed_path
 
 log = logging.getLogger(__name__)
+
+# OpenVINO and NNCF report their use to a server of their makers, from a fork of the process that imports them, which has been seen to lock up: it then held an
+# engine process's channel, whose end the supervisor waited for in vain. Without this module they report nothing. It is set before either is imported, for
+# whatever imports them imports this file first.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
