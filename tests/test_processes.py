@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import os
 import re
 import shutil
@@ -26,8 +28,10 @@ from model.bundle import Bundle
 from model.config import ViTConfig
 from model.preprocess import Preprocessing
 from model.vit import ViT
+from service.child import Child
 from service.layout import RUNNING, WAITING
 from service.ring import Ring
+from service.settings import Settings
 from tests.conftest import ROOT, Server, checkpoint, encoded, picture, start_server
 from tests.load import Load, expectations
 from tests.test_service import classify, metric
@@ -441,6 +445,21 @@ def test_an_engine_that_finds_another_bundle_after_a_crash_serves_that_as_a_relo
         assert set(load.counts) == {"200"}, load.complaints[:3]
         assert set(load.versions) == set(expected)
         assert running.stop() == 0
+
+
+def test_a_child_whose_fork_holds_its_channel_has_ended_all_the_same() -> None:
+    async def watch() -> tuple[int, object, str]:
+        opening = {"process": "forking", "settings": dataclasses.asdict(Settings())}
+        child = Child("tests.forking_child", "forking", 1, opening, [], {})
+        async with asyncio.timeout(60):
+            first, last = await child.receive(), await child.receive()
+        assert first is not None
+        return first[0]["pid"], last, await child.ended()
+
+    fork, last, how = asyncio.run(watch())
+    assert last is None
+    assert how == "with exit status 3"
+    wait_until(lambda: ended(fork), "ended")
 
 
 # -- the end
