@@ -244,7 +244,7 @@ def golden_gate(engine: Engine, bundle: Bundle, artefact: Artefact) -> Parity:
 
 def _further_than(shown: Parity, accepted: Parity) -> str | None:
     if shown.typical > _SPREAD * accepted.typical + _SLACK:
-        return f"typical logits differ by {shown.typical:.2e} of their range; {accepted.typical:.2e} when the bundle was made"
+        return f"typical outputs differ by {shown.typical:.2e} of their range; {accepted.typical:.2e} when the bundle was made"
     return None
 
 
