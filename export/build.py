@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,22 +164,20 @@ class Prover:
             except Rejected as error:  # the other may still do
                 rejected = error
                 self.progress(f"left out: {error}")
-                for suffix in ("xml", "bin"):
-                    (self.contents / name).with_suffix(f".{suffix}").unlink()
                 continue
             loss = self._loss(artefact)
             self.progress(f"it loses {loss:.2f} points")
             if best is not None and loss >= best[0]:
-                self._remove(artefact)
+                self._remove(artefact.files)
                 continue
             if best is not None:
-                self._remove(best[1])
+                self._remove(best[1].files)
             best = (loss, artefact)
         if best is None:
             assert rejected is not None
             raise rejected
         if best[0] > self.max_loss and self.judged is not None:
-            self._remove(best[1])
+            self._remove(best[1].files)
             return self._calibrated_until("smooth" in best[1].path)
         return self._gate(best[1])
 
@@ -243,6 +241,7 @@ class Prover:
         parity = compare(run(self.golden.pixels), self.golden.reference)
         failure = parity.failure(precision)
         if failure:
+            self._remove([each for each in (path, weights) if each is not None])
             message = f"{engine} in {precision} is not equal to its source: {failure}"
             raise ExportError(message) if precision == "fp32" else Rejected(message)
         run = in_batches(run, len(self.golden.pixels))
@@ -258,7 +257,7 @@ class Prover:
     def _gate(self, artefact: Artefact) -> Artefact:
         loss = self._loss(artefact)
         if artefact.precision != "fp32" and loss > self.max_loss:
-            self._remove(artefact)
+            self._remove(artefact.files)
             raise Rejected(f"{artefact.engine} in {artefact.precision} loses {loss:.2f} points; at most {self.max_loss} are allowed (--max-loss)")
         return artefact
 
@@ -266,9 +265,7 @@ class Prover:
         """On the images judged on, or else on the golden ones."""
         return artefact.evaluation.loss if artefact.evaluation is not None else 50 * (1 - artefact.parity.top1_agreement)
 
-    def _remove(self, artefact: Artefact) -> None:
-        """An artefact's own files, not those that it shares."""
-        if artefact.path not in (GRAPH, ONNXRUNTIME_GRAPH):
-            for name in artefact.files:
-                if name != WEIGHTS:
-                    (self.contents / name).unlink()
+    def _remove(self, files: Iterable[str]) -> None:
+        """An artefact's own, not those that it shares with others."""
+        for name in set(files) - {GRAPH, ONNXRUNTIME_GRAPH, WEIGHTS}:
+            (self.contents / name).unlink()
