@@ -1,4 +1,4 @@
-"""Process trees of foreign servers: started, waited for, and ended with all that they started. Imported by bench/contenders.py and overload.py."""
+"""Process trees of foreign servers: started, waited for, and ended with all that they started. Imported by others in bench/."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class Failed(RuntimeError):
 
 
 @contextmanager
-def process_tree(command: Sequence[str], folder: Path, environment: Mapping[str, str], port: int, answers: Callable[[], bool]) -> Iterator[float]:
+def process_tree(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], port: int, answers: Callable[[], bool], pause_seconds: float = 0.2
+) -> Iterator[float]:
     """Yields as soon as it ``answers``, with the seconds that took. Raises Failed."""
     if _listens(port):
         raise Failed(f"somebody listens on port {port} already")
@@ -35,7 +37,7 @@ def process_tree(command: Sequence[str], folder: Path, environment: Mapping[str,
                     said.seek(0)
                     text = said.read()[-2000:].decode(errors="replace").strip()
                     raise Failed(f"it {'ended' if process.poll() is not None else f'did not answer within {START_SECONDS:.0f} s'}: {text}")
-                time.sleep(0.2)  # a foreign server tells nobody that it is ready
+                time.sleep(pause_seconds)  # a foreign server tells nobody that it is ready
             yield time.monotonic() - began
         finally:
             stop(process)
@@ -43,7 +45,7 @@ def process_tree(command: Sequence[str], folder: Path, environment: Mapping[str,
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """With all that it has started, in sessions of their own too."""
-    family = _descendants(process.pid)
+    family = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(20)
@@ -58,7 +60,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.05)
 
 
-def _descendants(pid: int) -> dict[int, str]:
+def descendants(pid: int) -> dict[int, str]:
     """Process ids below ``pid``, each with the moment at which it was started."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +21,7 @@ from bench.processes import Failed, free_port, process_tree
 from bench.report import EngineRow, ServiceRow, summary
 from bench.waterfall import steps
 from model.bundle import Bundle
-from tests.conftest import ROOT
+from tests.conftest import ROOT, encoded, picture
 
 SERVER = """
 import subprocess, sys, http.server
@@ -131,3 +134,15 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     plot.draw_engines(rows, tmp_path / "engines.svg")
     for name in ("bars", "waterfall", "engines"):
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+
+
+def test_a_lone_caller_is_told_when_it_is_ready_what_memory_it_takes_and_where_time_goes(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "picture.jpg").write_bytes(encoded(picture()))
+    command = [sys.executable, "-m", "bench.lone_caller", "--images", str(tmp_path), "--starts", "1", "--requests", "5", f"--serve=--bundle {bundle.path}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200"}).stdout
+    found = re.fullmatch(r"ready after ([\d.]+) s, (\d+) MB; p50 of 5 answers: ([\d.]+) ms = engine ([\d.]+) \+ decoding ([\d.]+), and ([\d.]+) between\n", said)
+    assert found is not None, said
+    ready, memory, whole, *parts = (float(each) for each in found.groups())
+    assert ready > 0
+    assert 100 < memory < 1000, "of three processes with numpy and an engine"
+    assert whole > max(parts)
