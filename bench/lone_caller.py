@@ -19,9 +19,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-
 from bench.processes import descendants, free_port, process_tree
+from bench.report import printer
 from bench.request import Picture, raw, read_pictures
 
 _UNCOUNTED = 10  # first answers
@@ -48,7 +47,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--requests", type=int, default=140, help="of each start")
     given = parser.parse_args()
-    pictures, console = read_pictures(given.images), Console()
+    pictures, console = read_pictures(given.images), printer()
     for _ in range(given.starts):
         port = free_port()
         command = [sys.executable, "-m", "vitserve", "serve", "--port", str(port), *shlex.split(given.serve)]
