@@ -19,13 +19,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.http1 import AnswerReader
 from bench.processes import descendants, free_port, process_tree
 from bench.report import printer
 from bench.request import Picture, raw, read_pictures
 
 _UNCOUNTED = 10  # first answers
 _READY_PAUSE_SECONDS = 0.01
-_TIMING = re.compile(r"(\w+);dur=([\d.]+)")
+_TIMING = re.compile(rb"(\w+);dur=([\d.]+)")
 
 
 class Answered(NamedTuple):
@@ -46,13 +47,14 @@ def main() -> None:
     parser.add_argument("--serve", default="", help="further options of `vitserve serve`")
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--requests", type=int, default=140, help="of each start")
+    parser.add_argument("--pause-ms", type=float, default=0.0, help="before each request: code that has not run for a while runs slower")
     given = parser.parse_args()
     pictures, console = read_pictures(given.images), printer()
     for _ in range(given.starts):
         port = free_port()
         command = [sys.executable, "-m", "vitserve", "serve", "--port", str(port), *shlex.split(given.serve)]
         with process_tree(command, Path.cwd(), {}, port, lambda port=port: ready(port), _READY_PAUSE_SECONDS) as seconds:  # type: ignore[misc]
-            answers = ask(port, pictures, given.requests + _UNCOUNTED)[_UNCOUNTED:]
+            answers = ask(port, pictures, given.requests + _UNCOUNTED, given.pause_ms / 1000)[_UNCOUNTED:]
             memory = sum(proportional_bytes(pid) for pid in descendants(os.getpid()))
         whole, decode, run, between = (statistics.median(each) for each in (*zip(*answers, strict=True), [answer.between for answer in answers]))
         console.print(
@@ -73,23 +75,29 @@ def ready(port: int) -> bool:
         connection.close()
 
 
-def ask(port: int, pictures: list[Picture], count: int) -> list[Answered]:
+def ask(port: int, pictures: list[Picture], count: int, pause_seconds: float) -> list[Answered]:
     """One after the other, on one connection. Raises RuntimeError for any answer but 200."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return [_asked(connection, raw("/v1/classify", pictures[number % len(pictures)])) for number in range(count)]
+        return [_asked(connection, raw("/v1/classify", pictures[number % len(pictures)]), pause_seconds) for number in range(count)]
 
 
-def _asked(connection: socket.socket, request: bytes) -> Answered:
+def _asked(connection: socket.socket, request: bytes, pause_seconds: float) -> Answered:
+    """To the last byte of the answer: what it takes to understand it is the caller's own."""
+    reader, answer, received = AnswerReader(), None, b""
+    time.sleep(pause_seconds)
     began = time.perf_counter()
     connection.sendall(request)
-    response = http.client.HTTPResponse(connection)
-    response.begin()
-    response.read()
-    whole = 1000 * (time.perf_counter() - began)
-    if response.status != 200:
-        raise RuntimeError(f"the service answered {response.status}")
-    spent = {name: float(milliseconds) for name, milliseconds in _TIMING.findall(response.getheader("Server-Timing") or "")}
+    while answer is None:
+        data = connection.recv(65536)
+        whole = 1000 * (time.perf_counter() - began)
+        if not data:
+            raise RuntimeError(f"the service hung up after {len(received)} bytes of an answer")
+        received += data
+        answer = reader.feed(data)
+    if answer.status != 200:
+        raise RuntimeError(f"the service answered {answer.status}")
+    spent = {name.decode(): float(milliseconds) for name, milliseconds in _TIMING.findall(received)}
     return Answered(whole, spent["decode"], spent["run"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 import signal
@@ -15,15 +16,20 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from export.build import build_bundle
 from model.bundle import Bundle
-from model.parity import TOLERANCE, softmax
+from model.parity import TOLERANCE, Floats, softmax
 from model.preprocess import Decoder
 from service import errors
+from service.app import most_probable
 from service.engines.open import EngineOptions, open_engine
-from tests.conftest import Server, encoded, picture, start_server
+from tests.conftest import Server, checkpoint, encoded, picture, start_server
 from tests.test_preprocess import png_header
 
 
@@ -148,6 +154,25 @@ def test_what_a_client_wrote_can_be_sent_back_in_a_message(client: httpx.Client)
     answer = client.post("/v1/classify", content=b'{"images":[],"\\ud800":1}', headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
     assert metric(client, "vitserve_requests_total", route="/v1/classify", status="400") > 0
+
+
+@given(values=arrays(np.float32, st.integers(1, 60), elements=st.sampled_from([0.0, 0.125, 0.25, 0.5])), data=st.data())
+def test_the_most_probable_come_first_and_of_equal_ones_the_first_class(values: Floats, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(values)))
+    found = most_probable(values, count)
+    assert found == sorted(range(len(values)), key=lambda index: (-values[index], index))[:count]
+    assert {type(index) for index in found} == {int}
+
+
+def test_labels_are_sent_as_they_are_written(tmp_path: Path) -> None:
+    labels = ("Möwe", "猫", 'so-called "bird"', "back\\slash", "\t", "🦆", "plain")
+    build_bundle(dataclasses.replace(checkpoint(), labels=labels), tmp_path / "bundle", name="labels")
+    running = start_server("--bundle", str(tmp_path / "bundle"))
+    with httpx.Client(base_url=running.url, timeout=60) as own:
+        response = classify(own, GOOD, top_k=7)
+    assert response.headers["content-type"] == "application/json"
+    assert {each["index"]: each["label"] for each in response.json()["results"][0]["predictions"]} == dict(enumerate(labels))
+    assert running.stop() == 0
 
 
 def test_messages_name_both_numbers(client: httpx.Client) -> None:
