@@ -22,7 +22,8 @@ from math import exp
 from typing import Literal, NamedTuple
 
 KNEE_SHARE = 0.95  # of the best throughput; a larger batch than reaches this only adds latency
-_CORRECTION = 0.1  # weight of the newest measurement in the seconds per batch size, and in their deviation
+_CLIMB_SHARE = 0.9  # of it; only below this is a larger batch tried again, so that a knee is not given up for what measurements vary
+_CORRECTION = 0.1  # weight of the newest batch in the seconds of its size, in the pace, and in how much batches deviate
 RANKS = 10
 _MOST_RESERVED = 0.95  # of an engine's time; so that a flood of urgent requests does not set aside all of it for ever
 _RECENT_SECONDS = 5.0  # over which the arrivals of each rank are averaged
@@ -86,6 +87,8 @@ class Scheduler:
     free_at: list[float] = field(init=False)  # per lane: when it will be free; in the past if it is
     measured: list[float] = field(init=False)  # seconds per batch size from 1, as corrected so far
     reserved: list[float] = field(init=False)  # per rank: share of the time that is left to the more urgent ones
+    _ran: list[bool] = field(init=False)  # per batch size: whether one has been run
+    _pace: float = field(default=1.0, init=False)  # how many times the seconds given batches take of late, whatever their size
     _waiting: list[Request] = field(default_factory=list, init=False)
     _busy: list[bool] = field(init=False)
     _arrivals: list[float] = field(init=False)  # per rank, each counting less the longer ago it was
@@ -98,10 +101,12 @@ class Scheduler:
         if sizes != list(range(1, len(sizes) + 1)) or not sizes:
             raise ValueError(f"seconds are needed for every batch size from 1; given are {sizes}")
         self.measured = [self.seconds[size] for size in sizes]
+        self._ran = [False] * len(sizes)
         self.free_at = [0.0] * self.lanes
         self._busy = [False] * self.lanes
         self.reserved = [0.0] * RANKS
         self._arrivals, self._arrived = [0.0] * RANKS, [0] * RANKS
+        self.knee = len(sizes)
         self._settle()
 
     def admit(self, request: Request, now: float) -> Shed | None:
@@ -151,6 +156,7 @@ class Scheduler:
         taken = min(now - batch.started, _OUTLIER * expected)
         self._deviation += _CORRECTION * (min(1.0, abs(taken / expected - 1)) - self._deviation)
         self.measured[index] += _CORRECTION * (taken - expected)
+        self._keep_pace(index, taken)
         self._settle()
         self._learn(batch.requests, now)
 
@@ -221,10 +227,25 @@ class Scheduler:
         late = min(_TOGETHER, sum(now > request.deadline for request in judged))
         self.margin = min(_WIDEST, max(0.0, self.margin + _STEP * (late - TOLERATED * len(judged))))
 
+    def _keep_pace(self, index: int, taken: float) -> None:
+        """Corrects the sizes that have not been run yet, as those that are: under load all take longer.
+
+        Did they keep what they were given, one larger than the knee, which is never run, would soon look the best, and the knee would climb to
+        the largest: latency, and nothing gained.
+        """
+        self._ran[index] = True
+        self._pace += _CORRECTION * (taken / self.seconds[index + 1] - self._pace)
+        if not all(self._ran):
+            self.measured = [
+                each if ran else self._pace * self.seconds[size] for size, (each, ran) in enumerate(zip(self.measured, self._ran, strict=True), start=1)
+            ]
+
     def _settle(self) -> None:
-        """Derives the knee from the seconds: the smallest batch size within KNEE_SHARE of the best throughput."""
+        """Derives the knee from the seconds: the smallest batch size within KNEE_SHARE of the best throughput, or the one before if that still does."""
         rates = [size / seconds for size, seconds in enumerate(self.measured, start=1)]
-        enough = KNEE_SHARE * max(rates)
-        self.knee = next(size for size, rate in enumerate(rates, start=1) if rate >= enough)
+        best = max(rates)
+        smallest = next(size for size, rate in enumerate(rates, start=1) if rate >= KNEE_SHARE * best)
+        if smallest < self.knee or rates[self.knee - 1] < _CLIMB_SHARE * best:
+            self.knee = smallest
         # A batch is never promised sooner than a smaller one: noise in the measurements must not make it look so.
         self._monotone = list(accumulate(self.measured, max))
