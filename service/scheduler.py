@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 KNEE_SHARE = 0.95  # of the best throughput; a larger batch than reaches this only adds latency
 _CLIMB_SHARE = 0.9  # of it; only below this is a larger batch tried again, so that a knee is not given up for what measurements vary
-_CORRECTION = 0.1  # weight of the newest batch in the seconds of its size, in the pace, and in how much batches deviate
+_CORRECTION = 0.1  # weight of the newest batch in the seconds of its size, and in how much batches deviate
 RANKS = 10
 _MOST_RESERVED = 0.95  # of an engine's time; so that a flood of urgent requests does not set aside all of it for ever
 _RECENT_SECONDS = 5.0  # over which the arrivals of each rank are averaged
@@ -88,7 +88,6 @@ class Scheduler:
     measured: list[float] = field(init=False)  # seconds per batch size from 1, as corrected so far
     reserved: list[float] = field(init=False)  # per rank: share of the time that is left to the more urgent ones
     _ran: list[bool] = field(init=False)  # per batch size: whether one has been run
-    _pace: float = field(default=1.0, init=False)  # how many times the seconds given batches take of late, whatever their size
     _waiting: list[Request] = field(default_factory=list, init=False)
     _busy: list[bool] = field(init=False)
     _arrivals: list[float] = field(init=False)  # per rank, each counting less the longer ago it was
@@ -156,7 +155,7 @@ class Scheduler:
         taken = min(now - batch.started, _OUTLIER * expected)
         self._deviation += _CORRECTION * (min(1.0, abs(taken / expected - 1)) - self._deviation)
         self.measured[index] += _CORRECTION * (taken - expected)
-        self._keep_pace(index, taken)
+        self._carry_over(index)
         self._settle()
         self._learn(batch.requests, now)
 
@@ -227,18 +226,18 @@ class Scheduler:
         late = min(_TOGETHER, sum(now > request.deadline for request in judged))
         self.margin = min(_WIDEST, max(0.0, self.margin + _STEP * (late - TOLERATED * len(judged))))
 
-    def _keep_pace(self, index: int, taken: float) -> None:
-        """Corrects the sizes that have not been run yet, as those that are: under load all take longer.
+    def _carry_over(self, index: int) -> None:
+        """Corrects the sizes that are not run, those above the knee and those that have not been yet, as the largest that is.
 
-        Did they keep what they were given, one larger than the knee, which is never run, would soon look the best, and the knee would climb to
-        the largest: latency, and nothing gained.
+        For under load all take longer, and when the load has gone all are quicker. Did they keep their seconds, a size larger than the knee
+        would soon look the best, and the knee would climb to the largest: latency, and nothing gained. Or it would never be tried again.
         """
         self._ran[index] = True
-        self._pace += _CORRECTION * (taken / self.seconds[index + 1] - self._pace)
-        if not all(self._ran):
-            self.measured = [
-                each if ran else self._pace * self.seconds[size] for size, (each, ran) in enumerate(zip(self.measured, self._ran, strict=True), start=1)
-            ]
+        known = [ran and size <= self.knee for size, ran in enumerate(self._ran, start=1)]
+        if any(known) and not all(known):
+            largest = max(size for size, each in enumerate(known, start=1) if each)
+            times = self.measured[largest - 1] / self.seconds[largest]
+            self.measured = [seconds if known[size - 1] else times * self.seconds[size] for size, seconds in enumerate(self.measured, start=1)]
 
     def _settle(self) -> None:
         """Derives the knee from the seconds: the smallest batch size within KNEE_SHARE of the best throughput, or the one before if that still does."""
