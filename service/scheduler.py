@@ -22,8 +22,7 @@ from math import exp
 from typing import Literal, NamedTuple
 
 KNEE_SHARE = 0.95  # of the best throughput; a larger batch than reaches this only adds latency
-_CLIMB_SHARE = 0.9  # of it; only below this is a larger batch tried again, so that a knee is not given up for what measurements vary
-_CORRECTION = 0.1  # weight of the newest batch in the seconds of its size, and in how much batches deviate
+_CORRECTION = 0.1  # weight of the newest measurement in the seconds per batch size, and in their deviation
 RANKS = 10
 _MOST_RESERVED = 0.95  # of an engine's time; so that a flood of urgent requests does not set aside all of it for ever
 _RECENT_SECONDS = 5.0  # over which the arrivals of each rank are averaged
@@ -87,7 +86,6 @@ class Scheduler:
     free_at: list[float] = field(init=False)  # per lane: when it will be free; in the past if it is
     measured: list[float] = field(init=False)  # seconds per batch size from 1, as corrected so far
     reserved: list[float] = field(init=False)  # per rank: share of the time that is left to the more urgent ones
-    _ran: list[bool] = field(init=False)  # per batch size: whether one has been run
     _waiting: list[Request] = field(default_factory=list, init=False)
     _busy: list[bool] = field(init=False)
     _arrivals: list[float] = field(init=False)  # per rank, each counting less the longer ago it was
@@ -100,12 +98,11 @@ class Scheduler:
         if sizes != list(range(1, len(sizes) + 1)) or not sizes:
             raise ValueError(f"seconds are needed for every batch size from 1; given are {sizes}")
         self.measured = [self.seconds[size] for size in sizes]
-        self._ran = [False] * len(sizes)
         self.free_at = [0.0] * self.lanes
         self._busy = [False] * self.lanes
         self.reserved = [0.0] * RANKS
         self._arrivals, self._arrived = [0.0] * RANKS, [0] * RANKS
-        self.knee = len(sizes)
+        self.knee = _knee(self.measured)
         self._settle()
 
     def admit(self, request: Request, now: float) -> Shed | None:
@@ -155,7 +152,6 @@ class Scheduler:
         taken = min(now - batch.started, _OUTLIER * expected)
         self._deviation += _CORRECTION * (min(1.0, abs(taken / expected - 1)) - self._deviation)
         self.measured[index] += _CORRECTION * (taken - expected)
-        self._carry_over(index)
         self._settle()
         self._learn(batch.requests, now)
 
@@ -226,25 +222,17 @@ class Scheduler:
         late = min(_TOGETHER, sum(now > request.deadline for request in judged))
         self.margin = min(_WIDEST, max(0.0, self.margin + _STEP * (late - TOLERATED * len(judged))))
 
-    def _carry_over(self, index: int) -> None:
-        """Corrects the sizes that are not run, those above the knee and those that have not been yet, as the largest that is.
-
-        For under load all take longer, and when the load has gone all are quicker. Did they keep their seconds, a size larger than the knee
-        would soon look the best, and the knee would climb to the largest: latency, and nothing gained. Or it would never be tried again.
-        """
-        self._ran[index] = True
-        known = [ran and size <= self.knee for size, ran in enumerate(self._ran, start=1)]
-        if any(known) and not all(known):
-            largest = max(size for size, each in enumerate(known, start=1) if each)
-            times = self.measured[largest - 1] / self.seconds[largest]
-            self.measured = [seconds if known[size - 1] else times * self.seconds[size] for size, seconds in enumerate(self.measured, start=1)]
-
     def _settle(self) -> None:
-        """Derives the knee from the seconds: the smallest batch size within KNEE_SHARE of the best throughput, or the one before if that still does."""
-        rates = [size / seconds for size, seconds in enumerate(self.measured, start=1)]
-        best = max(rates)
-        smallest = next(size for size, rate in enumerate(rates, start=1) if rate >= KNEE_SHARE * best)
-        if smallest < self.knee or rates[self.knee - 1] < _CLIMB_SHARE * best:
-            self.knee = smallest
         # A batch is never promised sooner than a smaller one: noise in the measurements must not make it look so.
         self._monotone = list(accumulate(self.measured, max))
+
+
+def _knee(seconds: Sequence[float]) -> int:
+    """The smallest batch size within KNEE_SHARE of the best throughput.
+
+    Of seconds that were measured one after the other on an otherwise idle engine. Those of the batches that serve do not compare: the larger are
+    run under load and the smaller when there is little, one above the knee never, and the knee would wander to whichever was last run at ease.
+    """
+    rates = [size / each for size, each in enumerate(seconds, start=1)]
+    enough = KNEE_SHARE * max(rates)
+    return next(size for size, rate in enumerate(rates, start=1) if rate >= enough)

@@ -109,7 +109,6 @@ def test_no_engine_takes_nothing(ring: Ring) -> None:
 def test_a_slow_batch_of_one_does_not_change_what_an_image_of_a_full_batch_takes(ring: Ring) -> None:
     """Although nothing may be promised sooner than a batch of one, and under load no batch of one may ever be run again."""
     scheduler = Scheduler({1: 1.0, 2: 1.2, 3: 1.5, 4: 1.6}, lanes=2)
-    run(scheduler, 4, 1.6)
     run(scheduler, 1, 1000.0, times=20)
     assert scheduler.mean(4) > 3.0
     ring.publish(0, scheduler)
