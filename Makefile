@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA ?= data/cifar10_jpeg.npz
 RUN ?= runs/default
 TARGET ?= cpu
-VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vitserve.py)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vitserve/__init__.py)
 TOOLS := .tools
 LOCKS := $(patsubst %,docker/requirements-%.txt,build cpu gpu tensorrt export)
 COMPILE = $(TOOLS)/bin/uv pip compile --quiet --generate-hashes --python-version 3.13 --python-platform linux --custom-compile-command "make lock" $(UPGRADE)

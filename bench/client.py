@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar, cast
 
-from bench.http1 import Answer, AnswerReader, Malformed
+from vitserve.bench.http1 import Answer, AnswerReader, Malformed
 
 T = TypeVar("T")
 

@@ -11,15 +11,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import plot, report
-from bench.engine import Subject, opened, take_turns
-from bench.report import EngineRow, ServiceRow
-from bench.request import made_picture
-from bench.service import Plan, measure
-from model.bundle import open_bundle
-from service import machine
-from service.engines.open import EngineOptions
-from service.opening import EMBEDDED
+from vitserve.bench import plot, report
+from vitserve.bench.engine import Subject, opened, take_turns
+from vitserve.bench.report import EngineRow, ServiceRow
+from vitserve.bench.request import made_picture
+from vitserve.bench.service import Plan, measure
+from vitserve.model.bundle.bundle import open_bundle
+from vitserve.service import machine
+from vitserve.service.engine_worker.startup import EMBEDDED
+from vitserve.service.engines.selection import EngineOptions
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bench.report import EngineRow, percentile
-from model.bundle import Artefact, Bundle
-from model.preprocess import Pixels
-from service import machine
-from service.engines.engine import Engine
-from service.engines.open import EngineOptions, candidates, golden_gate, open_artefact
+from vitserve.bench.report import EngineRow, percentile
+from vitserve.model.arrays import Pixels
+from vitserve.model.bundle.bundle import Artefact, Bundle
+from vitserve.service import machine
+from vitserve.service.engines.engine import Engine
+from vitserve.service.engines.selection import EngineOptions, candidates, golden_gate, open_artefact
 
 Run = Callable[[int, Pixels], object]  # a lane, a batch
 

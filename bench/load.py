@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from bench.alarm import alarm
-from bench.client import Client, Unanswered
+from vitserve.bench.alarm import alarm
+from vitserve.bench.client import Client, Unanswered
 
 Loop = Literal["closed", "open"]
 

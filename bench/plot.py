@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.report import EngineRow, ServiceRow
+from vitserve.bench.report import EngineRow, ServiceRow
 
 
 class Bar(NamedTuple):

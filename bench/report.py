@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.load import Run, Sample
-from service import machine
+from vitserve.bench.load import Run, Sample
+from vitserve.service import machine
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bench.client import Client, Gone, Unanswered, run
-from bench.load import Run, closed_loop, open_loop
-from bench.report import ServiceRow, summary
-from bench.request import raw, read_pictures
+from vitserve.bench.client import Client, Gone, Unanswered, run
+from vitserve.bench.load import Run, closed_loop, open_loop
+from vitserve.bench.report import ServiceRow, summary
+from vitserve.bench.request import raw, read_pictures
 
 
 @dataclass(frozen=True)

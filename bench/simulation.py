@@ -1,8 +1,8 @@
 """The serving core in virtual time: the slots, intakes and schedulers that serve, without HTTP, decoding, sockets and a device.
 
-    python -m bench.simulation
+    python -m vitserve.bench.simulation
 
-measures what the core itself costs an image, from a thousand images to a million. tests/test_simulation.py checks what it promises.
+measures what the core itself costs an image, from a thousand images to a million. tests/bench/test_simulation.py checks what it promises.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from service import layout, wire
-from service.intake import Intake
-from service.layout import Shape
-from service.ring import Ring, urgency
-from service.scheduler import Batch, Scheduler, Shed
-from service.slots import Slots, Ticket
+from vitserve.service.engine_worker.pending import Intake
+from vitserve.service.ipc import memory_layout, wire_format
+from vitserve.service.ipc.memory_layout import Shape
+from vitserve.service.ipc.shared_memory import Ring, urgency
+from vitserve.service.ipc.slots import Slots, Ticket
+from vitserve.service.scheduler import Batch, Scheduler, Shed
 
 # A device whose throughput grows until batches of four.
 SECONDS = {1: 0.004, 2: 0.005, 3: 0.006, 4: 0.0065, 5: 0.0081, 6: 0.0097, 7: 0.0113, 8: 0.0129}
@@ -72,7 +72,7 @@ class Simulation:
     """Devices take exactly the measured seconds, messages no time. Keeps account of every image."""
 
     def __init__(self, fronts: int = 2, engines: int = 2, lanes: int = 2, share: int = 128, seconds: Mapping[int, float] = SECONDS) -> None:
-        memory = layout.create(Shape(fronts, share, engines, lanes, len(seconds), 1, 1, 1), b"")
+        memory = memory_layout.create(Shape(fronts, share, engines, lanes, len(seconds), 1, 1, 1), b"")
         self.ring, self.seconds = Ring(memory), seconds
         os.close(memory)
         self.finished: dict[int, float] = {}
@@ -96,7 +96,11 @@ class Simulation:
 
     def leaks(self) -> int:
         """Slots that did not come back."""
-        return self.ring.count(layout.HELD, layout.WAITING, layout.RUNNING) + sum(map(len, self._slots)) + sum(each.intake.held for each in self._engines)
+        return (
+            self.ring.count(memory_layout.HELD, memory_layout.WAITING, memory_layout.RUNNING)
+            + sum(map(len, self._slots))
+            + sum(each.intake.held for each in self._engines)
+        )
 
     def _arrive(self, arrival: Arrival, now: float) -> None:
         slots = self._slots[arrival.front]
@@ -110,7 +114,7 @@ class Simulation:
     def _submit(self, arrival: Arrival, slots: Slots, ticket: Ticket, now: float) -> None:
         chosen = self.ring.outlook(urgency(arrival.priority, arrival.deadline), now, self._choice).engine
         slots.submit(ticket, chosen)
-        submission = wire.Submission(ticket.slot, wire.ASK, ticket.priority, ticket.sequence, ticket.deadline)
+        submission = wire_format.Submission(ticket.slot, wire_format.ASK, ticket.priority, ticket.sequence, ticket.deadline)
         for front, answer in self._engines[chosen].intake.submit([(arrival.front, submission)], now):
             self._take(front, answer, now)
 
@@ -138,14 +142,14 @@ class Simulation:
                     heapq.heappush(self._busy, (now + self.seconds[len(work[1])], engine.index, lane))
                     engine.publish()
 
-    def _take(self, front: int, answer: wire.Answer, now: float) -> None:
+    def _take(self, front: int, answer: wire_format.Answer, now: float) -> None:
         ticket = self._slots[front].answered(answer.slot, answer.sequence)
         asked = self._asked.pop(answer.sequence, None)
         if ticket is None or asked is None:
             self.twice.add(answer.sequence)
-        elif answer.outcome == wire.DONE:
+        elif answer.outcome == wire_format.DONE:
             self.finished[asked.id] = now
-        elif answer.outcome == wire.EXPIRED:
+        elif answer.outcome == wire_format.EXPIRED:
             self.expired.add(asked.id)
         else:
             self.shed[asked.id] = answer.retry_after_seconds

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.engine import spell
-from model.bundle import Artefact, Bundle
-from model.preprocess import Pixels
-from service import machine
-from service.engines.engine import Engine
-from service.engines.open import EngineOptions, candidates, golden_gate, open_artefact, runs_on_gpu
-from service.tuned import Choice
+from vitserve.bench.engine import spell
+from vitserve.model.arrays import Pixels
+from vitserve.model.bundle.bundle import Artefact, Bundle
+from vitserve.service import machine
+from vitserve.service.engine_worker.tuning_cache import Choice
+from vitserve.service.engines.engine import Engine
+from vitserve.service.engines.selection import EngineOptions, candidates, golden_gate, open_artefact, runs_on_gpu
 
 WITHIN = 0.97  # of the highest rate: the simpler setting is taken, for what separates them is noise
 

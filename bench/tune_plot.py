@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.tune import Measurement
+from vitserve.bench.tune import Measurement
 
 
 def draw(measurements: Sequence[Measurement], path: Path) -> None:

@@ -13,18 +13,18 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from bench.engine import subject, take_turns
-from bench.report import EngineRow, engine_table, printer, where
-from export.evaluation import Images, evaluate, in_batches
-from export.plan_report import PlanReport
-from model.bundle import GRAPH, Artefact, Bundle, Evaluation
-from model.parity import Parity
-from service import machine
-from service.engines.engine import Engine
-from service.engines.open import EngineOptions, NoEngine, candidates, golden_gate, open_artefact, open_one
+from vitserve.bench.engine import subject, take_turns
+from vitserve.bench.report import EngineRow, engine_table, printer, where
+from vitserve.model.bundle.bundle import GRAPH, Artefact, Bundle, Evaluation
+from vitserve.model.bundle.evaluation import Images, evaluate, in_batches
+from vitserve.model.bundle.parity import Parity
+from vitserve.service import machine
+from vitserve.service.engines.engine import Engine
+from vitserve.service.engines.selection import EngineOptions, NoEngine, candidates, golden_gate, open_artefact, open_one
+from vitserve.service.engines.tensorrt.plan_report import PlanReport
 
 if TYPE_CHECKING:
-    from service.engines.tensorrt_engine import TensorRtEngine
+    from vitserve.service.engines.tensorrt.engine import TensorRtEngine
 
 MOST_DISAGREEMENT = 0.01  # share of the images whose class may be another than float32's; as export allows
 _PACKAGES = ("vitserve", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "cuda-bindings", "torch", "numpy")
@@ -147,9 +147,9 @@ def _evaluate(bundle: Bundle, engine: Engine, images: Images) -> Evaluation:
 def _device(engine: Engine) -> str | None:
     if engine.name not in ("tensorrt", "onnxruntime-cuda") and not (engine.name == "torch" and machine.gpus()):
         return None
-    from service.engines import cuda
+    from vitserve.service.engines.cuda import runtime
 
-    name, (major, minor) = cuda.describe_device()
+    name, (major, minor) = runtime.describe_device()
     return f"{name}, compute capability {major}.{minor}"
 
 

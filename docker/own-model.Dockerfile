@@ -1,3 +1,3 @@
-FROM vitserve:0.1.0-cpu
+FROM vitserve:0.2.0-cpu
 COPY my-bundle /models/mine
 ENV VITSERVE_BUNDLE=/models/mine

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from export.build import build_bundle
-from export.checkpoint import fetched, load_checkpoint
-from model.bundle import BundleError, open_bundle, sha256
-from service.machine import cache_folder
+from vitserve.export.build_bundle import build_bundle
+from vitserve.export.checkpoint.load import fetched, load_checkpoint
+from vitserve.model.bundle.bundle import BundleError, open_bundle, sha256
+from vitserve.service.machine import cache_folder
 
 
 def cached_bundle(source: str, exporter: str, progress: Callable[[str], None] = lambda step: None) -> Path:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from model import preprocess
+from vitserve.model.bundle import preprocess
 
 
 class ServiceError(Exception):

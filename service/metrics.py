@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from service.control import METRICS_FOLDER
+from vitserve.service.ipc.control_channel import METRICS_FOLDER
 
 # From 50 µs, because that is what reading and decoding a small image take, to 30 s; each about twice the one before.
 _SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

@@ -1,6 +1,6 @@
 """Decides who is admitted and which requests form the next batch. Pure data structure: no I/O, no thread, no clock of its own.
 
-So that a simulation runs a million requests in virtual time through the very code that serves (tests/test_scheduler.py).
+So that a simulation runs a million requests in virtual time through the very code that serves (tests/service/test_scheduler.py).
 Imported by intake.py and ring.py. Times are monotonic seconds given by the caller.
 
 How it promises: requests wait in order of priority, then of deadline (earliest first). A free lane takes the first ``knee`` of them at

@@ -23,12 +23,12 @@ import pytest
 import torch
 from PIL import Image
 
-from export.build import build_bundle
-from export.checkpoint import Checkpoint
-from model.bundle import Bundle
-from model.config import ViTConfig
-from model.preprocess import Preprocessing
-from model.vit import ViT
+from vitserve.export.build_bundle import build_bundle
+from vitserve.export.checkpoint.load import Checkpoint
+from vitserve.model.bundle.bundle import Bundle
+from vitserve.model.bundle.preprocess import Preprocessing
+from vitserve.model.config import ViTConfig
+from vitserve.model.network.vit import ViT
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says how busy the machine is
 hypothesis.settings.load_profile("any machine")
@@ -164,7 +164,7 @@ class Server:
         return self.process.wait(60)
 
 
-def start_server(*arguments: str, until: str = "service.front: ready", environment: Mapping[str, str] | None = None) -> Server:
+def start_server(*arguments: str, until: str = "vitserve.http_worker: ready", environment: Mapping[str, str] | None = None) -> Server:
     """Returns when the log says so; whatever it says instead is in the failure."""
     command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", *arguments]
     complete = os.environ | {"PYTHONWARNINGS": "default"} | dict(environment or {})

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from model.parity import Outputs, Precision
-from model.preprocess import Pixels
+from vitserve.model.arrays import Outputs, Pixels, Precision
 
 
 class EngineUnavailable(RuntimeError):

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from model.parity import Precision
-from service.engines import cuda
-from service.engines.engine import EngineUnavailable
-from service.engines.gpu import Buffers, GpuEngine
-from service.engines.graph_shapes import GraphShapes, shapes_of
-from service.engines.padding import candidates
+from vitserve.model.arrays import Precision
+from vitserve.service.engines.cuda import runtime
+from vitserve.service.engines.cuda.batch_sizes import candidates
+from vitserve.service.engines.cuda.batching import Buffers, GpuEngine
+from vitserve.service.engines.cuda.graph_shapes import GraphShapes, shapes_of
+from vitserve.service.engines.engine import EngineUnavailable
 
 PROVIDER = "CUDAExecutionProvider"
 _RUNS_UNTIL_REPLAY = 4  # two that allocate, one that captures, and one to see it replayed (microsoft/onnxruntime #15005, #17355)
@@ -31,7 +31,7 @@ class OnnxRuntimeCudaEngine(GpuEngine):
         """Raises EngineUnavailable without a device or the provider, or where it cannot run every node of the graph."""
         if PROVIDER not in onnxruntime.get_available_providers():
             raise EngineUnavailable("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu in the place of onnxruntime")
-        cuda.count_devices()
+        runtime.count_devices()
         onnxruntime.preload_dlls()  # CUDA's libraries, where they were installed as packages
         shapes = shapes_of(graph)
         super().__init__(

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import onnxruntime
 
-from model.parity import Outputs, Precision
-from model.preprocess import Pixels
-from service.engines.engine import gathered
+from vitserve.model.arrays import Outputs, Pixels, Precision
+from vitserve.service.engines.engine import gathered
 
 
 class OnnxRuntimeEngine:

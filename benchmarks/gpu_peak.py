@@ -1,0 +1,41 @@
+"""What a GPU does at best, of which an engine gets its share: a large product in bf16, and a copy. Wants torch for CUDA.
+
+python -m benchmarks.gpu_peak
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+
+SIDE = 8192
+COPIED_BYTES = 1 << 32
+REPEATS = 20
+
+
+def main() -> None:
+    left, right = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    there = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
+    here = torch.ones_like(there)
+    product, copy = _seconds(lambda: left @ right), _seconds(lambda: there.copy_(here))
+    Console().print(
+        f"{torch.cuda.get_device_name()}: {2 * SIDE**3 / product / 1e12:.0f} TFLOP/s in bf16, {2 * COPIED_BYTES / copy / 1e12:.2f} TB/s read and written"
+    )
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    for _ in range(3):
+        run()
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    began.record()
+    for _ in range(REPEATS):
+        run()
+    ended.record()
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) / 1000 / REPEATS
+
+
+if __name__ == "__main__":
+    main()

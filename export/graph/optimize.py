@@ -1,0 +1,156 @@
+"""The network as it is exported: the same function, less the arithmetic that nobody reads. Imported by export/graph/trace.py.
+
+What is left out or moved, each exact but for rounding (tests/export/test_optimize.py has each alone):
+
+- the last block runs for the tokens that the head reads; the others are its keys and values only
+- normalisation becomes part of the patch projection, where no padding comes between
+- layer scale becomes part of the projection before it
+
+Attention is the one operator of ONNX opset 23 on [n, tokens, width], its heads counted inside: no reshapes around it, which runtimes would
+have to see through to fuse it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from vitserve.model.bundle.preprocess import Preprocessing
+from vitserve.model.network.build import Network
+from vitserve.model.network.vit import Attention, Block, LayerScale, ViT
+
+
+class Lean(nn.Module):
+    """uint8 pixels [n, H, W, 3] → float32 logits [n, classes], embedding [n, width], as a Servable of the same network gives."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self, network: Network, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        scale, shift = 1 / (255 * std), -mean / std
+        folded = isinstance(self.network, ViT) and fold_normalisation(self.network, scale, shift)
+        self.register_buffer("scale", None if folded else scale, persistent=False)
+        self.register_buffer("shift", None if folded else shift, persistent=False)
+        if isinstance(self.network, ViT):
+            fold_layer_scale(self.network)
+            fuse_attention(self.network)
+            read_no_more_than_the_head(self.network)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        images = pixels.float()
+        if self.scale is not None and self.shift is not None:
+            images = images * self.scale + self.shift
+        outputs: tuple[Tensor, Tensor] = self.network(images.permute(0, 3, 1, 2))
+        return outputs
+
+
+class FusedAttention(nn.Module):
+    """An Attention as ONNX's operator of opset 23."""
+
+    mask: Tensor | None
+
+    def __init__(self, source: Attention) -> None:
+        super().__init__()
+        self.heads = source.heads
+        self.qkv, self.q_norm, self.k_norm, self.proj = source.qkv, source.q_norm, source.k_norm, source.proj
+        self.register_buffer("mask", source.mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each [n, tokens, width]
+        return self.mix(q, k, v, self.mask)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [n, queries, width]; k, v [n, tokens, width]; mask bool [queries, tokens] → [n, queries, width]."""
+        q, k = self._by_head(self.q_norm, q), self._by_head(self.k_norm, k)
+        mixed, *_ = torch.onnx.ops.attention(q, k, v, mask, q_num_heads=self.heads, kv_num_heads=self.heads)
+        out: Tensor = self.proj(mixed)
+        return out
+
+    def _by_head(self, norm: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(norm, nn.Identity):
+            return x
+        out: Tensor = norm(x.reshape(*x.shape[:2], self.heads, -1)).flatten(-2)
+        return out
+
+
+class LastBlock(nn.Module):
+    """A Block that answers for its first ``read`` tokens; all are its keys and values: [n, tokens, width] → [n, read, width]."""
+
+    mask: Tensor | None
+
+    def __init__(self, block: Block, read: int) -> None:
+        super().__init__()
+        self.read = read
+        self.norm1, self.ls1, self.norm2, self.mlp, self.ls2 = block.norm1, block.ls1, block.norm2, block.mlp, block.ls2
+        assert isinstance(block.attn, FusedAttention)
+        self.attn = block.attn
+        width = self.attn.qkv.in_features
+        self.q, self.kv = _rows(self.attn.qkv, slice(width)), _rows(self.attn.qkv, slice(width, 3 * width))
+        self.register_buffer("mask", None if self.attn.mask is None else self.attn.mask[:read], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        k, v = self.kv(normed).chunk(2, dim=-1)
+        mixed = self.attn.mix(self.q(normed[:, : self.read]), k, v, self.mask)
+        kept: Tensor = x[:, : self.read] + self.ls1(mixed)
+        kept = kept + self.ls2(self.mlp(self.norm2(kept)))
+        return kept
+
+
+def fuse_attention(network: ViT) -> None:
+    for block in _blocks(network):
+        block.attn = FusedAttention(block.attn)  # type: ignore[assignment]  # the network is not what it was; it is a graph's source now
+
+
+def read_no_more_than_the_head(network: ViT) -> None:
+    """The last block for the class token alone, and the distillation token where it has a head. Nothing can be left out where the mean is read."""
+    if network.config.pool == "token":
+        network.blocks[-1] = LastBlock(_blocks(network)[-1], 1 + network.config.distillation_head)
+
+
+def fold_layer_scale(network: ViT) -> None:
+    for block in _blocks(network):
+        for name, projection in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
+            scale = getattr(block, name)
+            if isinstance(scale, LayerScale):
+                _scale_outputs(projection, scale.gamma.detach())
+                setattr(block, name, nn.Identity())
+
+
+def fold_normalisation(network: ViT, scale: Tensor, shift: Tensor) -> bool:
+    """False where the first convolution pads: zeros around a normalised image are not zeros around the image."""
+    embed = network.patch_embed
+    if not isinstance(embed.backbone, nn.Identity):
+        return False
+    weight = embed.proj.weight.detach().double()  # [width, 3, patch, patch]
+    bias = (weight * shift.double()[:, None, None]).sum((1, 2, 3))
+    if embed.proj.bias is not None:
+        bias = bias + embed.proj.bias.detach()
+    embed.proj.weight = nn.Parameter((weight * scale.double()[:, None, None]).float(), requires_grad=False)
+    embed.proj.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return True
+
+
+def _blocks(network: ViT) -> list[Block]:
+    return list(network.blocks)  # type: ignore[arg-type]  # torch's ModuleList does not say of what
+
+
+def _scale_outputs(linear: nn.Linear, scale: Tensor) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach() * scale[:, None], requires_grad=False)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach() * scale, requires_grad=False)
+
+
+def _rows(linear: nn.Linear, rows: slice) -> nn.Linear:
+    """The part of a linear layer that gives these outputs."""
+    weight = linear.weight.detach()[rows]
+    part = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None)
+    part.weight = nn.Parameter(weight, requires_grad=False)
+    if linear.bias is not None:
+        part.bias = nn.Parameter(linear.bias.detach()[rows], requires_grad=False)
+    return part

@@ -1,0 +1,168 @@
+"""TensorRT on one GPU, from a plan made by export/build_plan.py. Imported by engines/open.py alone.
+
+Calls: TensorRT 11's Python API, https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import SupportsFloat
+
+import tensorrt as trt
+
+from vitserve.model.arrays import Precision
+from vitserve.service.engines.cuda import runtime
+from vitserve.service.engines.cuda.batching import Buffers, GpuEngine
+from vitserve.service.engines.engine import EngineUnavailable
+from vitserve.service.engines.gpu_artifacts import Target
+
+log = logging.getLogger(__name__)
+
+
+class TensorRtLogger(trt.ILogger):  # type: ignore[misc, unused-ignore]  # of no known type where TensorRT is not installed
+    """Into our log. Keeps the errors, because TensorRT's calls tell by a None or False that there was one, and only here which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[str] = []
+
+    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+        if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+            self.errors.append(msg)
+            log.error("TensorRT: %s", msg)
+        else:
+            log.log(logging.WARNING if severity == trt.ILogger.Severity.WARNING else logging.DEBUG, "TensorRT: %s", msg)
+
+
+def target() -> Target:
+    """What a plan built here is good for. Raises EngineUnavailable without a device."""
+    runtime.count_devices()
+    name, capability = runtime.describe_device()
+    return Target(name, capability, trt.__version__)
+
+
+class TensorRtEngine(GpuEngine):
+    """One plan, whose weights exist once; contexts and CUDA graphs for each lane and batch size."""
+
+    name = "tensorrt"
+
+    def __init__(self, plan: Path, precision: Precision, lanes: int, max_batch: int) -> None:
+        """Raises EngineUnavailable without a device, or where the plan is of another GPU or TensorRT, or for smaller batches."""
+        runtime.count_devices()
+        logger = TensorRtLogger()
+        self._runtime = trt.Runtime(logger)
+        engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        if engine is None:
+            raise EngineUnavailable(f"{plan} cannot be used here: {'; '.join(logger.errors)}")
+        largest = _largest_batch(engine)
+        if largest < max_batch:
+            raise EngineUnavailable(f"{plan} takes batches of at most {largest}; {max_batch} are wanted")
+        image = shape_of(engine.get_tensor_shape("pixels"))[1:]
+        classes, width = (int(engine.get_tensor_shape(name)[1]) for name in ("logits", "embedding"))
+        self.plan, self._engine = plan, engine
+        super().__init__(
+            precision, lanes, max_batch, range(1, max_batch + 1), lambda: Buffers(image, classes, width, max_batch), lambda buffers: _Program(engine, buffers)
+        )
+
+    def layer_milliseconds(self, size: int) -> dict[str, float]:
+        """Of one batch, by TensorRT's profiler, which runs each layer alone: their shares are what is meant, not their sum. No lane may run meanwhile."""
+        buffers, _ = self._lanes[0]
+        program, profiler = _Program(self._engine, buffers), _Profiler()
+        try:
+            program.profile(size, profiler)
+        finally:
+            program.close()
+        return profiler.milliseconds
+
+
+class _Profiler(trt.IProfiler):  # type: ignore[misc, unused-ignore]  # as TensorRtLogger
+    def __init__(self) -> None:
+        super().__init__()
+        self.milliseconds = dict[str, float]()
+
+    def report_layer_time(self, layer_name: str, ms: SupportsFloat) -> None:
+        self.milliseconds[layer_name] = float(ms)
+
+
+class _Program:
+    """Each size has a context of its own, which nothing changes once its graph is captured; they share the memory that they compute in, for one runs at a time.
+
+    A graph holds the kernels and the outputs' way to the host.
+    """
+
+    def __init__(self, engine: trt.ICudaEngine, buffers: Buffers) -> None:
+        self._engine, self._buffers = engine, buffers
+        self._scratch_bytes = max(engine.device_memory_size_v2, 1)
+        self._scratch = runtime.DeviceMemory(self._scratch_bytes)
+        self._prepared = dict[int, tuple[trt.IExecutionContext, runtime.Graph]]()
+
+    def prepare(self, size: int) -> None:
+        context, stream = self._context(size), self._buffers.stream
+        self._run(context, size)  # once outside of a graph, as TensorRT asks: what it does only the first time cannot be captured
+        stream.synchronize()
+        with stream.captured() as graph:
+            self._run(context, size)
+        self._prepared[size] = context, graph
+
+    def profile(self, size: int, profiler: trt.IProfiler) -> None:
+        context = self._context(size)
+        context.profiler = profiler
+        for _ in range(3):  # the last counts
+            self._run(context, size)
+            self._buffers.stream.synchronize()
+
+    def _context(self, size: int) -> trt.IExecutionContext:
+        stream, profile = self._buffers.stream, _profile_of(self._engine, size)
+        context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise runtime.CudaError("TensorRT made no execution context: there is too little device memory for another")
+        context.set_device_memory(self._scratch.address, self._scratch_bytes)
+        if context.active_optimization_profile != profile:
+            _said(context.set_optimization_profile_async(profile, stream.handle), "set_optimization_profile_async")
+        _said(context.set_input_shape("pixels", (size, *self._buffers.image_shape)), "set_input_shape")
+        for name, memory in {"pixels": self._buffers.pixels, **self._buffers.device}.items():
+            _said(context.set_tensor_address(name, memory.address), "set_tensor_address")
+        return context
+
+    def _run(self, context: trt.IExecutionContext, size: int) -> None:
+        _said(context.execute_async_v3(self._buffers.stream.handle), "execute_async_v3")
+        self._buffers.read(size)
+
+    def enqueue(self, size: int) -> None:
+        _, graph = self._prepared[size]
+        graph.launch(self._buffers.stream)
+
+    def forget(self, size: int) -> None:
+        _, graph = self._prepared.pop(size)
+        graph.close()
+
+    def close(self) -> None:
+        for _, graph in self._prepared.values():
+            graph.close()
+        self._prepared.clear()
+        self._scratch.close()
+
+
+def _said(succeeded: bool, call: str) -> None:
+    if not succeeded:
+        raise runtime.CudaError(f"TensorRT's {call} failed; its log says why")
+
+
+def shape_of(dims: trt.Dims) -> tuple[int, ...]:
+    return tuple(int(dims[place]) for place in range(len(dims)))
+
+
+def _largest_batch(engine: trt.ICudaEngine) -> int:
+    return max(_largest_of(engine, profile) for profile in range(engine.num_optimization_profiles))
+
+
+def _profile_of(engine: trt.ICudaEngine, size: int) -> int:
+    """The profile of the smallest batches that holds ``size``: its kernels were chosen for the nearest."""
+    fitting = [profile for profile in range(engine.num_optimization_profiles) if _largest_of(engine, profile) >= size]
+    return min(fitting, key=lambda profile: _largest_of(engine, profile))
+
+
+def _largest_of(engine: trt.ICudaEngine, profile: int) -> int:
+    _, _, largest = engine.get_tensor_profile_shape("pixels", profile)
+    return int(largest[0])

@@ -1,0 +1,144 @@
+"""torch on a GPU, by CUDA graphs, or on the CPU: what runs where nothing quicker can be had. Imported by engines/open.py alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vitserve.model.arrays import Outputs, Pixels, Precision
+from vitserve.service import machine
+from vitserve.service.engines.engine import EngineUnavailable, gathered
+from vitserve.service.engines.torch.interpreter import TorchGraph
+
+if TYPE_CHECKING:
+    from vitserve.service.engines.cuda.batching import Buffers, GpuEngine
+
+TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+
+
+def open_torch(graph: Path, precision: Precision, lanes: int, threads: int, max_batch: int, *, compiled: bool = False) -> TorchEngine | GpuEngine:
+    """On the GPU if torch sees one. ``compiled`` has torch.compile make kernels for each batch size, which takes minutes. Raises EngineUnavailable."""
+    if precision not in TYPES:
+        raise EngineUnavailable(f"torch runs in {', '.join(TYPES)}, not in {precision}")
+    on_gpu = torch.cuda.is_available()
+    if machine.gpus() and not on_gpu:
+        raise EngineUnavailable("there is a GPU, but this torch sees none: it was built without CUDA, or for another driver")
+    network = TorchGraph(graph, TYPES[precision]).eval()
+    if not on_gpu:
+        return TorchEngine(network, precision, lanes, threads, max_batch, compiled=compiled)
+    return _on_gpu(network.cuda(), precision, lanes, max_batch, compiled=compiled)
+
+
+class TorchEngine:
+    """On the CPU: one network, whose weights the lanes share."""
+
+    name = "torch"
+
+    def __init__(self, network: TorchGraph, precision: Precision, lanes: int, threads: int, max_batch: int, *, compiled: bool) -> None:
+        self.precision, self.lanes, self.max_batch = precision, lanes, max_batch
+        torch.set_num_threads(threads)  # of each thread that runs a lane
+        self._network = torch.compile(network, dynamic=True) if compiled else network
+
+    def share(self, pixels: Pixels) -> None:
+        """Nothing to arrange: the CPU reads it as it is."""
+
+    def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
+        with torch.inference_mode():
+            logits, embedding = self._network(torch.from_numpy(gathered(pixels, rows)))
+        return Outputs(logits.numpy(), embedding.numpy())
+
+    def close(self) -> None:
+        del self._network
+
+
+def _on_gpu(network: TorchGraph, precision: Precision, lanes: int, max_batch: int, *, compiled: bool) -> GpuEngine:
+    from vitserve.service.engines.cuda.batch_sizes import candidates
+    from vitserve.service.engines.cuda.batching import Buffers, GpuEngine
+
+    shape = network.image_shape
+    with torch.inference_mode():
+        logits, embedding = network(torch.zeros(1, *shape, dtype=torch.uint8, device="cuda"))
+    backend = quickest_attention(network, torch.zeros(max_batch, *shape, dtype=torch.uint8, device="cuda"))
+    sizes = candidates(max_batch)
+    if compiled:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(sizes) + 1)  # beyond it the rest would silently not be compiled
+    runs = torch.compile(network, dynamic=False) if compiled else network
+
+    class TorchCudaEngine(GpuEngine):
+        name = "torch"
+
+    return TorchCudaEngine(
+        precision,
+        lanes,
+        max_batch,
+        sizes,
+        lambda: Buffers(shape, logits.shape[1], embedding.shape[1], max_batch),
+        lambda buffers: _Program(runs, buffers, backend, max_batch),
+    )
+
+
+def quickest_attention(network: TorchGraph, pixels: torch.Tensor) -> SDPBackend:
+    """Of torch's kernels for attention, by measurement; those that cannot run the network are left out."""
+    seconds = dict[SDPBackend, float]()
+    for backend in _ATTENTION:
+        try:
+            with torch.inference_mode(), sdpa_kernel([backend]):
+                for _ in range(3):  # the first makes and chooses
+                    began = time.monotonic()
+                    network(pixels)[0].cpu()
+                    seconds[backend] = time.monotonic() - began
+        except RuntimeError:  # "No available kernel"
+            continue
+    return min(seconds, key=lambda each: seconds[each])
+
+
+class _Addressed:
+    """Memory of ours as torch reads it: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], kind: str) -> None:
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": shape, "typestr": kind, "version": 3}
+
+
+class _Program:
+    """One CUDA graph for each batch size, all in one pool of memory, which only one of them uses at a time."""
+
+    def __init__(self, network: Any, buffers: Buffers, backend: SDPBackend, max_batch: int) -> None:
+        self._network, self._buffers, self._backend = network, buffers, backend
+        self._stream = torch.cuda.ExternalStream(buffers.stream.handle)  # type: ignore[no-untyped-call]
+        self._pixels = torch.as_tensor(_Addressed(buffers.pixels.address, (max_batch, *buffers.image_shape), "|u1"), device="cuda")
+        self._outputs = {
+            name: torch.as_tensor(_Addressed(memory.address, buffers.host[name].array.shape, "<f4"), device="cuda") for name, memory in buffers.device.items()
+        }
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs = dict[int, torch.cuda.CUDAGraph]()
+
+    def prepare(self, size: int) -> None:
+        with torch.inference_mode(), sdpa_kernel([self._backend]):
+            with torch.cuda.stream(self._stream):
+                self._run(size)  # once outside of a graph: what libraries do only the first time cannot be captured
+            self._buffers.stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                self._run(size)
+        self._graphs[size] = graph
+
+    def _run(self, size: int) -> None:
+        for name, values in zip(("logits", "embedding"), self._network(self._pixels[:size]), strict=True):
+            self._outputs[name][:size].copy_(values)
+
+    def enqueue(self, size: int) -> None:
+        with torch.cuda.stream(self._stream):
+            self._graphs[size].replay()
+        self._buffers.read(size)
+
+    def forget(self, size: int) -> None:
+        del self._graphs[size]
+
+    def close(self) -> None:
+        self._graphs.clear()

@@ -1,0 +1,259 @@
+"""A bundle's graph as torch runs it: ONNX operators, one torch call each. Imported by torch_engine.py.
+
+The graph is what was proven, so torch runs that, and not a network built anew from a checkpoint. Operators: https://onnx.ai/onnx/operators, as of opset 23;
+those that this project's networks are exported to, and no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vitserve.service.engines.cuda.graph_shapes import shapes_of
+from vitserve.service.engines.engine import EngineUnavailable
+from vitserve.service.engines.torch.fusion import ADD_NORM, LINEAR, LINEAR_GELU, Step, joined
+
+log = logging.getLogger(__name__)
+
+Attributes = dict[str, Any]
+Operator = Callable[[Sequence[Any], Attributes], Any]  # inputs, None where one is left out; a tuple where there are several outputs
+
+
+class TorchGraph(nn.Module):
+    """uint8 pixels [n, H, W, 3] → float32 logits [n, classes], embedding [n, width]; computed in ``dtype`` where the graph says float32."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Raises EngineUnavailable for an operator that is not known here."""
+        super().__init__()
+        self._dtype = dtype
+        graph = ir.load(path).graph
+        unknown = sorted({node.op_type for node in graph} - OPERATORS.keys() - {"Cast"})
+        if unknown:
+            raise EngineUnavailable(f"no torch call is known for {', '.join(unknown)} of {path.name}")
+        self._numbers = dict[str, list[Any]]()  # what says shapes, axes and what padding is filled with: read on the host, and never on the device
+        for name, value in graph.initializers.items():
+            assert value.const_value is not None
+            filling = any(user.op_type == "Pad" and index == 2 for user, index in value.uses())
+            if value.const_value.dtype == ir.DataType.INT64 or filling:
+                self._numbers[name] = value.const_value.numpy().reshape(-1).tolist()
+            else:
+                held = torch.from_numpy(value.const_value.numpy().copy())
+                self.register_buffer(_attribute(name), held.to(dtype) if held.is_floating_point() else held)
+        self.image_shape = shapes_of(path).image
+        self._inputs = [str(each.name) for each in graph.inputs]
+        self._outputs = [str(each.name) for each in graph.outputs]
+        steps = [
+            Step(
+                node.op_type,
+                [None if value is None else str(value.name) for value in node.inputs],
+                {name: attribute.value for name, attribute in node.attributes.items()},
+                [str(value.name) for value in node.outputs],
+            )
+            for node in graph
+        ]
+        self._steps = joined(steps, {str(name): len(value.shape or ()) for name, value in graph.initializers.items()}, self._outputs)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        values: dict[str, Any] = {**self._numbers, self._inputs[0]: pixels}
+
+        def read(name: str | None) -> Any:
+            return None if name is None else values[name] if name in values else getattr(self, _attribute(name))
+
+        for step in self._steps:
+            inputs = [read(name) for name in step.inputs]
+            made = inputs[0].to(self._dtype) if step.operator == "Cast" else OPERATORS[step.operator](inputs, step.attributes)
+            values.update(zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=True))
+        logits, embedding = (values[name] for name in self._outputs)
+        return logits.float(), embedding.float()
+
+
+def _attribute(name: str) -> str:
+    """Buffers' names hold no dots."""
+    return "value_" + name.replace(".", "_dot_")
+
+
+def _attention(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    """Q, K, V [n, tokens, width] → [n, queries, width]."""
+    heads = attributes["q_num_heads"]
+    query, key, value = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in inputs[:3])
+    mask = inputs[3] if len(inputs) > 3 else None
+    mixed = functional.scaled_dot_product_attention(query, key, value, mask, scale=attributes.get("scale"))
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _conv(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    x, pads = inputs[0], attributes.get("pads", (0, 0, 0, 0))
+    if tuple(pads[:2]) != tuple(pads[2:]):
+        x, pads = functional.pad(x, (pads[1], pads[3], pads[0], pads[2])), (0, 0)
+    weight, bias = inputs[1], inputs[2] if len(inputs) > 2 else None
+    kernel, strides = tuple(weight.shape[2:]), tuple(attributes["strides"])
+    if kernel == strides and not any(pads) and attributes["group"] == 1 and x.shape[2] % kernel[0] == x.shape[3] % kernel[1] == 0:
+        return _patches_projected(x, weight, bias)
+    return functional.conv2d(x, weight, bias, strides, tuple(pads[:2]), attributes["dilations"], attributes["group"])
+
+
+def _patches_projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution whose patches do not overlap, as the one product that it is: a sixth of the time that cuDNN takes for it (docs/gpu.md)."""
+    n, channels, (high, wide) = len(x), x.shape[1], weight.shape[2:]
+    rows, columns = x.shape[2] // high, x.shape[3] // wide
+    patches = x.reshape(n, channels, rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, channels * high * wide)
+    return functional.linear(patches, weight.flatten(1), bias).transpose(1, 2).view(n, -1, rows, columns)
+
+
+def _max_pool(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    top, left, bottom, right = attributes.get("pads", (0, 0, 0, 0))
+    x = functional.pad(inputs[0], (left, right, top, bottom), value=-math.inf)
+    pooled: Tensor = functional.max_pool2d(x, attributes["kernel_shape"], attributes["strides"])
+    return pooled
+
+
+def _gemm(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    left, right = (each.T if attributes.get(transposed) else each for each, transposed in zip(inputs, ("transA", "transB"), strict=False))
+    product: Tensor = attributes.get("alpha", 1.0) * (left @ right)
+    return product if len(inputs) < 3 else product + attributes.get("beta", 1.0) * inputs[2]
+
+
+def _slice(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    x: Tensor = inputs[0]
+    starts, ends = inputs[1:3]
+    axes = inputs[3] if len(inputs) > 3 else range(len(starts))
+    steps = inputs[4] if len(inputs) > 4 else [1] * len(starts)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        taken = slice(start, min(end, x.shape[axis]), step)
+        x = x[(slice(None),) * (axis % x.ndim) + (taken,)]
+    return x
+
+
+def _split(inputs: Sequence[Any], attributes: Attributes) -> tuple[Tensor, ...]:
+    axis = attributes.get("axis", 0)
+    if len(inputs) > 1:
+        return tuple(torch.split(inputs[0], inputs[1], axis))
+    return tuple(torch.chunk(inputs[0], attributes["num_outputs"], axis))
+
+
+def _concat(inputs: Sequence[Any], attributes: Attributes) -> Any:
+    if all(isinstance(each, list) for each in inputs):  # a shape
+        return [number for each in inputs for number in each]
+    return torch.cat(list(inputs), attributes["axis"])
+
+
+def _reshape(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    x, shape = inputs
+    sizes = [x.shape[place] if size == 0 and not attributes.get("allowzero") else size for place, size in enumerate(shape)]
+    shaped: Tensor = x.reshape(sizes)
+    return shaped
+
+
+def _expand(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    """A size of 1 on either side takes the other's."""
+    x, shape = inputs
+    expanded: Tensor = x.expand([there if wanted == 1 else wanted for there, wanted in zip(x.shape, shape, strict=True)])
+    return expanded
+
+
+def _reduce_mean(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    return torch.mean(inputs[0], dim=inputs[1], keepdim=bool(attributes.get("keepdims", 1)))
+
+
+def _gather(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    """One place of an axis, which then is gone."""
+    (place,) = inputs[1]
+    taken: Tensor = inputs[0].select(attributes.get("axis", 0), place)
+    return taken
+
+
+def _pad(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    x, pads = inputs[:2]
+    (value,) = inputs[2] if len(inputs) > 2 and inputs[2] is not None else (0.0,)
+    ends = [each for place in reversed(range(x.ndim)) for each in (pads[place], pads[x.ndim + place])]
+    return functional.pad(x, ends, value=value)
+
+
+def _group_norm(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    return functional.group_norm(inputs[0], attributes["num_groups"], inputs[1], inputs[2], attributes["epsilon"])
+
+
+def _batch_norm(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    x, scale, bias, mean, variance = inputs
+    return functional.batch_norm(x, mean, variance, scale, bias, eps=attributes["epsilon"])
+
+
+def _linear_gelu(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    """In bf16 on a GPU the product's kernel applies GELU itself, by its tanh form: 5e-4 from the exact one at most, which bf16 does not resolve above 1/8."""
+    x, weight, bias = inputs
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        flat: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight, use_gelu=True)
+        return flat.view(*x.shape[:-1], -1)
+    return functional.gelu(functional.linear(x, weight.T, bias), approximate=attributes.get("approximate", "none"))
+
+
+def _add_norm(inputs: Sequence[Any], attributes: Attributes) -> tuple[Tensor, Tensor]:
+    x, y, *parameters = inputs
+    kernel = _kernel() if x.is_cuda else None
+    if kernel is not None and len(parameters) == 2 and x.shape == y.shape and x.is_contiguous() and y.is_contiguous():
+        return kernel(x, y, *parameters, attributes["epsilon"])
+    total = x + y
+    return total, _layer_norm([total, *parameters], attributes)
+
+
+@cache
+def _kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """None where Triton is not installed, or has no C compiler to make its kernels callable with."""
+    try:
+        from vitserve.service.engines.torch.kernels import add_norm
+
+        tried = torch.ones(2, 64, device="cuda")
+        add_norm(tried, tried, tried[0], tried[0], 1e-6)
+    except Exception as error:  # of several kinds, none of them public
+        log.warning("sums and norms run as two kernels, because Triton cannot make one of them: %s", error)
+        return None
+    return add_norm
+
+
+def _layer_norm(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
+    bias = inputs[2] if len(inputs) > 2 else None
+    return functional.layer_norm(inputs[0], inputs[1].shape, inputs[1], bias, attributes["epsilon"])
+
+
+OPERATORS: dict[str, Operator] = {
+    "Add": lambda inputs, _: inputs[0] + inputs[1],
+    "Attention": _attention,
+    "BatchNormalization": _batch_norm,
+    "Concat": _concat,
+    "Conv": _conv,
+    "Div": lambda inputs, _: inputs[0] / inputs[1],
+    "Expand": _expand,
+    "Gather": _gather,
+    "Gelu": lambda inputs, attributes: functional.gelu(inputs[0], approximate=attributes.get("approximate", "none")),
+    "Gemm": _gemm,
+    "GroupNormalization": _group_norm,
+    "LayerNormalization": _layer_norm,
+    "MatMul": lambda inputs, _: inputs[0] @ inputs[1],
+    ADD_NORM: _add_norm,
+    LINEAR_GELU: _linear_gelu,
+    LINEAR: lambda inputs, _: functional.linear(inputs[0], inputs[1].T, inputs[2]),
+    "MaxPool": _max_pool,
+    "Mul": lambda inputs, _: inputs[0] * inputs[1],
+    "Pad": _pad,
+    "Reciprocal": lambda inputs, _: torch.reciprocal(inputs[0]),
+    "ReduceMean": _reduce_mean,
+    "Relu": lambda inputs, _: torch.relu(inputs[0]),
+    "Reshape": _reshape,
+    "Shape": lambda inputs, attributes: list(inputs[0].shape[attributes.get("start", 0) : attributes.get("end")]),
+    "Sigmoid": lambda inputs, _: torch.sigmoid(inputs[0]),
+    "Slice": _slice,
+    "Split": _split,
+    "Sqrt": lambda inputs, _: torch.sqrt(inputs[0]),
+    "Sub": lambda inputs, _: inputs[0] - inputs[1],
+    "Tanh": lambda inputs, _: torch.tanh(inputs[0]),
+    "Transpose": lambda inputs, attributes: inputs[0].permute(attributes["perm"]),
+}

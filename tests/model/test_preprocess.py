@@ -1,0 +1,188 @@
+"""Image bytes → pixels: equal to timm's evaluation transform, upright, over white, and refused before it costs anything."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import encoded, picture
+from vitserve.export.checkpoint.formats import huggingface
+from vitserve.model.bundle.preprocess import DamagedImage, Decoder, Interpolation, NotAnImage, Preprocessing, TooManyPixels
+
+EXACT = Decoder(Preprocessing(32), jpeg_draft=False)
+# The greatest mean difference, in levels of 255, that decoding JPEGs at a reduced scale may make to a photo, by image size.
+DRAFT_MEAN_DIFFERENCE = {32: 3.0, 224: 0.3}
+
+
+@pytest.mark.parametrize("size", [32, 224, 384])
+@pytest.mark.parametrize("crop", [0.875, 0.9, 1.0])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pixels_equal_timms_evaluation_transform_to_the_bit(size: int, crop: float, interpolation: Interpolation, timm: ModuleType) -> None:
+    decoder = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
+    transform = timm.data.create_transform((3, size, size), crop_pct=crop, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1))
+    for seed, shape in enumerate([(500, 333), (333, 500), (224, 224), (225, 448), (640, 427), (31, 77)]):
+        image = encoded(picture(*shape, seed=seed), "JPEG")
+        assert np.array_equal(decoder.decode(image), timm_pixels(transform, image))
+
+
+# In the suite, two of the combinations; all of them take a minute.
+COMBINATIONS = [(size, crop, interpolation) for size in (224, 384) for crop in (0.875, 0.9, 0.95, 1.0) for interpolation in ("bicubic", "bilinear")]
+SOME = [each if each in ((224, 0.9, "bicubic"), (384, 1.0, "bilinear")) else pytest.param(*each, marks=pytest.mark.slow) for each in COMBINATIONS]
+
+
+@pytest.mark.parametrize(("size", "crop", "interpolation"), SOME)
+def test_photos_equal_timms_evaluation_transform_to_the_bit(size: int, crop: float, interpolation: Interpolation, photos: list[Path], timm: ModuleType) -> None:
+    decoder = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
+    transform = timm.data.create_transform((3, size, size), crop_pct=crop, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1))
+    for photo in photos:
+        image = photo.read_bytes()
+        assert np.array_equal(decoder.decode(image), timm_pixels(transform, image)), photo.name
+
+
+PROCESSORS = {
+    "ViT": ("ViTImageProcessorPil", {"size": {"height": 224, "width": 224}, "resample": 2}),
+    "ViT, bicubic, 384": ("ViTImageProcessorPil", {"size": {"height": 384, "width": 384}, "resample": 3}),
+    "DeiT": (
+        "DeiTImageProcessorPil",
+        {"size": {"height": 256, "width": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "resample": 3},
+    ),
+    "DINOv2": ("BitImageProcessorPil", {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "resample": 3}),
+    "odd": ("BitImageProcessorPil", {"size": {"shortest_edge": 403}, "crop_size": {"height": 384, "width": 384}, "do_center_crop": True, "resample": 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize(("processor", "settings"), PROCESSORS.values(), ids=PROCESSORS.keys())
+def test_photos_equal_transformers_image_processors_to_the_bit(processor: str, settings: dict[str, Any], photos: list[Path], transformers: ModuleType) -> None:
+    """Those that work with Pillow, as ours does; the ones that work with torch round otherwise."""
+    theirs = getattr(transformers, processor)(do_rescale=False, do_normalize=False, **settings)
+    full = settings | {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    decoder = Decoder(huggingface.preprocessing(full), jpeg_draft=False)
+    for photo in photos:
+        expected = theirs(Image.open(photo).convert("RGB"), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        assert np.array_equal(decoder.decode(photo.read_bytes()), expected), photo.name
+
+
+def timm_pixels(transform: object, image: bytes) -> np.ndarray:
+    tensor = transform(Image.open(io.BytesIO(image)).convert("RGB"))  # type: ignore[operator]
+    return (tensor.numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_reduced_decoding_stays_within_its_stated_difference(size: int, photos: list[Path]) -> None:
+    exact, draft = (Decoder(Preprocessing(size), jpeg_draft=allowed) for allowed in (False, True))
+    differences = []
+    for photo in photos:
+        image = photo.read_bytes()
+        differences.append(np.abs(exact.decode(image).astype(int) - draft.decode(image)).mean())
+    assert max(differences) <= DRAFT_MEAN_DIFFERENCE[size]
+    assert max(differences) > 0, "no photo was large enough for the reduced scale to be used"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(orientation: int) -> None:
+    upright = picture(48, 32, seed=3)
+    stored = {
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.rotate(180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for kind in ("PNG", "TIFF", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        decoded = EXACT.decode(encoded(stored, kind, exif=exif, **options))
+        assert np.array_equal(decoded, EXACT.decode(encoded(upright))), kind
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_is_ignored() -> None:
+    assert EXACT.decode(encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0garbage")).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "I;16"])
+def test_every_opaque_mode_becomes_its_rgb(mode: str) -> None:
+    grey = picture(64, 64, seed=1).convert("L")
+    stored = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    expected = EXACT.decode(encoded(stored.convert("L") if mode == "1" else grey))
+    decoded = EXACT.decode(encoded(stored, "TIFF"))
+    assert np.abs(decoded.astype(int) - expected).max() <= 2, mode  # YCbCr and CMYK round once more
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "L with a transparent grey"])
+def test_transparency_is_laid_over_white(kind: str) -> None:
+    image = Image.new("RGBA", (40, 40), (200, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 20, 40))
+    options = {}
+    if kind in ("RGBA", "LA"):
+        image = image.convert(kind)
+    elif kind == "P":
+        image = image.quantize(4)
+    else:
+        image, options = Image.new("L", (40, 40), 7), {"transparency": 7}
+    pixels = EXACT.decode(encoded(image, "PNG", **options))
+    assert pixels[16, 4].tolist() == [255, 255, 255]
+    if kind in ("RGBA", "P"):
+        assert pixels[16, 28].tolist() == [200, 0, 0]
+
+
+def test_the_first_frame_of_an_animation_is_taken() -> None:
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        animated = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert np.abs(EXACT.decode(animated)[16, 16].astype(int) - [255, 0, 0]).max() <= 3, kind
+
+
+def test_a_single_pixel_is_an_image() -> None:
+    assert np.array_equal(EXACT.decode(encoded(Image.new("RGB", (1, 1), (9, 8, 7)))), np.full((32, 32, 3), (9, 8, 7)))
+
+
+def test_nothing_and_noise_are_not_images() -> None:
+    for data in (b"", b"\0", b"GIF89a", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
+        with pytest.raises((NotAnImage, DamagedImage)):
+            EXACT.decode(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_truncated_image_is_refused(kind: str) -> None:
+    whole = encoded(picture(200, 150), kind)
+    with pytest.raises((DamagedImage, NotAnImage)):
+        EXACT.decode(whole[: len(whole) * 2 // 3])
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + struct.pack(">I", 0) + b"IDAT" + b"\0" * 4
+
+
+def test_too_many_pixels_are_refused_from_the_header() -> None:
+    with pytest.raises(TooManyPixels, match=r"400000000 pixels.*limit here is 50,000,000|20000 × 20000 pixels; the limit is 50,000,000"):
+        EXACT.decode(png_header(20000, 20000))
+    with pytest.raises(TooManyPixels, match="8000 × 8000 pixels; the limit is 50,000,000"):
+        EXACT.decode(png_header(8000, 8000))
+
+
+def test_a_sliver_that_the_resize_would_blow_up_is_refused() -> None:
+    with pytest.raises(TooManyPixels, match="1 × 2000000 pixels becomes 32 × 64000000"):
+        EXACT.decode(png_header(1, 2_000_000))
+
+
+def test_unknown_preprocessing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"crop is 1\.5"):
+        Preprocessing(32, crop=1.5)
+    with pytest.raises(ValueError, match="no interpolation 'box'"):
+        Preprocessing(32, interpolation="box")  # type: ignore[arg-type]

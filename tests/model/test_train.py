@@ -1,0 +1,202 @@
+"""Training: it learns, it can be interrupted, and what it stores is what it tested."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+import vitserve.model.training.train
+from tests.conftest import encoded
+from vitserve.export.build_bundle import build_bundle
+from vitserve.export.checkpoint.load import load_checkpoint
+from vitserve.model.config import ResNetConfig, ViTConfig
+from vitserve.model.training.data import ImageArchive, Labelled, augment, cutmix, mixup, recolour, warp
+from vitserve.model.training.train import LONG, Recipe, device_called, evaluate, hold_out, train
+from vitserve.service.engines.selection import EngineOptions, open_engine
+
+CONFIG = ViTConfig(image_size=16, patch_size=8, width=32, depth=1, heads=2, mlp_width=64, classes=2, stem=(8, 16))
+RECIPE = Recipe(epochs=3, batch_size=16, validation_images=16)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reddish and greenish noise."""
+    from PIL import Image
+
+    random, arrays = np.random.default_rng(0), {"classes": np.array(["red", "green"])}
+    for split, count in (("train", 176), ("test", 32)):
+        labels = random.integers(0, 2, count).astype(np.uint8)
+        images = []
+        for label in labels:
+            pixels = random.integers(0, 160, (16, 16, 3), np.uint8)
+            pixels[..., label] += 60
+            images.append(encoded(Image.fromarray(pixels), "JPEG"))
+        arrays |= {
+            f"{split}_jpeg": np.frombuffer(b"".join(images), np.uint8),
+            f"{split}_offsets": np.cumsum([0] + [len(each) for each in images]),
+            f"{split}_labels": labels,
+        }
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def test_it_learns_and_what_is_stored_is_what_was_tested(archive: Path, tmp_path: Path) -> None:
+    report = train(CONFIG, RECIPE, archive, tmp_path)
+    assert report["test_accuracy"] > 0.9
+    assert [each["epoch"] for each in report["history"]] == [1, 2, 3]
+    assert np.sum(report["confusion"]) == report["test_images"] == 32
+    assert np.trace(report["confusion"]) / 32 == pytest.approx(report["test_accuracy"])
+    assert json.loads((tmp_path / "training.json").read_text()) == json.loads(json.dumps(report))
+    stored = load_checkpoint(tmp_path / "weights.safetensors")
+    assert stored.labels == ("red", "green")
+    assert evaluate(stored.network, ImageArchive(archive).split("test"), RECIPE)[0] == report["test_accuracy"]
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*arguments: object) -> tuple[float, torch.Tensor]:
+        genuine_save(*arguments)  # type: ignore[arg-type]
+        raise Interrupted
+
+    whole = train(CONFIG, RECIPE, archive, tmp_path / "whole")
+    genuine_save = vitserve.model.training.train.save_atomically
+    for _ in range(2):
+        monkeypatch.setattr(vitserve.model.training.train, "save_atomically", interrupt)
+        with pytest.raises(Interrupted):
+            train(CONFIG, RECIPE, archive, tmp_path / "parts")
+    monkeypatch.setattr(vitserve.model.training.train, "save_atomically", genuine_save)
+    parts = train(CONFIG, RECIPE, archive, tmp_path / "parts")
+    assert [each["loss"] for each in parts["history"]] == [each["loss"] for each in whole["history"]]
+    assert parts["confusion"] == whole["confusion"]
+
+
+def test_the_test_set_is_read_only_at_the_end(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    genuine_split, genuine_epoch = ImageArchive.split, vitserve.model.training.train.one_epoch
+    monkeypatch.setattr(ImageArchive, "split", lambda self, name: (order.append(name), genuine_split(self, name))[1])
+    monkeypatch.setattr(vitserve.model.training.train, "one_epoch", lambda *arguments: (order.append("epoch"), genuine_epoch(*arguments))[1])
+    train(CONFIG, RECIPE, archive, tmp_path)
+    assert order == ["train", "epoch", "epoch", "epoch", "test"]
+
+
+def test_validation_images_are_held_out() -> None:
+    everything = Labelled(torch.arange(100).view(100, 1, 1, 1), torch.arange(100))
+    training, validation = hold_out(everything, Recipe(validation_images=30))
+    assert len(training) == 70
+    assert len(validation) == 30
+    assert sorted(torch.cat([training.classes, validation.classes]).tolist()) == list(range(100))
+
+
+def test_augmenting_moves_and_mirrors_whole_images() -> None:
+    image = torch.arange(64.0).view(1, 1, 8, 8).expand(2000, 3, 8, 8)
+    moved = augment(image, 2, torch.Generator().manual_seed(0))
+    assert moved.shape == image.shape
+    centres = {(int(each[0, 4, 3]), int(each[0, 4, 4])) for each in moved}
+    assert {abs(left - right) for left, right in centres} == {1}, "neighbours stay neighbours"
+    assert {left < right for left, right in centres} == {True, False}, "half are mirrored"
+    assert len(centres) == 2 * 5 * 5
+    assert torch.equal(augment(image, 0, torch.Generator().manual_seed(0))[0].sort().values, image[0].sort().values)
+
+
+def test_mixup_blends_images_and_targets_alike() -> None:
+    images, targets = torch.eye(4).view(4, 4, 1, 1), torch.eye(4)
+    mixed, blended = mixup(images, targets, 0.5, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(mixed.view(4, 4), blended)
+    torch.testing.assert_close(blended.sum(1), torch.ones(4))
+
+
+def test_cutmix_takes_the_targets_in_the_shares_of_the_area() -> None:
+    """Of one-coloured images, by whose colour a pixel tells where it came from."""
+    images, targets = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8), torch.eye(4)
+    for seed in range(20):
+        mixed, blended = cutmix(images, targets, torch.Generator().manual_seed(seed))
+        shares = torch.stack([(mixed[:, 0] == source).float().mean((1, 2)) for source in range(4)], 1)
+        torch.testing.assert_close(shares, blended)
+    assert torch.equal(images, torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)), "the batch itself is left alone"
+
+
+@pytest.mark.parametrize("change", [warp, recolour])
+def test_images_change_by_as_much_as_is_asked_for(change: Callable[[torch.Tensor, float, torch.Generator], torch.Tensor]) -> None:
+    smooth = torch.linspace(-1, 1, 16).view(1, 1, 1, 16) * torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1, 1)
+    images = smooth.expand(50, 3, 16, 16)
+
+    def by(strength: float) -> float:
+        changed = change(images, strength, torch.Generator().manual_seed(0))
+        assert changed.shape == images.shape
+        return float((changed - images).abs().mean())
+
+    assert by(0.0) < 1e-6
+    assert 0.001 < by(0.05) < by(0.3) < 0.5
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="there is no device 'tpu'; known: auto, cpu, cuda"):
+        device_called("tpu")
+    if not torch.cuda.is_available():
+        assert device_called("auto") == torch.device("cpu")
+        with pytest.raises(ValueError, match="torch sees no GPU here"):
+            device_called("cuda")
+
+
+def test_the_long_recipe_learns(archive: Path, tmp_path: Path) -> None:
+    """With all that is done to images, in as few steps as there are."""
+    recipe = replace(LONG, epochs=12, batch_size=16, validation_images=16, ema_decay=0.9, bf16=False, optimizer="adamw", recolour=0.05)
+    assert train(CONFIG, recipe, archive, tmp_path)["test_accuracy"] > 0.8
+
+
+def test_an_archive_of_other_classes_is_refused(archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the archive has 2 classes; the variant has 10"):
+        train(ViTConfig(**{**CONFIG.__dict__, "classes": 10}), RECIPE, archive, tmp_path)
+
+
+FAMILIES = {
+    "class token": replace(CONFIG, stem=None),
+    "mean": replace(CONFIG, stem=None, pool="mean", class_token=False, norm_after_pool=True),
+    "axial": replace(CONFIG, stem=None, attention="axial"),
+    "local": replace(CONFIG, stem=None, attention="local", window=1),
+    "hybrid of a ResNet": replace(CONFIG, stem=None, resnet=(1,)),
+    "ResNet": ResNetConfig(image_size=16, blocks=(1,), width_factor=1, classes=2),
+}
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+def test_every_family_trains_exports_and_runs(config: ViTConfig | ResNetConfig, archive: Path, tmp_path: Path) -> None:
+    """With what it learned: the exported bundle, opened as the service opens it, is right about the test images."""
+    train(config, replace(RECIPE, epochs=4, mixup_share=0.0), archive, tmp_path)
+    bundle = build_bundle(load_checkpoint(tmp_path / "weights.safetensors"), tmp_path / "bundle", name="family", precisions=[])
+    assert bundle.manifest.config == config
+    test = ImageArchive(archive).split("test")
+    pixels = np.ascontiguousarray(test.pixels.numpy().transpose(0, 2, 3, 1))
+    engine = open_engine(bundle, EngineOptions(max_batch=8)).engine
+    predicted = np.concatenate([engine.run(0, part).logits.argmax(1) for part in np.split(pixels, 4)])
+    engine.close()
+    assert (predicted == test.classes.numpy()).mean() > 0.8
+
+
+def test_a_smaller_share_is_a_part_of_a_greater_one_and_validates_on_the_same(archive: Path) -> None:
+    everything = ImageArchive(archive).split("train")
+    (tenth, validation), (half, same_validation) = (hold_out(everything, replace(RECIPE, share=share)) for share in (0.1, 0.5))
+    assert (len(tenth), len(half)) == (16, 80)
+    assert torch.equal(tenth.pixels, half.pixels[:16])
+    assert torch.equal(validation.pixels, same_validation.pixels)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_either_optimizer_moves_every_weight(optimizer: Literal["muon", "adamw"]) -> None:
+    recipe = replace(RECIPE, optimizer=optimizer)
+    state = vitserve.model.training.train.begin(CONFIG, recipe, steps=10)
+    before = {name: weight.detach().clone() for name, weight in state.network.named_parameters()}
+    batch = Labelled(torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.randint(0, 2, (16,)))
+    for _ in range(2):  # the head begins at zero, so that the first step moves nothing before it
+        vitserve.model.training.train.one_step(state, state.network, batch, recipe, mix=False)
+    assert [name for name, weight in state.network.named_parameters() if torch.equal(weight, before[name])] == []

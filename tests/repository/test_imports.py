@@ -1,0 +1,153 @@
+"""Which directory may import which. Imports point one way, and the three kinds of process know nothing of one another."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Directory or file → the modules and packages of vitserve that it may import, itself included. The longest matching name applies.
+MAY_IMPORT: dict[str, set[str]] = {
+    "model/config.py": set(),
+    "model/arrays.py": set(),
+    "model/bundle": {"model.arrays", "model.config", "model.bundle"},
+    "model/network": {"model.config", "model.network"},
+    "model/training": {"model.arrays", "model.config", "model.bundle.preprocess", "model.network", "model.training"},
+    "service/errors.py": {"model.bundle.preprocess"},
+    "service/machine.py": set(),
+    "service/python_process.py": set(),
+    "service/scheduler.py": set(),
+    "service/metrics.py": {"service.ipc.control_channel"},
+    "service/settings.py": {"service.engines.catalog"},
+    "service/engines/catalog.py": set(),
+    "service/engines": {"model.arrays", "model.bundle", "model.config", "service.engines", "service.machine", "service.python_process"},
+    "service/ipc": {"model.arrays", "model.bundle.preprocess", "service.ipc", "service.scheduler"},
+    "service/supervisor": {
+        "service.engines.catalog",
+        "service.ipc.control_channel",
+        "service.ipc.control_messages",
+        "service.ipc.memory_layout",
+        "service.machine",
+        "service.python_process",
+        "service.settings",
+        "service.supervisor",
+    },
+    "service/http_worker": {
+        "model.arrays",
+        "model.bundle",
+        "service.errors",
+        "service.http_worker",
+        "service.ipc",
+        "service.machine",
+        "service.metrics",
+        "service.scheduler",
+        "service.settings",
+    },
+    "service/engine_worker": {
+        "model.arrays",
+        "model.bundle",
+        "service.engine_worker",
+        "service.engines",
+        "service.ipc",
+        "service.machine",
+        "service.metrics",
+        "service.scheduler",
+        "service.settings",
+    },
+    "export": {"export", "model", "service.engines", "service.machine", "service.python_process"},
+    "bench": {
+        "bench",
+        "model.arrays",
+        "model.bundle",
+        "model.config",
+        "service.engine_worker",
+        "service.engines",
+        "service.ipc",
+        "service.machine",
+        "service.scheduler",
+        "service.settings",
+    },
+    "vitserve": {"bench", "cli", "export", "model", "service"},
+    "benchmarks": {"bench", "export", "model", "service"},
+}
+TORCH = {"torch", "onnx", "onnxscript", "safetensors", "timm"}
+MAY_USE_TORCH = ("export/", "model/network/", "model/training/", "service/engines/torch/", "service/http_worker/gpu_decoder.py", "benchmarks/")
+
+
+def sources() -> list[Path]:
+    return [path for folder in ("model", "export", "service", "bench", "benchmarks", "vitserve/cli") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that the file imports, wherever in it. ``from a import b`` counts as a.b too where that is a module."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules = {f"{node.module}.{alias.name}" for alias in node.names if is_module(f"{node.module}.{alias.name}")}
+            names |= modules or {node.module}
+    return names
+
+
+@cache
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+def rule_of(path: Path) -> set[str]:
+    relative = str(path.relative_to(ROOT))
+    return MAY_IMPORT[max((part for part in MAY_IMPORT if relative == part or relative.startswith(f"{part}/")), key=len)]
+
+
+def forbidden(path: Path, names: set[str]) -> set[str]:
+    ours = {name.removeprefix("vitserve.") for name in names if name.startswith("vitserve.")}
+    return {name for name in ours if not any(f"{name}.".startswith(f"{allowed}.") for allowed in rule_of(path))}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    assert not forbidden(path, imported(path))
+
+
+def test_the_rules_would_notice_an_http_worker_that_imports_an_engine() -> None:
+    app = ROOT / "service" / "http_worker" / "app.py"
+    assert forbidden(app, {"vitserve.service.engines.openvino_engine"}) == {"service.engines.openvino_engine"}
+    assert forbidden(app, {"vitserve.service.engine_worker.main", "vitserve.service.supervisor.supervisor"})
+    assert not forbidden(app, {"vitserve.service.ipc.slots", "numpy"})
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_some_directories_use_torch(path: Path) -> None:
+    if not str(path.relative_to(ROOT)).startswith(MAY_USE_TORCH):
+        assert not {name.split(".")[0] for name in imported(path)} & TORCH
+
+
+def test_there_are_no_import_cycles() -> None:
+    graph = {module_name(path): {name for name in imported(path) if name.startswith(("vitserve.", "benchmarks."))} for path in sources()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"import cycle: {' → '.join((*trail[trail.index(name) :], name))}"
+        if name in done:
+            return
+        for other in graph.get(name, set()):
+            visit(other, (*trail, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def module_name(path: Path) -> str:
+    dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return dotted if dotted.startswith(("vitserve.", "benchmarks.")) else f"vitserve.{dotted}"
+
+
+def test_init_files_are_empty() -> None:
+    assert all(path.read_text() == "" for path in sources() if path.name == "__init__.py")

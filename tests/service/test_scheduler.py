@@ -1,0 +1,261 @@
+"""The scheduler's rules one by one; test_simulation.py has what follows from them."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitserve.bench.simulation import SECONDS
+from vitserve.service.scheduler import Batch, Request, Scheduler
+
+
+def request(deadline: float, identity: int, rank: int = 4, alone: bool = False) -> Request:
+    return Request(rank, deadline, identity, alone)
+
+
+def test_the_knee_is_the_smallest_batch_near_the_best_throughput() -> None:
+    assert Scheduler(SECONDS).knee == 4
+    assert Scheduler({size: 0.1 * size for size in range(1, 9)}).knee == 1
+    assert Scheduler(dict.fromkeys(range(1, 9), 0.1)).knee == 8
+
+
+def test_the_most_urgent_run_first() -> None:
+    scheduler = Scheduler({1: 0.001})
+    for deadline, identity in ((3.0, 0), (1.0, 1), (2.0, 2), (1.0, 3)):
+        assert scheduler.admit(request(deadline, identity), 0.0) is None
+    order = []
+    while (batch := scheduler.next_batch(0, 0.0)) is not None:
+        order += [request.id for request in batch.requests]
+        scheduler.done(batch, 0.001)
+    assert order == [1, 3, 2, 0]
+
+
+def test_one_that_would_make_an_admitted_one_late_is_shed() -> None:
+    scheduler = Scheduler({1: 1.0})
+    assert scheduler.admit(request(1.5, 0), 0.0) is None
+    shed = scheduler.admit(request(1.2, 1), 0.0)
+    assert shed is not None
+    assert shed.reason == "deadline"
+    assert scheduler.admit(request(2.5, 2), 0.0) is None
+
+
+def test_retry_after_is_the_truth() -> None:
+    """Asked again after that many seconds, with nobody else come, the same request is admitted; a little sooner it is not."""
+    timeout = 5.5
+    for wait, admitted in ((-0.01, False), (0.0, True)):
+        scheduler = Scheduler({1: 1.0})
+        for identity in range(5):
+            assert scheduler.admit(request(timeout, identity), 0.0) is None
+        running = scheduler.next_batch(0, 0.0)
+        shed = scheduler.admit(request(timeout, 9), 0.0)
+        assert running is not None
+        assert shed is not None
+        later = shed.retry_after_seconds + wait
+        for end in range(1, int(later) + 1):
+            scheduler.done(running, float(end))
+            running = scheduler.next_batch(0, float(end))
+            assert running is not None
+        assert (scheduler.admit(request(later + timeout, 10), later) is None) is admitted
+
+
+def test_a_full_queue_sheds_and_says_when_a_place_is_free() -> None:
+    scheduler = Scheduler({1: 0.5}, capacity=2)
+    assert [scheduler.admit(request(99.0, identity), 0.0) for identity in range(2)] == [None, None]
+    shed = scheduler.admit(request(99.0, 2), 0.0)
+    assert shed is not None
+    assert (shed.reason, shed.retry_after_seconds) == ("full", 0.5)
+
+
+def test_measured_seconds_follow_what_batches_take() -> None:
+    scheduler = Scheduler({1: 0.1, 2: 0.2})
+    for step in range(100):
+        scheduler.admit(request(1e9, step), 0.0)
+        batch = scheduler.next_batch(0, 10.0 * step)
+        assert batch is not None
+        scheduler.done(batch, 10.0 * step + 0.3)
+    assert scheduler.measured[0] == pytest.approx(0.3, rel=1e-3)
+
+
+@given(batches=st.lists(st.tuples(st.integers(1, 4), st.floats(0.2, 5.0)), max_size=200))
+def test_the_knee_stays_whatever_batches_take_under_load(batches: list[tuple[int, float]]) -> None:
+    """What is run then does not compare: the larger batches when there is much to do, the smaller at ease, those above the knee never."""
+    scheduler = Scheduler(SECONDS)
+    for number, (size, times) in enumerate(batches):
+        started = 10.0 * number
+        scheduler.done(Batch(0, tuple(request(1e9, identity) for identity in range(size)), started), started + times * SECONDS[size])
+        assert scheduler.knee == 4
+
+
+def test_one_that_does_not_wait_cannot_be_withdrawn() -> None:
+    scheduler = Scheduler({1: 0.1})
+    for number in range(2):
+        assert scheduler.admit(request(9.0, number), 0.0) is None
+    assert scheduler.next_batch(0, 0.0) is not None
+    assert not scheduler.withdraw(request(9.0, 0)), "it is running"
+    assert not scheduler.withdraw(request(5.0, 7)), "it never came"
+    assert scheduler.withdraw(request(9.0, 1))
+    assert scheduler.waiting == 0
+
+
+def test_a_failed_batch_frees_its_lane_and_teaches_nothing() -> None:
+    scheduler = Scheduler({1: 0.1})
+    scheduler.admit(request(9.0, 0), 0.0)
+    batch = scheduler.next_batch(0, 0.0)
+    assert batch is not None
+    with pytest.raises(ValueError, match="lane 0 is still running"):
+        scheduler.next_batch(0, 0.0)
+    scheduler.abandon(batch, 5.0)
+    assert scheduler.measured == [0.1]
+    assert scheduler.next_batch(0, 5.0) is None
+
+
+def test_a_gap_in_the_measurements_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"given are \[1, 3\]"):
+        Scheduler({1: 0.1, 3: 0.2})
+
+
+ACTIONS = st.sampled_from(["admit", "restore", "run", "done", "abandon", "withdraw", "expire"])
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(ACTIONS, st.integers(0, 20)), max_size=60), st.integers(1, 3))
+def test_whatever_happens_every_request_is_accounted_for_once(actions: list[tuple[str, int]], lanes: int) -> None:
+    scheduler = Scheduler(SECONDS, lanes=lanes, capacity=6)
+    waiting: set[Request] = set()
+    running: dict[int, Batch] = {}
+    for identity, (action, number) in enumerate(actions):
+        now = 0.002 * (identity + 1)
+        new = request(now + 0.01 * number, identity, rank=number % 3, alone=number % 4 == 0)
+        if action == "admit":
+            if scheduler.admit(new, now) is None:
+                waiting.add(new)
+        elif action == "restore":
+            scheduler.restore(new)
+            waiting.add(new)
+        elif action == "run" and number % lanes not in running:
+            batch = scheduler.next_batch(number % lanes, now)
+            assert (batch is None) is (not waiting)
+            if batch is not None:
+                running[number % lanes] = batch
+                assert set(batch.requests) <= waiting
+                assert max(batch.requests) <= min(waiting - set(batch.requests), default=max(batch.requests))
+                assert len(batch.requests) == 1 or not any(each.alone for each in batch.requests)
+                waiting -= set(batch.requests)
+        elif action in ("done", "abandon") and number % lanes in running:
+            (scheduler.done if action == "done" else scheduler.abandon)(running.pop(number % lanes), now)
+        elif action == "withdraw":
+            gone = min(waiting, default=new)
+            assert scheduler.withdraw(gone) is (gone in waiting)
+            waiting.discard(gone)
+            assert not any(scheduler.withdraw(each) for batch in running.values() for each in batch.requests), "those that run, run"
+        elif action == "expire":
+            expired = scheduler.expire(now)
+            assert set(expired) == {each for each in waiting if each.deadline < now}
+            waiting -= set(expired)
+        assert scheduler.waiting == len(waiting)
+
+
+def test_an_urgent_one_runs_before_an_earlier_deadline() -> None:
+    scheduler = Scheduler({1: 0.1})
+    for each in (request(1.0, 0, rank=9), request(8.0, 1, rank=0), request(2.0, 2, rank=4)):
+        assert scheduler.admit(each, 0.0) is None
+    order = []
+    while (batch := scheduler.next_batch(0, 0.0)) is not None:
+        order += [each.id for each in batch.requests]
+        scheduler.done(batch, 0.1)
+    assert order == [1, 2, 0]
+
+
+def test_room_is_left_for_the_urgent_that_have_come_of_late_and_only_then() -> None:
+    def accepted(urgent: int) -> int:
+        """Of a hundred unimportant ones that could all be done in time, after so many urgent ones in the second before."""
+        scheduler = Scheduler({1: 0.01})
+        for number in range(urgent):
+            assert scheduler.admit(request(number / urgent + 9, number, rank=0), number / urgent) is None
+            batch = scheduler.next_batch(0, number / urgent)
+            assert batch is not None
+            scheduler.done(batch, number / urgent + 0.01)
+        return sum(scheduler.admit(request(2.0 + 1e-9, 1000 + number, rank=9), 1.0) is None for number in range(100))
+
+    assert accepted(urgent=0) == 100
+    assert 85 < accepted(urgent=50) < 95, "fifty in a second, of five seconds' average: a tenth of the time"
+
+
+def test_one_that_was_admitted_before_is_never_refused_and_runs_alone_if_suspected() -> None:
+    scheduler = Scheduler(SECONDS, capacity=1)
+    for number in range(3):
+        scheduler.restore(request(-1.0, number, alone=number == 0))
+    batches = []
+    while (batch := scheduler.next_batch(0, 0.0)) is not None:
+        batches.append([each.id for each in batch.requests])
+        scheduler.done(batch, 0.004)
+    assert batches == [[0], [1, 2]]
+
+
+def test_promises_grow_until_those_that_are_late_are_few() -> None:
+    """A machine whose speed wanders for seconds at a time, at three times what it can do: the queue becomes shorter, not the throughput."""
+    chance, now, pace, due = random.Random(0), 0.0, 1.0, 0.0
+    scheduler = Scheduler({1: 0.01})
+    ended: list[bool] = []
+    began = time_running = 0.0
+    while now < 200.0:
+        while due <= now:
+            scheduler.admit(request(due + 0.5, round(due * 1e9)), due)
+            due += chance.expovariate(300)
+        if now > 20.0 and not began:
+            began = now
+            ended.clear()
+        late = scheduler.expire(now)
+        ended += [False] * len(late)
+        batch = scheduler.next_batch(0, now)
+        if batch is None:
+            now = due
+            continue
+        pace = min(2.0, max(0.5, pace * math.exp(chance.gauss(0, 0.03))))
+        now += 0.01 * pace
+        time_running += 0.01 * pace if began else 0.0
+        scheduler.done(batch, now)
+        ended.append(now <= batch.requests[0].deadline)
+    assert ended.count(False) / len(ended) < 0.01
+    assert time_running / (now - began) > 0.95
+    assert scheduler.margin > 0
+
+
+def test_an_idle_engine_is_tried_however_cautious_it_has_become() -> None:
+    scheduler = Scheduler({1: 0.03}, margin=1.0)
+    assert scheduler.admit(request(0.05, 0), 0.0) is None
+    assert scheduler.admit(request(0.10, 1), 0.0) is not None, "behind another, caution counts"
+
+
+def test_those_who_are_late_together_count_as_a_few_and_those_of_a_dead_engine_not_at_all() -> None:
+    scheduler = Scheduler({1: 0.01})
+    for identity in range(60):
+        scheduler.restore(Request(4, 1.0, identity, restored=True))
+    assert len(scheduler.expire(2.0)) == 60
+    assert scheduler.margin == 0.0
+    for identity in range(60):
+        assert scheduler.admit(request(9.0, identity), 2.0) is None
+    assert len(scheduler.expire(10.0)) == 60
+    assert 0.0 < scheduler.margin < 0.1
+
+
+def test_a_batch_that_was_stopped_for_a_minute_says_little_about_the_next() -> None:
+    scheduler = Scheduler({1: 0.01})
+    assert scheduler.admit(request(99.0, 0), 0.0) is None
+    batch = scheduler.next_batch(0, 0.0)
+    assert batch is not None
+    scheduler.done(batch, 60.0)
+    assert scheduler.mean(1) < 0.02
+
+
+def test_an_urgent_one_is_not_refused_for_the_sake_of_those_who_are_late_anyway() -> None:
+    scheduler = Scheduler({1: 0.1})
+    for identity in range(5):
+        assert scheduler.admit(request(0.55, identity, rank=9), 0.0) is None
+    assert scheduler.next_batch(0, 0.0) is not None
+    scheduler.margin = 9.0  # as if it had been learned since that batches take ten times as long
+    assert scheduler.admit(request(50.0, 9, rank=0), 0.0) is None
