@@ -32,7 +32,7 @@ train: $(VENV)/dev.stamp
 
 bundle: $(VENV)/dev.stamp
 	$(BIN)/vitserve export checkpoints/default/weights.safetensors --output service/default_bundle --name compact-hybrid-cifar10 \
-		--images $(DATA) --judged-images 10000 --precision bf16 --precision int8
+		--images $(DATA) --evaluation-images 10000 --precision bf16 --precision int8
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/vitserve bench $(BENCH_ARGS)

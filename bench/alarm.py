@@ -1,4 +1,4 @@
-"""Wakes a coroutine at a moment, to some ten microseconds: an event loop's own timers are whole milliseconds. Imported by bench/load.py."""
+"""Wakes a coroutine at a moment, to some ten microseconds: an event loop's own timers are whole milliseconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Alarm:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._rung = asyncio.Event()
         if descriptor is not None:
-            asyncio.get_running_loop().add_reader(descriptor, self._ring, descriptor)
+            asyncio.get_running_loop().add_reader(descriptor, self._slot_table, descriptor)
 
     async def until(self, moment: float) -> None:
         if self._descriptor is None:
@@ -34,10 +34,10 @@ class Alarm:
             raise OSError(ctypes.get_errno(), "timerfd_settime")
         await self._rung.wait()
 
-    def _ring(self, descriptor: int) -> None:
+    def _slot_table(self, descriptor: int) -> None:
         try:
             os.read(descriptor, 8)
-        except BlockingIOError:  # it was set anew meanwhile
+        except BlockingIOError:  # it was set again meanwhile
             return
         self._rung.set()
 

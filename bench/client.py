@@ -1,4 +1,4 @@
-"""A light HTTP client that keeps its connections: one process, asyncio, raw sockets. Imported by bench/load.py and all that use it."""
+"""A light HTTP client that keeps its connections: one process, asyncio, raw sockets."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar, cast
 
-from vitserve.bench.http1 import Answer, AnswerReader, Malformed
+from vitserve.bench.http1 import Answer, AnswerReader, MalformedResponseError
 
 T = TypeVar("T")
 
 
-class Unanswered(Exception):
+class NoResponseError(Exception):
     """A request that has no answer; the message is one word for the table: timeout, broken, malformed."""
 
 
-class Gone(ConnectionError):
+class ConnectionGoneError(ConnectionError):
     """Nobody listens there (any more)."""
 
 
@@ -65,9 +65,9 @@ class Client:
         try:
             _, made = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port)
         except ConnectionRefusedError as error:
-            raise Gone(f"nobody listens at {self._host}:{self._port}: connection refused") from error
+            raise ConnectionGoneError(f"nobody listens at {self._host}:{self._port}: connection rejected") from error
         except OSError as error:
-            raise Unanswered("broken") from error
+            raise NoResponseError("broken") from error
         return made
 
 
@@ -90,7 +90,7 @@ class _Connection(asyncio.Protocol):
 
     def fail(self, word: str) -> None:
         if self._awaited is not None and not self._awaited.done():
-            self._awaited.set_exception(Unanswered(word))
+            self._awaited.set_exception(NoResponseError(word))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from it
@@ -98,7 +98,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             answer = self._reader.feed(data)
-        except Malformed:
+        except MalformedResponseError:
             self.fail("malformed")
             return
         if answer is not None and self._awaited is not None and not self._awaited.done():

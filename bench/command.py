@@ -1,4 +1,4 @@
-"""What `vitserve bench` does with its options. Imported by vitserve.py."""
+"""What `vitserve bench` does with its options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitserve.bench.request import made_picture
 from vitserve.bench.service import Plan, measure
 from vitserve.model.bundle.bundle import open_bundle
 from vitserve.service import machine
-from vitserve.service.engine_worker.startup import EMBEDDED
+from vitserve.service.engine_worker.startup import DEFAULT_BUNDLE
 from vitserve.service.engines.selection import EngineOptions
 
 
@@ -34,7 +34,7 @@ class Wanted:
     engine: str
     precision: str
     batch_sizes: str
-    lanes: int
+    streams: int
     threads: int
     rounds: int
     seconds: float  # 0: what suits the target
@@ -49,13 +49,16 @@ def run(wanted: Wanted, version: str) -> None:
     if wanted.plot is not None:
         plot.require()
     console = Console(stderr=True)
-    about = {"vitserve": version, "asked": {name: str(value) for name, value in asdict(wanted).items() if value not in (None, "")}}
+    about = {
+        "vitserve": version,
+        "asked": {name: str(value) for name, value in asdict(wanted).items() if value not in (None, "")},
+    }
     rows: Sequence[ServiceRow] | Sequence[EngineRow]
     if "://" in wanted.target:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as directory:
             plan = Plan(
                 url=wanted.target,
-                images=wanted.images or made_picture(folder),
+                images=wanted.images or made_picture(directory),
                 connections=whole(wanted.connections or ("" if wanted.rate else "1,8"), "--connections"),
                 rates=numbers(wanted.rate, "--rate"),
                 warm_up_seconds=wanted.warm_up_seconds,
@@ -65,8 +68,22 @@ def run(wanted: Wanted, version: str) -> None:
             rows = bench_service(plan, console)
     else:
         sizes = whole(wanted.batch_sizes, "--batch-sizes")
-        options = EngineOptions(wanted.engine, wanted.precision, wanted.lanes, wanted.threads, max(sizes), plan_folder=str(machine.plan_folder()))
-        rows = bench_engines(Path(wanted.target) if wanted.target else EMBEDDED, options, sizes, wanted.seconds or 1, wanted.rounds, console)
+        options = EngineOptions(
+            wanted.engine,
+            wanted.precision,
+            wanted.streams,
+            wanted.threads,
+            max(sizes),
+            plan_dir=str(machine.plan_dir()),
+        )
+        rows = bench_engines(
+            Path(wanted.target) if wanted.target else DEFAULT_BUNDLE,
+            options,
+            sizes,
+            wanted.seconds or 1,
+            wanted.rounds,
+            console,
+        )
     write(rows, about, csv=wanted.csv, json=wanted.json, picture=wanted.plot)
 
 
@@ -103,7 +120,9 @@ def bench_service(plan: Plan, console: Console) -> list[ServiceRow]:
     return rows
 
 
-def bench_engines(path: Path, options: EngineOptions, sizes: Sequence[int], seconds: float, rounds: int, console: Console) -> list[EngineRow]:
+def bench_engines(
+    path: Path, options: EngineOptions, sizes: Sequence[int], seconds: float, rounds: int, console: Console
+) -> list[EngineRow]:
     """Raises BundleError, and ValueError where nothing can be measured."""
     bundle = open_bundle(path)
     subjects: list[Subject] = []
@@ -113,10 +132,10 @@ def bench_engines(path: Path, options: EngineOptions, sizes: Sequence[int], seco
             for _, subject in opened(bundle, options, reasons.append):
                 subjects.append(subject)
         for reason in reasons:
-            console.print(f"left out: {reason}", highlight=False)
+            console.print(f"skipped: {reason}", highlight=False)
         if not subjects:
             asked = f"engine {options.engine!r} in precision {options.precision!r}"
-            raise ValueError("; ".join(reasons) or f"the bundle has no artefact for {asked}")
+            raise ValueError("; ".join(reasons) or f"the bundle has no artifact for {asked}")
         with _progress(console) as progress:
             task = progress.add_task(bundle.manifest.name, total=len(subjects) * len(sizes) * rounds)
             advance: Callable[[], None] = lambda: progress.advance(task)  # noqa: E731
@@ -129,7 +148,14 @@ def bench_engines(path: Path, options: EngineOptions, sizes: Sequence[int], seco
     return rows
 
 
-def write(rows: Sequence[ServiceRow] | Sequence[EngineRow], about: dict[str, Any], *, csv: Path | None, json: Path | None, picture: Path | None) -> None:
+def write(
+    rows: Sequence[ServiceRow] | Sequence[EngineRow],
+    about: dict[str, Any],
+    *,
+    csv: Path | None,
+    json: Path | None,
+    picture: Path | None,
+) -> None:
     if csv is not None:
         report.write_csv(csv, rows)
     if json is not None:
@@ -145,5 +171,10 @@ def write(rows: Sequence[ServiceRow] | Sequence[EngineRow], about: dict[str, Any
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), console=console, transient=True
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     )

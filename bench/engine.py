@@ -1,4 +1,4 @@
-"""Engines alone: images a second at each batch size, engines taking turns. Needs no torch. Imported by bench/command.py, compare.py and waterfall.py."""
+"""Engines alone: images a second at each batch size, engines taking turns. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 
 from vitserve.bench.report import EngineRow, percentile
 from vitserve.model.arrays import Pixels
-from vitserve.model.bundle.bundle import Artefact, Bundle
+from vitserve.model.bundle.bundle import Artifact, Bundle
 from vitserve.service import machine
 from vitserve.service.engines.engine import Engine
-from vitserve.service.engines.selection import EngineOptions, candidates, golden_gate, open_artefact
+from vitserve.service.engines.selection import EngineOptions, candidates, golden_check, open_artifact
 
-Run = Callable[[int, Pixels], object]  # a lane, a batch
+Run = Callable[[int, Pixels], object]  # a stream, a batch
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Subject:
 
     engine: str
     precision: str
-    lanes: int
+    streams: int
     threads: int
     run: Run
     close: Callable[[], None] = lambda: None
@@ -35,7 +35,7 @@ class Subject:
 
 
 @dataclass
-class Spells:
+class Intervals:
     """What one subject did at one batch size, round by round."""
 
     rates: list[float] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Spells:
         return EngineRow(
             engine=subject.engine,
             precision=subject.precision,
-            lanes=subject.lanes,
+            streams=subject.streams,
             threads=subject.threads,
             batch_size=size,
             images_per_second=statistics.median(self.rates),
@@ -57,42 +57,52 @@ class Spells:
         )
 
 
-Results = Mapping[tuple[int, int], Spells]  # by the subject's place and the batch size
+Results = Mapping[tuple[int, int], Intervals]  # by the subject's place and the batch size
 
 
 def opened(
-    bundle: Bundle, options: EngineOptions, left_out: Callable[[str], None], precisions: Sequence[str] = (), *, gate: bool = True
-) -> Iterator[tuple[Artefact, Subject]]:
+    bundle: Bundle,
+    options: EngineOptions,
+    skipped: Callable[[str], None],
+    precisions: Sequence[str] = (),
+    *,
+    gate: bool = True,
+) -> Iterator[tuple[Artifact, Subject]]:
     """What ``options`` name, or ``precisions`` do, of what can run here and reproduces the golden images."""
-    for artefact in candidates(bundle, options):
-        if precisions and artefact.precision not in precisions:
+    for artifact in candidates(bundle, options):
+        if precisions and artifact.precision not in precisions:
             continue
         engine = None
         try:
-            engine = open_artefact(bundle, artefact, options)
+            engine = open_artifact(bundle, artifact, options)
             if gate:
-                golden_gate(engine, bundle, artefact)
+                golden_check(engine, bundle, artifact)
         except Exception as error:  # whatever a foreign library raises: it is not measured, and why is said
             if engine is not None:
                 engine.close()
-            left_out(f"{artefact.engine} in {artefact.precision}: {error}")
+            skipped(f"{artifact.engine} in {artifact.precision}: {error}")
             continue
-        yield artefact, subject(engine, options)
+        yield artifact, subject(engine, options)
 
 
 def subject(engine: Engine, options: EngineOptions) -> Subject:
-    threads = options.threads or max(1, machine.cores() // options.lanes)
-    return Subject(engine.name, engine.precision, options.lanes, threads, engine.run, engine.close, engine.share)
+    threads = options.threads or max(1, machine.cores() // options.streams)
+    return Subject(engine.name, engine.precision, options.streams, threads, engine.run, engine.close, engine.share)
 
 
 def take_turns(
-    subjects: Sequence[Subject], pixels: Pixels, sizes: Sequence[int], seconds: float, rounds: int, progress: Callable[[], None] = lambda: None
+    subjects: Sequence[Subject],
+    pixels: Pixels,
+    sizes: Sequence[int],
+    seconds: float,
+    rounds: int,
+    progress: Callable[[], None] = lambda: None,
 ) -> Results:
     """Each subject at each batch size for ``seconds``, again in every round, in turned order: a machine's speed drifts, and each gets its share of it.
 
     Images lie where they do in service: in memory that the engine was told of, on pages of its own.
     """
-    results = {(place, size): Spells() for place in range(len(subjects)) for size in sizes}
+    results = {(place, size): Intervals() for place in range(len(subjects)) for size in sizes}
     images = np.frombuffer(mmap.mmap(-1, max(sizes) * pixels[0].nbytes), np.uint8).reshape(-1, *pixels.shape[1:])
     images[:] = np.resize(pixels, images.shape)
     for each in subjects:
@@ -101,33 +111,33 @@ def take_turns(
         places = range(len(subjects)) if turn % 2 == 0 else range(len(subjects) - 1, -1, -1)
         for size in sizes:
             for place in places:
-                its = spell(subjects[place].run, subjects[place].lanes, images[:size], seconds)
+                its = interval(subjects[place].run, subjects[place].streams, images[:size], seconds)
                 results[place, size].rates.append(sum(size * len(each) / sum(each) for each in its))
                 results[place, size].batch_seconds += [one for each in its for one in each]
                 progress()
     return results
 
 
-def spell(run: Run, lanes: int, batch: Pixels, seconds: float) -> list[list[float]]:
-    """Seconds of every batch, by lane; all lanes at once, as under load, each over and over until the time is up, and once at least."""
-    times: list[list[float]] = [[] for _ in range(lanes)]
+def interval(run: Run, streams: int, batch: Pixels, seconds: float) -> list[list[float]]:
+    """Seconds of every batch, by stream; all streams at once, as under load, each over and over until the time is up, and once at least."""
+    times: list[list[float]] = [[] for _ in range(streams)]
     failures: list[BaseException] = []
-    start = threading.Barrier(lanes)
+    start = threading.Barrier(streams)
 
-    def keep_busy(lane: int) -> None:
+    def keep_busy(stream: int) -> None:
         try:
-            run(lane, batch)  # the first of a size is slower
+            run(stream, batch)  # the first of a size is slower
             start.wait()
             end = time.perf_counter() + seconds
-            while not times[lane] or time.perf_counter() < end:
+            while not times[stream] or time.perf_counter() < end:
                 began = time.perf_counter()
-                run(lane, batch)
-                times[lane].append(time.perf_counter() - began)
+                run(stream, batch)
+                times[stream].append(time.perf_counter() - began)
         except BaseException as error:
             start.abort()
             failures.append(error)
 
-    workers = [threading.Thread(target=keep_busy, args=(lane,)) for lane in range(lanes)]
+    workers = [threading.Thread(target=keep_busy, args=(stream,)) for stream in range(streams)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -1,4 +1,4 @@
-"""Reads one HTTP/1.1 answer after another out of bytes, no more than a load generator needs; no I/O. Imported by bench/client.py."""
+"""Reads one HTTP/1.1 answer after another out of bytes, no more than a load generator needs; no I/O."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Answer(NamedTuple):
     keeps: bool  # the connection may be used again
 
 
-class Malformed(ValueError):
+class MalformedResponseError(ValueError):
     """What came is not an HTTP/1.1 answer."""
 
 
@@ -58,7 +58,7 @@ class AnswerReader:
             try:
                 size = int(self._bytes[at:end].split(b";")[0], 16)
             except ValueError as error:
-                raise Malformed(f"a chunk's size is {bytes(self._bytes[at:end])!r}") from error
+                raise MalformedResponseError(f"a chunk's size is {bytes(self._bytes[at:end])!r}") from error
             if size == 0:
                 trailer = self._bytes.find(b"\r\n\r\n", end)
                 return None if trailer < 0 else self._taken(bytes(body), trailer + 4)
@@ -80,7 +80,7 @@ def _parsed(head: bytes) -> _Head:
     first, *lines = head.split(b"\r\n")
     words = first.split(b" ", 2)
     if not words[0].startswith(b"HTTP/1.") or len(words) < 2 or not words[1].isdigit():
-        raise Malformed(f"an answer begins with {first[:80]!r}")
+        raise MalformedResponseError(f"an answer begins with {first[:80]!r}")
     status, fields = int(words[1]), {}
     for line in lines:
         name, _, value = line.partition(b":")

@@ -1,4 +1,4 @@
-"""Closed and open loop: who asks when, and what became of each request. Imported by bench/service.py, compare.py and overload.py."""
+"""Closed and open loop: who asks when, and what became of each request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from vitserve.bench.alarm import alarm
-from vitserve.bench.client import Client, Unanswered
+from vitserve.bench.client import Client, NoResponseError
 
 Loop = Literal["closed", "open"]
 
@@ -23,7 +23,7 @@ class Sample(NamedTuple):
     sent: float
     ended: float
     outcome: str  # the status, or why there is none
-    body: bytes  # of a refusal; answers' own are read and dropped
+    body: bytes  # of a rejection; answers' own are read and dropped
 
     @property
     def seconds(self) -> float:
@@ -47,8 +47,10 @@ class Run:
         return [each for each in self.samples if 0 <= each.planned < self.seconds]
 
 
-async def closed_loop(client: Client, requests: Sequence[bytes], connections: int, warm_up: float, seconds: float) -> Run:
-    """So many callers, each asking again as soon as it is answered. Raises Gone."""
+async def closed_loop(
+    client: Client, requests: Sequence[bytes], connections: int, warm_up: float, seconds: float
+) -> Run:
+    """So many clients, each asking again as soon as it is answered. Raises Gone."""
     samples: list[Sample] = []
     order = itertools.cycle(requests)
     measured = _Span(time.monotonic() + warm_up)
@@ -57,7 +59,9 @@ async def closed_loop(client: Client, requests: Sequence[bytes], connections: in
     return Run("closed", connections, 0.0, seconds, tuple(samples), measured.cores())
 
 
-async def open_loop(client: Client, requests: Sequence[bytes], rate: float, warm_up: float, seconds: float, seed: int = 0) -> Run:
+async def open_loop(
+    client: Client, requests: Sequence[bytes], rate: float, warm_up: float, seconds: float, seed: int = 0
+) -> Run:
     """Poisson arrivals, which wait for nobody. Raises Gone."""
     samples: list[Sample] = []
     order = itertools.cycle(requests)
@@ -129,7 +133,9 @@ async def _all(tasks: Sequence[asyncio.Task[None]], measured: _Span, seconds: fl
             task.cancel()
 
 
-async def _caller(client: Client, order: Iterator[bytes], measured: _Span, seconds: float, samples: list[Sample]) -> None:
+async def _caller(
+    client: Client, order: Iterator[bytes], measured: _Span, seconds: float, samples: list[Sample]
+) -> None:
     while (now := measured.now()) < seconds:
         await _ask(client, next(order), measured, now, samples)
 
@@ -139,6 +145,6 @@ async def _ask(client: Client, request: bytes, measured: _Span, planned: float, 
     try:
         answer = await client.ask(request)
         outcome, body = str(answer.status), b"" if answer.status == 200 else answer.body
-    except Unanswered as error:
+    except NoResponseError as error:
         outcome, body = str(error), b""
     samples.append(Sample(planned, sent, measured.now(), outcome, body))

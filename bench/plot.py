@@ -23,7 +23,9 @@ def require() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("a picture needs matplotlib, which is not installed: pip install 'vitserve[bench]'") from error
+        raise ImportError(
+            "a picture needs matplotlib, which is not installed: pip install 'vitserve[bench]'"
+        ) from error
     return Figure
 
 
@@ -34,9 +36,19 @@ def draw_service(rows: Sequence[ServiceRow], path: Path) -> None:
     for loop in ("closed", "open"):
         its = [row for row in rows if row.loop == loop]
         for name, style in (("p50", "-"), ("p90", "--"), ("p99", ":")):
-            points = [(row.answered_per_second, getattr(row, f"{name}_ms"), row) for row in its if getattr(row, f"{name}_ms") is not None]
+            points = [
+                (row.answered_per_second, getattr(row, f"{name}_ms"), row)
+                for row in its
+                if getattr(row, f"{name}_ms") is not None
+            ]
             if points:
-                axes.plot([each[0] for each in points], [each[1] for each in points], style, marker="o", label=f"{name}, {loop} loop")
+                axes.plot(
+                    [each[0] for each in points],
+                    [each[1] for each in points],
+                    style,
+                    marker="o",
+                    label=f"{name}, {loop} loop",
+                )
             for rate, latency, row in points:
                 label = f"{row.connections}" if loop == "closed" else f"{row.planned_per_second:g}/s"
                 axes.annotate(label, (rate, latency), textcoords="offset points", xytext=(4, 4), fontsize=7)
@@ -49,12 +61,16 @@ def draw_engines(rows: Sequence[EngineRow], path: Path) -> None:
     axes = figure.add_subplot(xlabel="batch size", ylabel="images/s", xscale="log")
     lines: dict[str, list[EngineRow]] = {}
     for row in rows:
-        lines.setdefault(f"{row.engine} {row.precision}, {row.lanes} × {row.threads}", []).append(row)
+        lines.setdefault(f"{row.engine} {row.precision}, {row.streams} × {row.threads}", []).append(row)
     for label, its in lines.items():
         sizes = [row.batch_size for row in its]
         axes.plot(sizes, [row.images_per_second for row in its], marker="o", label=label)
-        axes.fill_between(sizes, [row.least_per_second for row in its], [row.most_per_second for row in its], alpha=0.15)
-    axes.set_xticks(sorted({row.batch_size for row in rows}), [str(size) for size in sorted({row.batch_size for row in rows})])
+        axes.fill_between(
+            sizes, [row.least_per_second for row in its], [row.most_per_second for row in its], alpha=0.15
+        )
+    axes.set_xticks(
+        sorted({row.batch_size for row in rows}), [str(size) for size in sorted({row.batch_size for row in rows})]
+    )
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     _finish(figure, axes, path)
@@ -63,11 +79,18 @@ def draw_engines(rows: Sequence[EngineRow], path: Path) -> None:
 def draw_bars(groups: Mapping[str, Sequence[Bar]], unit: str, path: Path) -> None:
     """A panel for each group, its bars side by side, with what the rounds were between."""
     figure = require()(figsize=(9, 0.6 + sum(0.6 + 0.28 * len(bars) for bars in groups.values())), layout="constrained")
-    panels = figure.subplots(len(groups), squeeze=False, height_ratios=[1 + len(bars) for bars in groups.values()])[:, 0]
+    panels = figure.subplots(len(groups), squeeze=False, height_ratios=[1 + len(bars) for bars in groups.values()])[
+        :, 0
+    ]
     for axes, (title, bars) in zip(panels, groups.items(), strict=True):
         values = [bar.value for bar in bars]
         spread = [[bar.value - bar.least for bar in bars], [bar.most - bar.value for bar in bars]]
-        drawn = axes.barh([bar.label for bar in bars], values, xerr=spread, color=["#2b6cb0" if "vitserve" in bar.label else "#a0aec0" for bar in bars])
+        drawn = axes.barh(
+            [bar.label for bar in bars],
+            values,
+            xerr=spread,
+            color=["#2b6cb0" if "vitserve" in bar.label else "#a0aec0" for bar in bars],
+        )
         axes.bar_label(drawn, [f" {_short(value)}" for value in values], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(f"{title}, {unit}", fontsize=9, loc="left")
@@ -84,9 +107,16 @@ def draw_waterfall(steps: Sequence[Bar], unit: str, path: Path) -> None:
     for place, step in enumerate(steps):
         gain = step.value - before
         axes.bar(place, gain, bottom=before, color="#718096" if place == 0 else "#2f855a" if gain >= 0 else "#c53030")
-        axes.errorbar(place, step.value, [[step.value - step.least], [step.most - step.value]], color="black", capsize=3)
+        axes.errorbar(
+            place, step.value, [[step.value - step.least], [step.most - step.value]], color="black", capsize=3
+        )
         axes.annotate(
-            f"{_short(step.value)}\n{step.note}".strip(), (place, max(before, step.most)), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8
+            f"{_short(step.value)}\n{step.note}".strip(),
+            (place, max(before, step.most)),
+            textcoords="offset points",
+            xytext=(0, 5),
+            ha="center",
+            fontsize=8,
         )
         before = step.value
     axes.set_xticks(range(len(steps)), [textwrap.fill(step.label, 18) for step in steps], fontsize=8)

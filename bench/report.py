@@ -1,4 +1,4 @@
-"""What a measurement comes to: percentiles, goodput, counts; as a table, CSV and JSON. Imported by bench/command.py, compare.py and waterfall.py."""
+"""What a measurement comes to: percentiles, goodput, counts; as a table, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ServiceRow:
     seconds: float
     requests: int
     answered: int  # with status 200
-    refused: int  # with status 429
+    rejected: int  # with status 429
     errors: int  # all others, and those without an answer
     statuses: str
     answered_per_second: float
@@ -46,12 +46,12 @@ class ServiceRow:
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One engine at one batch size, all lanes busy."""
+    """One engine at one batch size, all streams busy."""
 
     engine: str
     precision: str
-    lanes: int
-    threads: int  # per lane
+    streams: int
+    threads: int  # per stream
     batch_size: int
     images_per_second: float  # median of the rounds
     least_per_second: float
@@ -102,7 +102,7 @@ def summary(run: Run, deadline_seconds: float = math.inf) -> ServiceRow:
         seconds=run.seconds,
         requests=len(samples),
         answered=statuses["200"],
-        refused=statuses["429"],
+        rejected=statuses["429"],
         errors=len(samples) - statuses["200"] - statuses["429"],
         statuses=", ".join(f"{outcome}: {count}" for outcome, count in sorted(statuses.items())),
         answered_per_second=rate(run),
@@ -176,10 +176,21 @@ def service_table(rows: Sequence[ServiceRow], deadline_ms: float) -> Table:
     ):
         table.add_column(title, justify="left" if title == "load" else "right", no_wrap=True)
     for row in rows:
-        load = f"{row.connections} connection{'s' * (row.connections > 1)}" if row.loop == "closed" else f"{row.planned_per_second:g} a second"
+        load = (
+            f"{row.connections} connection{'s' * (row.connections > 1)}"
+            if row.loop == "closed"
+            else f"{row.planned_per_second:g} a second"
+        )
         within_deadline = [f"{row.goodput_per_second:.1f}/s"] if within else []
         latencies = [_text(each) for each in (row.p50_ms, row.p90_ms, row.p99_ms, row.p999_ms)]
-        cells = [f"{row.requests}", f"{row.answered_per_second:.1f}", *within_deadline, *latencies, f"{row.refused}", _errors(row)]
+        cells = [
+            f"{row.requests}",
+            f"{row.answered_per_second:.1f}",
+            *within_deadline,
+            *latencies,
+            f"{row.rejected}",
+            _errors(row),
+        ]
         table.add_row(load, *cells, _text(row.client_late_ms), f"{row.client_cores:.2f}")
     return table
 
@@ -188,11 +199,19 @@ def engine_table(rows: Sequence[EngineRow]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("engine", "precision", "lanes × threads", "batch", "images/s", "rounds", "p50 ms", "p99"):
+    for title in ("engine", "precision", "streams × threads", "batch", "images/s", "rounds", "p50 ms", "p99"):
         table.add_column(title, justify="left" if title in ("engine", "precision") else "right", no_wrap=True)
     for row in rows:
         rates = f"{row.images_per_second:.1f}", f"{row.least_per_second:.1f} – {row.most_per_second:.1f}"
-        table.add_row(row.engine, row.precision, f"{row.lanes} × {row.threads}", str(row.batch_size), *rates, _text(row.p50_ms), _text(row.p99_ms))
+        table.add_row(
+            row.engine,
+            row.precision,
+            f"{row.streams} × {row.threads}",
+            str(row.batch_size),
+            *rates,
+            _text(row.p50_ms),
+            _text(row.p99_ms),
+        )
     return table
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a whole HTTP request for an image, in the words of each server. Imported by bench/service.py, contenders.py and overload.py."""
+"""The bytes of a whole HTTP request for an image, in the words of each server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-MOST_IMAGES = 64  # of a folder: enough that no cache knows them all, few enough to hold
+MOST_IMAGES = 64  # of a directory: enough that no cache knows them all, few enough to hold
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _BOUNDARY = "----vitserve-bench"
 
@@ -21,21 +21,21 @@ class Picture(NamedTuple):
 
 
 def read_pictures(source: Path) -> list[Picture]:
-    """One file, or a folder's images, searched through, the first 64 by name. Raises ValueError where there are none."""
+    """One file, or a directory's images, searched through, the first 64 by name. Raises ValueError where there are none."""
     if source.is_file():
         return [_picture(source)]
     if not source.is_dir():
-        raise ValueError(f"there is no {source}, neither a file nor a folder of images")
+        raise ValueError(f"there is no {source}, neither a file nor a directory of images")
     files = sorted(each for each in source.rglob("*") if each.suffix.lower() in _SUFFIXES)
     if not files:
         raise ValueError(f"{source} holds no images ({', '.join(_SUFFIXES)})")
     return [_picture(file) for file in files[:MOST_IMAGES]]
 
 
-def made_picture(folder: str) -> Path:
+def made_picture(directory: str) -> Path:
     """A JPEG of 500 × 333 pixels and about 40 KB, where no photo was named."""
     noise = np.random.default_rng(0).integers(0, 256, (84, 125, 3), np.uint8)
-    path = Path(folder) / "made.jpg"
+    path = Path(directory) / "made.jpg"
     Image.fromarray(noise).resize((500, 333), Image.Resampling.BICUBIC).save(path, quality=88)
     return path
 
@@ -57,12 +57,16 @@ def open_inference(path: str, picture: Picture, tensor: str, output: str) -> byt
     size = len(picture.content) + 4
     header = json.dumps(
         {
-            "inputs": [{"name": tensor, "datatype": "BYTES", "shape": [1, 1], "parameters": {"binary_data_size": size}}],
+            "inputs": [
+                {"name": tensor, "datatype": "BYTES", "shape": [1, 1], "parameters": {"binary_data_size": size}}
+            ],
             "outputs": [{"name": output, "parameters": {"binary_data": False}}],
         }
     ).encode()
     body = header + len(picture.content).to_bytes(4, "little") + picture.content
-    return _post(path, f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {len(header)}\r\n", body)
+    return _post(
+        path, f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {len(header)}\r\n", body
+    )
 
 
 def get(path: str) -> bytes:

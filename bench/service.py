@@ -1,4 +1,4 @@
-"""Measures a service that runs: load after load, each row as soon as it is there. Imported by bench/command.py."""
+"""Measures a service that runs: load after load, each row as soon as it is there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from vitserve.bench.client import Client, Gone, Unanswered, run
+from vitserve.bench.client import Client, ConnectionGoneError, NoResponseError, run
 from vitserve.bench.load import Run, closed_loop, open_loop
 from vitserve.bench.report import ServiceRow, summary
 from vitserve.bench.request import raw, read_pictures
@@ -71,9 +71,11 @@ async def _first(host: str, port: int, request: bytes) -> None:
     client = Client(host, port)
     try:
         answer = await client.ask(request)
-    except Unanswered as error:
-        raise Gone(f"{host}:{port} did not answer the first image: {error}") from error
+    except NoResponseError as error:
+        raise ConnectionGoneError(f"{host}:{port} did not answer the first image: {error}") from error
     finally:
         client.close()
     if answer.status not in (200, 429):
-        raise ValueError(f"{host}:{port} answered the first image with {answer.status}: {answer.body[:300].decode(errors='replace')}")
+        raise ValueError(
+            f"{host}:{port} answered the first image with {answer.status}: {answer.body[:300].decode(errors='replace')}"
+        )

@@ -1,4 +1,4 @@
-"""`vitserve verify`: one engine of one bundle, opened, proven and measured on the machine that it is to serve on, in one report. Imported by vitserve.py.
+"""`vitserve verify`: one engine of one bundle, opened, verified and measured on the machine that it is to serve on, in one report.
 
 It is what somebody sends back who has a device that we have not.
 """
@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from vitserve.bench.engine import subject, take_turns
 from vitserve.bench.report import EngineRow, engine_table, printer, where
-from vitserve.model.bundle.bundle import GRAPH, Artefact, Bundle, Evaluation
+from vitserve.model.bundle.bundle import GRAPH, Artifact, Bundle, Evaluation
 from vitserve.model.bundle.evaluation import Images, evaluate, in_batches
 from vitserve.model.bundle.parity import Parity
 from vitserve.service import machine
 from vitserve.service.engines.engine import Engine
-from vitserve.service.engines.selection import EngineOptions, NoEngine, candidates, golden_gate, open_artefact, open_one
+from vitserve.service.engines.selection import (
+    EngineOptions,
+    NoEngineError,
+    candidates,
+    golden_check,
+    open_artifact,
+    open_one,
+)
 from vitserve.service.engines.tensorrt.plan_report import PlanReport
 
 if TYPE_CHECKING:
@@ -47,13 +54,13 @@ class Verified:
     version: str
     engine: str
     precision: str
-    lanes: int
+    streams: int
     machine: Mapping[str, Any]
     open_seconds: float  # with building what was not there yet
     steps: Sequence[str]  # of that
-    parity: Parity | None  # on the golden images; None where the gate refused it
+    parity: Parity | None  # on the golden images; None where the gate rejected it
     attention: Attention | None
-    evaluation: Evaluation | None  # on a folder, against float32 on the CPU
+    evaluation: Evaluation | None  # on a directory, against float32 on the CPU
     rows: Sequence[EngineRow]
     failures: Sequence[str] = field(default_factory=tuple)
 
@@ -78,60 +85,85 @@ def verify(
         progress(step)
 
     began = time.monotonic()
-    engine, artefact = _open(bundle, options, told)
+    engine, artifact = _open(bundle, options, told)
     open_seconds = time.monotonic() - began
     failures = list[str]()
     try:
         progress("golden images")
         parity = None
         try:
-            parity = golden_gate(engine, bundle, artefact)
+            parity = golden_check(engine, bundle, artifact)
         except ValueError as error:
             failures.append(str(error))
         progress("attention")
-        attention = _attention(bundle, artefact, engine)
-        if attention is not None and not attention.fused and engine.name == "tensorrt":  # on a CPU it may be so, and is said
+        attention = _attention(bundle, artifact, engine)
+        if (
+            attention is not None and not attention.fused and engine.name == "tensorrt"
+        ):  # on a CPU it may be so, and is said
             failures.append(f"attention is not fused: {attention.said}")
         evaluation = None
         if images is not None:
             progress(f"{len(images.pixels)} images, here and in float32 on the CPU")
             evaluation = _evaluate(bundle, engine, images)
             if 1 - evaluation.top1_agreement > MOST_DISAGREEMENT and evaluation.loss > 100 * MOST_DISAGREEMENT / 2:
-                failures.append(f"{1 - evaluation.top1_agreement:.2%} of the images are classified otherwise than in float32; {MOST_DISAGREEMENT:.0%} may be")
+                failures.append(
+                    f"{1 - evaluation.top1_agreement:.2%} of the images are classified otherwise than in float32; {MOST_DISAGREEMENT:.0%} may be"
+                )
         progress("measuring")
         measured = subject(engine, options)
         results = take_turns([measured], bundle.golden().pixels, sizes, seconds, rounds)
         rows = [results[0, size].row(measured, size) for size in sizes]
     finally:
         engine.close()
-    manifest, device = bundle.manifest, {**where(), "device": _device(engine), "packages": _versions(), "system": platform.platform()}
-    found = (engine.name, engine.precision, engine.lanes, device, open_seconds, steps, parity, attention, evaluation, rows, failures)
+    manifest, device = (
+        bundle.manifest,
+        {**where(), "device": _device(engine), "packages": _versions(), "system": platform.platform()},
+    )
+    found = (
+        engine.name,
+        engine.precision,
+        engine.streams,
+        device,
+        open_seconds,
+        steps,
+        parity,
+        attention,
+        evaluation,
+        rows,
+        failures,
+    )
     return Verified(manifest.name, manifest.version, *found)
 
 
-def _open(bundle: Bundle, options: EngineOptions, progress: Callable[[str], None]) -> tuple[Engine, Artefact]:
+def _open(bundle: Bundle, options: EngineOptions, progress: Callable[[str], None]) -> tuple[Engine, Artifact]:
     """The first that can be opened, whatever it computes: the report shall say what is wrong with it, and not hide it behind the next."""
     reasons = []
-    for artefact in candidates(bundle, options):
+    for artifact in candidates(bundle, options):
         try:
-            return open_artefact(bundle, artefact, options, progress), artefact
+            return open_artifact(bundle, artifact, options, progress), artifact
         except Exception as error:  # whatever a foreign library raises
-            reasons.append(f"{artefact.engine} in {artefact.precision}: {error}")
-    raise NoEngine("; ".join(reasons) or f"the bundle has nothing for engine {options.engine!r} in precision {options.precision!r}")
+            reasons.append(f"{artifact.engine} in {artifact.precision}: {error}")
+    raise NoEngineError(
+        "; ".join(reasons) or f"the bundle has nothing for engine {options.engine!r} in precision {options.precision!r}"
+    )
 
 
-def _attention(bundle: Bundle, artefact: Artefact, engine: Engine) -> Attention | None:
+def _attention(bundle: Bundle, artifact: Artifact, engine: Engine) -> Attention | None:
     """None where nothing is known: torch tells nothing of its kernels, and ONNX Runtime on CUDA not without a profile."""
     if engine.name == "tensorrt":
         plan: TensorRtEngine = engine  # type: ignore[assignment]  # the engine of that name
         report = PlanReport.from_json(plan.plan.with_suffix(".json").read_text())
         spent = plan.layer_milliseconds(engine.max_batch)
         names = {layer.name for layer in report.attention}
-        return Attention(str(report), report.fused, sum(ms for name, ms in spent.items() if name in names) / max(sum(spent.values()), 1e-9))
-    if artefact.attention is None or engine.name not in ("openvino", "onnxruntime"):
+        return Attention(
+            str(report),
+            report.fused,
+            sum(ms for name, ms in spent.items() if name in names) / max(sum(spent.values()), 1e-9),
+        )
+    if artifact.attention is None or engine.name not in ("openvino", "onnxruntime"):
         return None
-    kernels = ", ".join(f"{count} × {name}" for name, count in artefact.attention.kernels.items()) or "none"
-    softmaxes = artefact.attention.softmax_layers
+    kernels = ", ".join(f"{count} × {name}" for name, count in artifact.attention.kernels.items()) or "none"
+    softmaxes = artifact.attention.softmax_layers
     return Attention(f"fused when the bundle was made: {kernels}; {softmaxes} softmax layers beside", not softmaxes)
 
 
@@ -166,19 +198,30 @@ def _versions() -> dict[str, str]:
 def show(report: Verified) -> None:
     console = printer()
     device = report.machine["device"] or f"{report.machine['cores']} cores of {report.machine['cpu']}"
-    console.print(f"[bold]{report.model}[/bold] {report.version}, {report.engine} in {report.precision}, on {device}", highlight=False)
-    console.print(f"opened in {report.open_seconds:.1f} s; lanes: {report.lanes}", highlight=False)
+    console.print(
+        f"[bold]{report.model}[/bold] {report.version}, {report.engine} in {report.precision}, on {device}",
+        highlight=False,
+    )
+    console.print(f"opened in {report.open_seconds:.1f} s; streams: {report.streams}", highlight=False)
     if report.parity is not None:
         golden = report.parity
-        console.print(f"golden images: logits differ by {golden.logits:.1e} of their range; {golden.top1_agreement:.0%} of the classes agree", highlight=False)
+        console.print(
+            f"golden images: logits differ by {golden.logits:.1e} of their range; {golden.top1_agreement:.0%} of the classes agree",
+            highlight=False,
+        )
     if report.attention is not None:
         share = "" if report.attention.share_of_time is None else f"; {report.attention.share_of_time:.0%} of the time"
         console.print(f"attention: {report.attention.said}{share}", highlight=False)
     if report.evaluation is not None:
         judged = report.evaluation
-        accuracy = "" if judged.accuracy is None else f"; accuracy {judged.accuracy:.2%}, in float32 {judged.source_accuracy:.2%}"
+        accuracy = (
+            ""
+            if judged.accuracy is None
+            else f"; accuracy {judged.accuracy:.2%}, in float32 {judged.source_accuracy:.2%}"
+        )
         console.print(
-            f"{judged.images} images: {judged.top1_agreement:.2%} agree with float32, probabilities within {judged.probability:.1e}{accuracy}", highlight=False
+            f"{judged.images} images: {judged.top1_agreement:.2%} agree with float32, probabilities within {judged.probability:.1e}{accuracy}",
+            highlight=False,
         )
     console.print(engine_table(report.rows))
     for failure in report.failures:

@@ -1,4 +1,4 @@
-"""The results of benchmarks/compare.py over its rounds: as JSON, CSV, a picture and Markdown. Imported by compare.py."""
+"""The results of benchmarks/compare.py over its rounds: as JSON, CSV, a picture and Markdown."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Compared:
     images: str = ""
     services: list[Measured] = field(default_factory=list)
     engines: list[EngineRow] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[ComparedRow]:
         servers = {(each.name, each.row.connections): None for each in self.services}
@@ -77,7 +77,7 @@ class Compared:
             least_p50_ms=_of(min, p50s),
             most_p50_ms=_of(max, p50s),
             p90_ms=_of(statistics.median, _known(each.row.p90_ms for each in its)),
-            errors=sum(each.row.refused + each.row.errors for each in its),
+            errors=sum(each.row.rejected + each.row.errors for each in its),
             start_seconds=statistics.median(each.start_seconds for each in its),
             same_classes=min(each.same_classes for each in its),
             known_images=len(self.right),
@@ -85,11 +85,15 @@ class Compared:
         )
 
     def _engine(self, engine: str, precision: str, size: int) -> ComparedRow:
-        its = [each for each in self.engines if (each.engine, each.precision, each.batch_size) == (engine, precision, size)]
+        its = [
+            each for each in self.engines if (each.engine, each.precision, each.batch_size) == (engine, precision, size)
+        ]
         rates, p50s = [each.images_per_second for each in its], [each.p50_ms for each in its]
         return ComparedRow(
             subject=f"{engine} {precision}",
-            title=f"{engine} {precision}" if "plain" in engine else f"vitserve's graph, {engine} {precision}, {its[0].lanes} × {its[0].threads} threads",
+            title=f"{engine} {precision}"
+            if "plain" in engine
+            else f"vitserve's graph, {engine} {precision}, {its[0].streams} × {its[0].threads} threads",
             load=f"batch {size}",
             rounds=len(its),
             per_second=statistics.median(rates),
@@ -107,21 +111,35 @@ class Compared:
         )
 
 
-def write_all(found: Compared, folder: Path) -> str:
+def write_all(found: Compared, directory: Path) -> str:
     """comparison.json, .csv, .svg and .md; returns the last."""
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     rows, text = found.rows(), as_markdown(found)
-    about = {"model": found.model, "asked": found.asked, "rounds": found.rounds, "seconds": found.seconds, "images": found.images, "left_out": found.left_out}
-    every = [{"name": each.name, "start_seconds": each.start_seconds, "same_classes": each.same_classes, **asdict(each.row)} for each in found.services]
-    report.write_json(folder / "comparison.json", about | {"every_round": every, "engines_every_round": [asdict(each) for each in found.engines]}, rows)
-    report.write_csv(folder / "comparison.csv", rows)
+    about = {
+        "model": found.model,
+        "asked": found.asked,
+        "rounds": found.rounds,
+        "seconds": found.seconds,
+        "images": found.images,
+        "skipped": found.skipped,
+    }
+    every = [
+        {"name": each.name, "start_seconds": each.start_seconds, "same_classes": each.same_classes, **asdict(each.row)}
+        for each in found.services
+    ]
+    report.write_json(
+        directory / "comparison.json",
+        about | {"every_round": every, "engines_every_round": [asdict(each) for each in found.engines]},
+        rows,
+    )
+    report.write_csv(directory / "comparison.csv", rows)
     groups: dict[str, list[plot.Bar]] = {}
     for row in rows:
         groups.setdefault(row.load if row.known_images is not None else f"engines alone, {row.load}", []).append(
             plot.Bar(row.title, row.per_second, row.least_per_second, row.most_per_second)
         )
-    plot.draw_bars(groups, "images/s", folder / "comparison.svg")
-    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    plot.draw_bars(groups, "images/s", directory / "comparison.svg")
+    (directory / "comparison.md").write_text(text, encoding="utf-8")
     return text
 
 
@@ -131,17 +149,29 @@ def as_markdown(found: Compared) -> str:
     head = f"{found.model} on {machine}; {found.images}; median (least – most) of {found.rounds} rounds of {found.seconds:g} s.\n"
     head += f"`python -m benchmarks.compare {found.asked}`\n"
     parts, rows = [head], found.rows()
-    services, engines = [row for row in rows if row.known_images is not None], [row for row in rows if row.known_images is None]
+    services, engines = (
+        [row for row in rows if row.known_images is not None],
+        [row for row in rows if row.known_images is None],
+    )
     if services:
         loads = list(dict.fromkeys(row.load for row in services))
-        titles = ["server", *(f"requests/s, {load}" for load in loads), *(f"p50 ms, {load}" for load in loads), "first answer after", "same class"]
+        titles = [
+            "server",
+            *(f"requests/s, {load}" for load in loads),
+            *(f"p50 ms, {load}" for load in loads),
+            "first answer after",
+            "same class",
+        ]
         lines = [_line(its, loads) for its in _by_title(services)]
         parts.append(markdown(titles, lines))
     if engines:
         loads = list(dict.fromkeys(row.load for row in engines))
-        lines = [[its[0].title, *(_spread(each.per_second, each.least_per_second, each.most_per_second) for each in its)] for its in _by_title(engines)]
+        lines = [
+            [its[0].title, *(_spread(each.per_second, each.least_per_second, each.most_per_second) for each in its)]
+            for its in _by_title(engines)
+        ]
         parts.append(markdown(["engine alone, images/s", *loads], lines))
-    parts += [f"Left out: {name}: {reason.splitlines()[0]}\n" for name, reason in found.left_out.items()]
+    parts += [f"Left out: {name}: {reason.splitlines()[0]}\n" for name, reason in found.skipped.items()]
     return "\n".join(parts)
 
 
@@ -154,7 +184,13 @@ def _line(its: Sequence[ComparedRow], loads: Sequence[str]) -> list[str]:
         rates.append(_spread(row.per_second, row.least_per_second, row.most_per_second) + void)
         known = row.p50_ms is not None and row.least_p50_ms is not None and row.most_p50_ms is not None
         latencies.append(_spread(row.p50_ms or 0, row.least_p50_ms or 0, row.most_p50_ms or 0) if known else "–")
-    return [its[0].title, *rates, *latencies, f"{its[0].start_seconds or 0:.0f} s", f"{its[0].same_classes} of {its[0].known_images}"]
+    return [
+        its[0].title,
+        *rates,
+        *latencies,
+        f"{its[0].start_seconds or 0:.0f} s",
+        f"{its[0].same_classes} of {its[0].known_images}",
+    ]
 
 
 def _by_title(rows: Sequence[ComparedRow]) -> list[list[ComparedRow]]:

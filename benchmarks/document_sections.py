@@ -1,4 +1,4 @@
-"""Rewrites the part of a document between two marks, so that its figures are those that were measured. Imported by benchmarks/compare.py and waterfall.py."""
+"""Rewrites the part of a document between two marks, so that its figures are those that were measured."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The graph that most people serve: their network through torch.onnx.export, as it is. What others run in benchmarks/compare.py and benchmarks/waterfall.py.
 
-    python -m benchmarks.plain_graph random:B/16 plain.onnx
+python -m benchmarks.plain_graph random:B/16 plain.onnx
 
-Imported by benchmarks/waterfall.py; compare.py runs it as a process, so that it needs no torch itself.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class _LogitsAlone(nn.Module):
 
 
 def write_plain_graph(network: nn.Module, image_size: int, path: Path) -> None:
-    """Normalised float32 images [n, 3, H, W] → float32 logits [n, classes]."""
+    """Normalized float32 images [n, 3, H, W] → float32 logits [n, classes]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecation notices; they concern nothing of ours
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Process trees of foreign servers: started, waited for, and ended with all that they started. Imported by others in bench/."""
+"""Process trees of foreign servers: started, waited for, and ended with all that they started."""
 
 from __future__ import annotations
 
@@ -15,20 +15,31 @@ from pathlib import Path
 START_SECONDS = 120.0
 
 
-class Failed(RuntimeError):
+class ServerFailedError(RuntimeError):
     """A server that did not come up, or did not answer; the message has the end of what it said."""
 
 
 @contextmanager
 def process_tree(
-    command: Sequence[str], folder: Path, environment: Mapping[str, str], port: int, answers: Callable[[], bool], pause_seconds: float = 0.2
+    command: Sequence[str],
+    directory: Path,
+    environment: Mapping[str, str],
+    port: int,
+    answers: Callable[[], bool],
+    pause_seconds: float = 0.2,
 ) -> Iterator[float]:
     """Yields as soon as it ``answers``, with the seconds that took. Raises Failed."""
     if _listens(port):
-        raise Failed(f"somebody listens on port {port} already")
+        raise ServerFailedError(f"somebody listens on port {port} already")
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=directory,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             began = time.monotonic()
@@ -36,7 +47,9 @@ def process_tree(
                 if process.poll() is not None or time.monotonic() - began > START_SECONDS:
                     said.seek(0)
                     text = said.read()[-2000:].decode(errors="replace").strip()
-                    raise Failed(f"it {'ended' if process.poll() is not None else f'did not answer within {START_SECONDS:.0f} s'}: {text}")
+                    raise ServerFailedError(
+                        f"it {'ended' if process.poll() is not None else f'did not answer within {START_SECONDS:.0f} s'}: {text}"
+                    )
                 time.sleep(pause_seconds)  # a foreign server tells nobody that it is ready
             yield time.monotonic() - began
         finally:

@@ -1,4 +1,4 @@
-"""The servers that benchmarks/compare.py compares: how each is started, asked and read. Imported by compare.py."""
+"""The servers that benchmarks/compare.py compares: how each is started, asked and read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import Failed, free_port, process_tree
-from vitserve.bench.client import Client, Gone, Unanswered
+from benchmarks.processes import ServerFailedError, free_port, process_tree
+from vitserve.bench.client import Client, ConnectionGoneError, NoResponseError
 from vitserve.bench.request import Picture, multipart, open_inference, raw
 from vitserve.model.bundle.bundle import Bundle
 
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
-class Contender:
+class Server:
     name: str
     command: Sequence[str]
     port: int
     request: Callable[[Picture], bytes]
     top: Callable[[Any], int]  # the most probable class's index, of the answer's JSON
-    folder: Path = ROOT
+    directory: Path = ROOT
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -38,8 +38,8 @@ class Setup:
     bundle: Bundle
     graph: Path  # the plain graph of the same network, for the others
     image_size: int
-    peers: Path | None  # the folder of the others' scripts
-    work: Path  # the folder of their virtual environments
+    peers: Path | None  # the directory of the others' scripts
+    work: Path  # the directory of their virtual environments
     peer_threads: int
     serve: Sequence[str] = ()  # further options of `vitserve serve`
     against: Path | None = None  # another checkout of vitserve
@@ -65,10 +65,12 @@ TITLES = {
 NAMES = ("vitserve-fp32", "vitserve-bf16", "vitserve-int8", *_PEERS)
 
 
-def contender(name: str, setup: Setup) -> Contender | str:
+def server_under_test(name: str, setup: Setup) -> Server | str:
     """Or why it cannot take part."""
     precision = name.partition("-")[2]
-    if name.startswith(("vitserve-", "against-")) and precision not in {each.precision for each in setup.bundle.manifest.artefacts}:
+    if name.startswith(("vitserve-", "against-")) and precision not in {
+        each.precision for each in setup.bundle.manifest.artifacts
+    }:
         return f"the bundle has no {precision}"
     if name.startswith("vitserve-"):
         return _vitserve(precision, setup, ROOT, "vitserve")
@@ -79,19 +81,34 @@ def contender(name: str, setup: Setup) -> Contender | str:
     if name not in _PEERS:
         raise ValueError(f"there is no server {name!r}; known: {', '.join((*NAMES, 'against-fp32'))}")
     if setup.peers is None:
-        return "the folder of its script was not named (--peers)"
+        return "the directory of its script was not named (--peers)"
     environment, port = _PEERS[name]
     venv = setup.work / environment if environment else Path(sys.prefix)
     if not (venv / "bin" / "python").exists():
-        return f"it has no virtual environment: {environment} in the folder of --work"
-    variables = {"MODEL": str(setup.graph), "SIZE": str(setup.image_size), "THREADS": str(setup.peer_threads), "VENV": str(venv)}
+        return f"it has no virtual environment: {environment} in the directory of --work"
+    variables = {
+        "MODEL": str(setup.graph),
+        "SIZE": str(setup.image_size),
+        "THREADS": str(setup.peer_threads),
+        "VENV": str(venv),
+    }
     variables["PATH"] = f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
     if name.endswith("-openvino"):
         variables["ENGINE"] = "openvino"
     python = str(venv / "bin" / "python")
     commands: dict[str, tuple[list[str], Callable[[Picture], bytes], Callable[[Any], int]]] = {
         "plain": (
-            [python, "-m", "uvicorn", "plain_fastapi:app", "--port", str(port), "--no-access-log", "--log-level", "error"],
+            [
+                python,
+                "-m",
+                "uvicorn",
+                "plain_fastapi:app",
+                "--port",
+                str(port),
+                "--no-access-log",
+                "--log-level",
+                "error",
+            ],
             lambda picture: raw("/predict", picture),
             _predictions,
         ),
@@ -109,14 +126,27 @@ def contender(name: str, setup: Setup) -> Contender | str:
         "ray": ([python, "ray_serve.py"], lambda picture: raw("/predict", picture), _predictions),
     }
     command, request, top = commands[name.removesuffix("-openvino")]
-    return Contender(TITLES[name], command, port, request, top, setup.peers, variables)
+    return Server(TITLES[name], command, port, request, top, setup.peers, variables)
 
 
-def _vitserve(precision: str, setup: Setup, checkout: Path, title: str) -> Contender:
+def _vitserve(precision: str, setup: Setup, checkout: Path, title: str) -> Server:
     port = free_port()
-    command = [sys.executable, "-m", "vitserve", "serve", "--bundle", str(setup.bundle.path.resolve()), "--port", str(port), "--precision", precision]
+    command = [
+        sys.executable,
+        "-m",
+        "vitserve",
+        "serve",
+        "--bundle",
+        str(setup.bundle.path.resolve()),
+        "--port",
+        str(port),
+        "--precision",
+        precision,
+    ]
     command += ["--log-level", "warning", "--timeout-ms", "60000", *setup.serve]
-    return Contender(f"{title} {precision}", command, port, lambda picture: raw("/v1/classify", picture), _results, checkout)
+    return Server(
+        f"{title} {precision}", command, port, lambda picture: raw("/v1/classify", picture), _results, checkout
+    )
 
 
 def _results(answer: Any) -> int:
@@ -133,28 +163,34 @@ def _tensor(answer: Any) -> int:
 
 
 @contextmanager
-def running(chosen: Contender, first: Picture) -> Iterator[float]:
+def running(chosen: Server, first: Picture) -> Iterator[float]:
     """Yields as soon as it answers the picture with 200, with the seconds from its start. Raises Failed."""
-    with process_tree(chosen.command, chosen.folder, chosen.environment, chosen.port, lambda: asyncio.run(_asked(chosen, first)) is not None) as seconds:
+    with process_tree(
+        chosen.command,
+        chosen.directory,
+        chosen.environment,
+        chosen.port,
+        lambda: asyncio.run(_asked(chosen, first)) is not None,
+    ) as seconds:
         yield seconds
 
 
-def answers(chosen: Contender, pictures: Sequence[Picture]) -> list[int]:
+def answers(chosen: Server, pictures: Sequence[Picture]) -> list[int]:
     """The class that a running server gives each picture. Raises Failed."""
     found = []
     for picture in pictures:
         top = asyncio.run(_asked(chosen, picture))
         if top is None:
-            raise Failed("it did not answer an image that it had to classify")
+            raise ServerFailedError("it did not answer an image that it had to classify")
         found.append(top)
     return found
 
 
-async def _asked(chosen: Contender, picture: Picture) -> int | None:
+async def _asked(chosen: Server, picture: Picture) -> int | None:
     client = Client("127.0.0.1", chosen.port)
     try:
         answer = await client.ask(chosen.request(picture))
-    except (Gone, Unanswered):
+    except (ConnectionGoneError, NoResponseError):
         return None
     finally:
         client.close()

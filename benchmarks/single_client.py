@@ -1,6 +1,6 @@
-"""What a caller meets who is alone: when the service is ready, its memory, and what of an answer's time is neither engine nor decoding.
+"""What a client meets who is alone: when the service is ready, its memory, and what of an answer's time is neither engine nor decoding.
 
-    python -m benchmarks.single_client --images PHOTOS --serve="--bundle BUNDLE --lanes 1 --threads 2"
+    python -m benchmarks.single_client --images PHOTOS --serve="--bundle BUNDLE --streams 1 --threads 2"
 
 Linux alone: memory is the proportional set size of every process (/proc/PID/smaps_rollup). Engine and decoding are what the answer's Server-Timing says.
 """
@@ -16,6 +16,7 @@ import socket
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,20 +44,24 @@ class Answered(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="a file or a folder, posted in turn")
+    parser.add_argument("--images", type=Path, required=True, help="a file or a directory, posted in turn")
     parser.add_argument("--serve", default="", help="further options of `vitserve serve`")
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--requests", type=int, default=140, help="of each start")
-    parser.add_argument("--pause-ms", type=float, default=0.0, help="before each request: code that has not run for a while runs slower")
+    parser.add_argument(
+        "--pause-ms", type=float, default=0.0, help="before each request: code that has not run for a while runs slower"
+    )
     given = parser.parse_args()
     pictures, console = read_pictures(given.images), printer()
     for _ in range(given.starts):
         port = free_port()
         command = [sys.executable, "-m", "vitserve", "serve", "--port", str(port), *shlex.split(given.serve)]
-        with process_tree(command, Path.cwd(), {}, port, lambda port=port: ready(port), _READY_PAUSE_SECONDS) as seconds:  # type: ignore[misc]
+        with process_tree(command, Path.cwd(), {}, port, partial(ready, port), _READY_PAUSE_SECONDS) as seconds:
             answers = ask(port, pictures, given.requests + _UNCOUNTED, given.pause_ms / 1000)[_UNCOUNTED:]
             memory = sum(proportional_bytes(pid) for pid in descendants(os.getpid()))
-        whole, decode, run, between = (statistics.median(each) for each in (*zip(*answers, strict=True), [answer.between for answer in answers]))
+        whole, decode, run, between = (
+            statistics.median(each) for each in (*zip(*answers, strict=True), [answer.between for answer in answers])
+        )
         console.print(
             f"ready after {seconds:.2f} s, {memory / 1e6:.0f} MB; p50 of {len(answers)} answers: {whole:.2f} ms"
             f" = engine {run:.2f} + decoding {decode:.2f}, and {between:.2f} between",
@@ -79,11 +84,14 @@ def ask(port: int, pictures: list[Picture], count: int, pause_seconds: float) ->
     """One after the other, on one connection. Raises RuntimeError for any answer but 200."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return [_asked(connection, raw("/v1/classify", pictures[number % len(pictures)]), pause_seconds) for number in range(count)]
+        return [
+            _asked(connection, raw("/v1/classify", pictures[number % len(pictures)]), pause_seconds)
+            for number in range(count)
+        ]
 
 
 def _asked(connection: socket.socket, request: bytes, pause_seconds: float) -> Answered:
-    """To the last byte of the answer: what it takes to understand it is the caller's own."""
+    """To the last byte of the answer: what it takes to understand it is the client's own."""
     reader, answer, received = AnswerReader(), None, b""
     time.sleep(pause_seconds)
     began = time.perf_counter()

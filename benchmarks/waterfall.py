@@ -2,7 +2,7 @@
 
     python -m benchmarks.waterfall --source random:B/16 --bundle BUNDLE
 
-Each step is the one before it and one thing more. The last four are artefacts of the bundle; without --bundle one is made first. Where it has no int8,
+Each step is the one before it and one thing more. The last four are artifacts of the bundle; without --bundle one is made first. Where it has no int8,
 that is calibrated with --images, or else with seeded textures such as golden images are, and is measured whatever it loses. A gain is the median of the
 rounds' ratios, so that a machine's drift cancels.
 """
@@ -38,7 +38,7 @@ from vitserve.model.arrays import Pixels, Precision
 from vitserve.model.bundle.bundle import GRAPH, Bundle, open_bundle
 from vitserve.model.bundle.evaluation import read_images
 from vitserve.model.network.vit import ViT
-from vitserve.service.engines.engine import EngineUnavailable
+from vitserve.service.engines.engine import EngineUnavailableError
 from vitserve.service.engines.selection import EngineOptions, open_one
 
 PLAIN, DIALECT = "plain graph, ONNX Runtime", "fused attention (MultiHeadAttention)"
@@ -66,34 +66,52 @@ class Step:
 def calibration(checkpoint: Checkpoint, images: Path | None) -> Pixels:
     if images is not None:
         return read_images(images, checkpoint.preprocessing, checkpoint.labels, 300, 1)[0].pixels
-    return golden(Servable(checkpoint.network, checkpoint.preprocessing).eval(), checkpoint.preprocessing.image_size, count=32, seed=1).pixels
+    return golden(
+        Servable(checkpoint.network, checkpoint.preprocessing).eval(),
+        checkpoint.preprocessing.image_size,
+        count=32,
+        seed=1,
+    ).pixels
 
 
-def subjects(checkpoint: Checkpoint, bundle: Bundle, images: Path | None, folder: Path, options: EngineOptions, left_out: dict[str, str]) -> dict[str, Subject]:
-    """By the name of the step, in their order; one that cannot run here is left out, and why is said."""
+def subjects(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    images: Path | None,
+    directory: Path,
+    options: EngineOptions,
+    skipped: dict[str, str],
+) -> dict[str, Subject]:
+    """By the name of the step, in their order; one that cannot run here is skipped, and why is said."""
     size = checkpoint.preprocessing.image_size
-    write_plain_graph(checkpoint.network, size, folder / "plain.onnx")
-    found = {PLAIN: plain_subject(folder / "plain.onnx")}
+    write_plain_graph(checkpoint.network, size, directory / "plain.onnx")
+    found = {PLAIN: plain_subject(directory / "plain.onnx")}
     network = copy.deepcopy(checkpoint.network)
     if not isinstance(network, ViT):
         raise ValueError("the source is not a Vision Transformer")
     fuse_attention(network)
-    trace(Servable(network, checkpoint.preprocessing).eval(), size, folder / "fused.onnx")
-    for_onnxruntime(folder / "fused.onnx", folder / "dialect.onnx")
-    found[DIALECT] = subject(open_one("onnxruntime", "fp32", folder / "dialect.onnx", options), options)
-    graphs = {(each.engine, each.precision): bundle.path / each.path for each in bundle.manifest.artefacts}
+    trace(Servable(network, checkpoint.preprocessing).eval(), size, directory / "fused.onnx")
+    for_onnxruntime(directory / "fused.onnx", directory / "dialect.onnx")
+    found[DIALECT] = subject(open_one("onnxruntime", "fp32", directory / "dialect.onnx", options), options)
+    graphs = {(each.engine, each.precision): bundle.path / each.path for each in bundle.manifest.artifacts}
     for name, (engine, precision) in STEPS.items():
         try:
-            if (engine, precision) not in graphs and precision == "int8":  # of random weights it need not be exact to be as fast as any other
-                graphs[engine, precision] = folder / "int8.xml"
+            if (
+                (engine, precision) not in graphs and precision == "int8"
+            ):  # of random weights it need not be exact to be as fast as any other
+                graphs[engine, precision] = directory / "int8.xml"
                 import openvino  # after what it must find set: service/engines/selection.py
 
-                openvino.save_model(calibrated(bundle.path / GRAPH, calibration(checkpoint, images), smooth=True), folder / "int8.xml", compress_to_fp16=False)
+                openvino.save_model(
+                    calibrated(bundle.path / GRAPH, calibration(checkpoint, images), smooth=True),
+                    directory / "int8.xml",
+                    compress_to_fp16=False,
+                )
             if (engine, precision) not in graphs:
-                raise EngineUnavailable(f"the bundle has no {precision} for {engine}")
+                raise EngineUnavailableError(f"the bundle has no {precision} for {engine}")
             found[name] = subject(open_one(engine, precision, graphs[engine, precision], options), options)
         except Exception as error:  # whatever a foreign library raises: the others are still worth measuring
-            left_out[name] = str(error)
+            skipped[name] = str(error)
     return found
 
 
@@ -101,7 +119,10 @@ def steps(names: Sequence[str], sizes: Sequence[int], results: Results) -> list[
     found = []
     for size in sizes:
         rates = [results[place, size].rates for place in range(len(names))]
-        gains: list[list[float]] = [[], *([after / before for before, after in zip(*pair, strict=True)] for pair in pairwise(rates))]
+        gains: list[list[float]] = [
+            [],
+            *([after / before for before, after in zip(*pair, strict=True)] for pair in pairwise(rates)),
+        ]
         for name, its, gained in zip(names, rates, gains, strict=True):
             found.append(
                 Step(
@@ -119,15 +140,23 @@ def steps(names: Sequence[str], sizes: Sequence[int], results: Results) -> list[
     return found
 
 
-def as_markdown(found: Sequence[Step], head: str, left_out: dict[str, str]) -> str:
+def as_markdown(found: Sequence[Step], head: str, skipped: dict[str, str]) -> str:
     sizes = list(dict.fromkeys(each.batch_size for each in found))
     rows = []
     for name in dict.fromkeys(each.step for each in found):
         its = [each for each in found if each.step == name]
-        gains = ["" if each.gain is None else f"{each.gain:.2f} × ({each.least_gain:.2f} – {each.most_gain:.2f})" for each in its]
+        gains = [
+            "" if each.gain is None else f"{each.gain:.2f} × ({each.least_gain:.2f} – {each.most_gain:.2f})"
+            for each in its
+        ]
         rows.append([name, *(f"{each.images_per_second:.4g}" for each in its), *gains, f"{its[-1].in_all:.2f} ×"])
-    titles = ["step", *(f"images/s, batch {size}" for size in sizes), *(f"gain, batch {size}" for size in sizes), f"in all, batch {sizes[-1]}"]
-    reasons = "".join(f"\nLeft out: {name}: {reason.splitlines()[0]}\n" for name, reason in left_out.items())
+    titles = [
+        "step",
+        *(f"images/s, batch {size}" for size in sizes),
+        *(f"gain, batch {size}" for size in sizes),
+        f"in all, batch {sizes[-1]}",
+    ]
+    reasons = "".join(f"\nLeft out: {name}: {reason.splitlines()[0]}\n" for name, reason in skipped.items())
     return f"{head}\n{document_sections.markdown(titles, rows)}{reasons}"
 
 
@@ -139,7 +168,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("runs/waterfall"), help="folder of waterfall.json, .csv, .svg and .md")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/waterfall"), help="directory of waterfall.json, .csv, .svg and .md"
+    )
     parser.add_argument("--docs", type=Path, help="document whose part between the marks of --mark is rewritten")
     parser.add_argument("--mark", default="waterfall")
     options = parser.parse_args()
@@ -147,27 +178,53 @@ def main() -> None:
     plot.require()
     if options.docs is not None:
         document_sections.check(options.docs, options.mark)
-    checkpoint, left_out = load_checkpoint(options.source), dict[str, str]()
+    checkpoint, skipped = load_checkpoint(options.source), dict[str, str]()
     with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
-        folder = Path(made)
+        directory = Path(made)
         console.print("making what is not made yet")
-        bundle = open_bundle(options.bundle) if options.bundle else build_bundle(checkpoint, folder / "bundle", name="waterfall")
-        found = subjects(checkpoint, bundle, options.images, folder, EngineOptions(max_batch=max(options.sizes)), left_out)
+        bundle = (
+            open_bundle(options.bundle)
+            if options.bundle
+            else build_bundle(checkpoint, directory / "bundle", name="waterfall")
+        )
+        found = subjects(
+            checkpoint, bundle, options.images, directory, EngineOptions(max_batch=max(options.sizes)), skipped
+        )
         for each in found.values():
             stack.callback(each.close)
-        console.print(f"measuring {len(found)} steps at {len(options.sizes)} batch sizes, {options.rounds} rounds of {options.seconds:g} s")
-        results = take_turns(list(found.values()), bundle.golden().pixels, options.sizes, options.seconds, options.rounds)
+        console.print(
+            f"measuring {len(found)} steps at {len(options.sizes)} batch sizes, {options.rounds} rounds of {options.seconds:g} s"
+        )
+        results = take_turns(
+            list(found.values()), bundle.golden().pixels, options.sizes, options.seconds, options.rounds
+        )
     table = steps(list(found), options.sizes, results)
     where, command = report.where(), asked(sys.argv[1:])
     head = f"{options.source} on {where['cores']} cores of {where['cpu']} ({', '.join(where['instructions'])}); median of {options.rounds} rounds of "
-    text = as_markdown(table, f"{head}{options.seconds:g} s; gains from step to step (least – most).\n`python -m benchmarks.waterfall {command}`\n", left_out)
+    text = as_markdown(
+        table,
+        f"{head}{options.seconds:g} s; gains from step to step (least – most).\n`python -m benchmarks.waterfall {command}`\n",
+        skipped,
+    )
     options.output.mkdir(parents=True, exist_ok=True)
-    every = {f"{name}, batch {size}": results[place, size].rates for place, name in enumerate(found) for size in options.sizes}
-    report.write_json(options.output / "waterfall.json", {"asked": command, "left_out": left_out, "every_round": every}, table)
+    every = {
+        f"{name}, batch {size}": results[place, size].rates
+        for place, name in enumerate(found)
+        for size in options.sizes
+    }
+    report.write_json(
+        options.output / "waterfall.json", {"asked": command, "skipped": skipped, "every_round": every}, table
+    )
     report.write_csv(options.output / "waterfall.csv", table)
     (options.output / "waterfall.md").write_text(text, encoding="utf-8")
     largest = [
-        plot.Bar(each.step, each.images_per_second, each.least_per_second, each.most_per_second, f"{each.gain:.2f} ×" if each.gain else "")
+        plot.Bar(
+            each.step,
+            each.images_per_second,
+            each.least_per_second,
+            each.most_per_second,
+            f"{each.gain:.2f} ×" if each.gain else "",
+        )
         for each in table
         if each.batch_size == options.sizes[-1]
     ]

@@ -24,7 +24,7 @@ from typing import SupportsBytes, SupportsInt, cast
 import onnx_ir as ir
 import tensorrt as trt
 
-from vitserve.export.graph.cast_precision import typed
+from vitserve.export.graph.cast_precision import cast_graph
 from vitserve.service.engines.gpu_artifacts import PlanOptions
 from vitserve.service.engines.tensorrt.engine import TensorRtLogger, shape_of
 from vitserve.service.engines.tensorrt.plan_report import PlanReport, report_of
@@ -36,14 +36,16 @@ class PlanError(RuntimeError):
     """No plan was made; the message says which node TensorRT could not take, or which attention it did not fuse."""
 
 
-class Cancelled(PlanError):
+class BuildCanceledError(PlanError):
     """Whoever watches the progress wanted no more of it."""
 
 
-def plan_for(source: Path, path: Path, depth: int, options: PlanOptions, progress: Callable[[str], bool] = lambda step: True) -> PlanReport:
+def plan_for(
+    source: Path, path: Path, depth: int, options: PlanOptions, progress: Callable[[str], bool] = lambda step: True
+) -> PlanReport:
     """Builds the plan at ``path`` unless it is there already. Two who ask at once: one builds, the other waits and finds it.
 
-    ``source`` is the canonical graph, or for fp8 the quantised one. ``depth`` attention layers must be fused.
+    ``source`` is the reference graph, or for fp8 the quantized one. ``depth`` attention layers must be fused.
     ``progress`` is told each phase, and cancels by answering False. Raises PlanError; then nothing is at ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,13 @@ def plan_for(source: Path, path: Path, depth: int, options: PlanOptions, progres
         kept = path.with_suffix(".json")
         if path.exists() and kept.exists():
             return PlanReport.from_json(kept.read_text())
-        plan, report = _build(ir.to_proto(typed(source, options.precision)).SerializeToString(), path.parent, depth, options, progress)
+        plan, report = _build(
+            ir.to_proto(cast_graph(source, options.precision)).SerializeToString(),
+            path.parent,
+            depth,
+            options,
+            progress,
+        )
         for target, content in ((kept, report.to_json().encode()), (path, plan)):  # a plan is there once its report is
             _write(target, content)
         return report
@@ -72,7 +80,9 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _build(graph: bytes, folder: Path, depth: int, options: PlanOptions, progress: Callable[[str], bool]) -> tuple[bytes, PlanReport]:
+def _build(
+    graph: bytes, directory: Path, depth: int, options: PlanOptions, progress: Callable[[str], bool]
+) -> tuple[bytes, PlanReport]:
     logger = TensorRtLogger()
     builder = trt.Builder(logger)
     network = builder.create_network(0)  # strongly typed: there is no other kind since TensorRT 11
@@ -82,14 +92,20 @@ def _build(graph: bytes, folder: Path, depth: int, options: PlanOptions, progres
         raise PlanError("; ".join(f"{each.node_operator()} {each.node_name()}: {each.desc()}" for each in errors))
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector names no kernels, and fusion cannot be proven
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED
+    )  # else the inspector names no kernels, and fusion cannot be verified
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     monitor = _Monitor(progress)
     config.progress_monitor = monitor
-    timings = folder / f"timings-trt{trt.__version__}.cache"
-    known = config.create_timing_cache(timings.read_bytes()) if timings.exists() else None  # None too where it cannot be read
+    timings = directory / f"timings-trt{trt.__version__}.cache"
+    known = (
+        config.create_timing_cache(timings.read_bytes()) if timings.exists() else None
+    )  # None too where it cannot be read
     if known is None or not config.set_timing_cache(known, ignore_mismatch=False):
-        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)  # of another GPU or version: then every tactic is timed anew
+        config.set_timing_cache(
+            config.create_timing_cache(b""), ignore_mismatch=False
+        )  # of another GPU or version: then every tactic is timed again
     pixels = network.get_input(0)
     image = shape_of(pixels.shape)[1:]
     for least, most in profile_ranges(options.max_batch):
@@ -98,9 +114,11 @@ def _build(graph: bytes, folder: Path, depth: int, options: PlanOptions, progres
         config.add_optimization_profile(profile)
     serialized = builder.build_serialized_network(network, config)
     if monitor.cancelled:
-        raise Cancelled("the build was cancelled")
+        raise BuildCanceledError("the build was cancelled")
     if serialized is None:
-        raise PlanError(f"TensorRT could not build it, of {depth} attention layers that must be fused: {'; '.join(logger.errors)}")
+        raise PlanError(
+            f"TensorRT could not build it, of {depth} attention layers that must be fused: {'; '.join(logger.errors)}"
+        )
     plan = _content(serialized)
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:

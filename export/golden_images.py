@@ -1,4 +1,4 @@
-"""Golden images: made from a seed, so that a bundle carries nobody's pictures. Imported by export/build_bundle.py."""
+"""Golden images: made from a seed, so that a bundle carries nobody's pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def golden(network: Servable, image_size: int, count: int = 16, seed: int = 0) -
 
 
 def _images(side: int, count: int, seed: int) -> Pixels:
-    """Random waves of rising frequency over a random colour, from smooth gradients to noise at the pixel's own scale."""
+    """Random waves of rising frequency over a random color, from smooth gradients to noise at the pixel's own scale."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:side, 0:side] / side
     images = np.empty((count, side, side, 3), np.float64)

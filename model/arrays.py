@@ -19,7 +19,9 @@ class Outputs(NamedTuple):
 
 def softmax(logits: Floats) -> Floats:
     """Logits [n, classes] → probabilities, float32. The maximum is subtracted first, so that nothing overflows."""
-    greatest: Floats = np.maximum.reduce(logits, axis=-1, keepdims=True)  # half the time of .max(), which matters for one row
+    greatest: Floats = np.maximum.reduce(
+        logits, axis=-1, keepdims=True
+    )  # half the time of .max(), which matters for one row
     exponentials = np.exp(logits - greatest)
     total: Floats = np.add.reduce(exponentials, axis=-1, keepdims=True)
     probabilities: Floats = exponentials / total

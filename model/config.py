@@ -1,7 +1,4 @@
-"""The shape of a Vision Transformer as plain numbers, and the table of named variants.
-
-Imported by every stage; imports nothing heavy, so that serving can read a bundle's shape without torch.
-"""
+"""The shape of a Vision Transformer as plain numbers, and the table of named variants."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """A pre-activation ResNet with group norm and weight standardisation: BiT (arXiv:1912.11370), the ViT paper's baseline."""
+    """A pre-activation ResNet with group norm and weight standardization: BiT (arXiv:1912.11370), the ViT paper's baseline."""
 
     image_size: int  # pixels, side of the square the model sees
     blocks: tuple[int, ...]  # of each stage; every stage but the first halves the map
@@ -45,7 +42,9 @@ class ViTConfig:
     representation_width: int | None = None  # width of the tanh layer before the head (the paper's pre-training head)
     stem: tuple[int, ...] | None = None  # channels of a convolutional stem; its feature map becomes the tokens (hybrid)
     stem_convolutions: int = 1  # of each of its residual branches
-    resnet: tuple[int, ...] | None = None  # blocks per stage of a ResNet in its place (the paper's hybrid, R50 less its last stage: 3, 4, 9)
+    resnet: tuple[int, ...] | None = (
+        None  # blocks per stage of a ResNet in its place (the paper's hybrid, R50 less its last stage: 3, 4, 9)
+    )
     class_token: bool = True
     distillation_token: bool = False  # a second token after the class token (DeiT, arXiv:2012.12877)
     distillation_head: bool = False  # a second head, for that token; logits are the mean of both
@@ -70,7 +69,9 @@ class ViTConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
         if self.patch_size % self.stem_reduction:
-            raise ValueError(f"patch size {self.patch_size} is not a multiple of the stem's reduction {self.stem_reduction}")
+            raise ValueError(
+                f"patch size {self.patch_size} is not a multiple of the stem's reduction {self.stem_reduction}"
+            )
         if self.stem is not None and self.resnet is not None:
             raise ValueError("stem and resnet exclude one another: both make the map whose pixels become tokens")
         if "token" in self.pool and not self.class_token:
@@ -78,7 +79,9 @@ class ViTConfig:
         if self.distillation_head and not self.distillation_token:
             raise ValueError("a distillation head needs a distillation token")
         if (self.attention == "local") is not (self.window > 0) or (self.window and self.window % 2 == 0):
-            raise ValueError(f"attention is {self.attention!r} and window {self.window}; local attention wants an odd window, any other none")
+            raise ValueError(
+                f"attention is {self.attention!r} and window {self.window}; local attention wants an odd window, any other none"
+            )
         if self.norm_after_pool and self.pool != "mean":
             raise ValueError(f"norm_after_pool is of the mean; pool is {self.pool!r}")
 
@@ -125,7 +128,9 @@ def _imagenet(size: str, patch_size: int) -> ViTConfig:
     return ViTConfig(224, patch_size, width, depth, heads, mlp_width, classes=1000)
 
 
-VARIANTS: dict[str, ViTConfig] = {f"{size}/{patch}": _imagenet(size, patch) for size in _SIZES for patch in (8, 14, 16, 32)} | {
+VARIANTS: dict[str, ViTConfig] = {
+    f"{size}/{patch}": _imagenet(size, patch) for size in _SIZES for patch in (8, 14, 16, 32)
+} | {
     # For 32-pixel images on a CPU's budget: a plain compact ViT, and the hybrid that is served by default.
     "compact/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10),
     # So small that the server around it is what is timed.
@@ -133,7 +138,9 @@ VARIANTS: dict[str, ViTConfig] = {f"{size}/{patch}": _imagenet(size, patch) for 
     "compact-hybrid/4": ViTConfig(32, 4, 192, 4, 3, 768, classes=10, stem=(32, 64, 192)),
     "compact-hybrid-deep/4": ViTConfig(32, 4, 192, 3, 3, 768, classes=10, stem=(48, 96, 160), stem_convolutions=2),
     # The paper's comparisons at that size and about that cost.
-    "compact-mean/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, pool="mean", class_token=False, norm_after_pool=True),
+    "compact-mean/4": ViTConfig(
+        32, 4, 192, 6, 3, 768, classes=10, pool="mean", class_token=False, norm_after_pool=True
+    ),
     "compact-axial/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, attention="axial"),
     "compact-local/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, attention="local", window=3),
     # The hybrid of the paper's released models: a ResNet-50 without its last stage, one token for each pixel of its 14 × 14 map.

@@ -7,7 +7,7 @@ ServiceError
 ├── BodyTooLarge 413          more bytes than the limit
 ├── ImageTooLarge 413         more pixels than the limit, found from the header
 ├── UnsupportedMediaType 415
-├── NotAnImage 422            no allowed format recognises the bytes
+├── NotAnImage 422            no allowed format recognizes the bytes
 ├── DamagedImage 422          truncated or broken data
 ├── Overloaded 429            could not be answered in time; Retry-After says when it could
 ├── EngineFailed 500          the engine raised while it ran the batch, or two engines died of it
@@ -45,39 +45,39 @@ class ServiceError(Exception):
         return {}
 
 
-class BadRequest(ServiceError):
+class BadRequestError(ServiceError):
     status, code, title = 400, "bad_request", "The request is malformed"
 
 
-class Forbidden(ServiceError):
+class ForbiddenError(ServiceError):
     status, code, title = 403, "forbidden", "This needs the admin key"
 
 
-class ReloadRefused(ServiceError):
-    status, code, title = 409, "reload_refused", "The bundle cannot be served"
+class ReloadRejectedError(ServiceError):
+    status, code, title = 409, "reload_rejected", "The bundle cannot be served"
 
 
-class BodyTooLarge(ServiceError):
+class BodyTooLargeError(ServiceError):
     status, code, title = 413, "body_too_large", "The body has too many bytes"
 
 
-class ImageTooLarge(ServiceError):
+class ImageTooLargeError(ServiceError):
     status, code, title = 413, "image_too_large", "The image has too many pixels"
 
 
-class UnsupportedMediaType(ServiceError):
+class UnsupportedMediaTypeError(ServiceError):
     status, code, title = 415, "unsupported_media_type", "The content type is not one that is accepted"
 
 
-class NotAnImage(ServiceError):
+class NotAnImageError(ServiceError):
     status, code, title = 422, "not_an_image", "The bytes are not an image in an accepted format"
 
 
-class DamagedImage(ServiceError):
+class DamagedImageError(ServiceError):
     status, code, title = 422, "damaged_image", "The image is truncated or damaged"
 
 
-class Overloaded(ServiceError):
+class OverloadedError(ServiceError):
     status, code, title = 429, "overloaded", "The request could not be answered in time"
 
     def __init__(self, detail: str, reason: str, retry_after_seconds: float) -> None:
@@ -92,22 +92,22 @@ class Overloaded(ServiceError):
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_seconds)))}
 
 
-class EngineFailed(ServiceError):
+class EngineFailedError(ServiceError):
     status, code, title = 500, "engine_failed", "The engine failed"
 
 
-class NotReady(ServiceError):
+class NotReadyError(ServiceError):
     status, code, title = 503, "not_ready", "The service is not ready"
 
 
-class DeadlineExceeded(ServiceError):
+class DeadlineExceededError(ServiceError):
     status, code, title = 504, "deadline_exceeded", "The deadline passed before an answer was there"
 
 
 def of_image(error: preprocess.ImageError) -> ServiceError:
-    """The answer for an image that preprocessing refused."""
-    if isinstance(error, preprocess.TooManyPixels):
-        return ImageTooLarge(str(error))
-    if isinstance(error, preprocess.NotAnImage):
-        return NotAnImage(str(error))
-    return DamagedImage(str(error))
+    """The answer for an image that preprocessing rejected."""
+    if isinstance(error, preprocess.TooManyPixelsError):
+        return ImageTooLargeError(str(error))
+    if isinstance(error, preprocess.NotAnImageError):
+        return NotAnImageError(str(error))
+    return DamagedImageError(str(error))

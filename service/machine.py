@@ -1,4 +1,4 @@
-"""What this process may use of the machine. Imported by supervisor.py, tuned.py, engines/open.py and export/cache.py."""
+"""What this process may use of the machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:  # not Linux
         return f"{platform.machine()}-{cores()}"
-    described = [line for line in lines if line.startswith(("model name", "cpu family", "model\t", "stepping", "flags", "Features"))]
+    described = [
+        line
+        for line in lines
+        if line.startswith(("model name", "cpu family", "model\t", "stepping", "flags", "Features"))
+    ]
     return f"{platform.machine()}-{cores()}-{hashlib.sha256(chr(10).join(described).encode()).hexdigest()[:12]}"
 
 
@@ -50,12 +54,12 @@ def gpus(drivers: Path = Path("/proc/driver/nvidia/gpus"), devices: Path = Path(
     return there if visible is None or not there else [each.strip() for each in visible.split(",") if each.strip()]
 
 
-def plan_folder() -> Path:
+def plan_dir() -> Path:
     """Where what is built for a GPU lies, unless told."""
-    return cache_folder() / "plans"
+    return cache_dir() / "plans"
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     """Where vitserve keeps what it can make again, of the XDG base directory specification."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "vitserve"

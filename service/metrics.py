@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from vitserve.service.ipc.control_channel import METRICS_FOLDER
+from vitserve.service.ipc.control_channel import METRICS_DIR
 
 # From 50 µs, because that is what reading and decoding a small image take, to 30 s; each about twice the one before.
 _SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -23,31 +23,60 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """Of a front and of an engine alike; each counts what it sees."""
+    """Of a HTTP worker and of an engine alike; each counts what it sees."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter("vitserve_requests", "Requests answered.", ["route", "status"], registry=registry)
         self.request_seconds = Histogram(
-            "vitserve_request_seconds", "Whole request, from its headers to its answer.", ["route"], registry=registry, buckets=_SECONDS
+            "vitserve_request_seconds",
+            "Whole request, from its headers to its answer.",
+            ["route"],
+            registry=registry,
+            buckets=_SECONDS,
         )
-        self.read_seconds = Histogram("vitserve_read_seconds", "Reading a request's body.", registry=registry, buckets=_SECONDS)
-        self.decode_seconds = Histogram("vitserve_decode_seconds", "Decoding, resizing and cropping an image.", registry=registry, buckets=_SECONDS)
+        self.read_seconds = Histogram(
+            "vitserve_read_seconds", "Reading a request's body.", registry=registry, buckets=_SECONDS
+        )
+        self.decode_seconds = Histogram(
+            "vitserve_decode_seconds", "Decoding, resizing and cropping an image.", registry=registry, buckets=_SECONDS
+        )
         self.queue_seconds = Histogram(
-            "vitserve_queue_seconds", "An image's waiting: for a decode thread, then for a lane.", registry=registry, buckets=_SECONDS
+            "vitserve_queue_seconds",
+            "An image's waiting: for a decode thread, then for a stream.",
+            registry=registry,
+            buckets=_SECONDS,
         )
-        self.run_seconds = Histogram("vitserve_run_seconds", "The engine's run of a batch.", registry=registry, buckets=_SECONDS)
+        self.inference_seconds = Histogram(
+            "vitserve_inference_seconds", "The engine's run of a batch.", registry=registry, buckets=_SECONDS
+        )
         self.batch_size = Histogram("vitserve_batch_size", "Images in a batch.", registry=registry, buckets=_SIZES)
-        self.images = Counter("vitserve_images", "Images by outcome: ok, or the code of the problem.", ["outcome"], registry=registry)
-        self.images_shed = Counter("vitserve_images_shed", "Images refused because they could not be answered in time.", ["reason"], registry=registry)
-        self.images_run_again = Counter("vitserve_images_run_again", "Images whose engine died and that were given to the next one.", registry=registry)
-        demanded = Counter(
-            "vitserve_demanded_seconds",
+        self.images = Counter(
+            "vitserve_images", "Images by outcome: ok, or the code of the problem.", ["outcome"], registry=registry
+        )
+        self.images_shed = Counter(
+            "vitserve_images_shed",
+            "Images rejected because they could not be answered in time.",
+            ["reason"],
+            registry=registry,
+        )
+        self.images_retried = Counter(
+            "vitserve_images_retried",
+            "Images whose engine died and that were given to the next one.",
+            registry=registry,
+        )
+        offered_load_seconds = Counter(
+            "vitserve_offered_load_seconds",
             "Work asked for, admitted or shed, by the stage that would do it: see vitserve_saturation.",
             ["stage"],
             registry=registry,
         )
-        self.demanded_decode, self.demanded_run = demanded.labels("decode"), demanded.labels("run")
-        self.engine_failures = Counter("vitserve_engine_failures", "Batches that the engine failed to run.", registry=registry)
+        self.offered_decode_seconds, self.offered_inference_seconds = (
+            offered_load_seconds.labels("decode"),
+            offered_load_seconds.labels("inference"),
+        )
+        self.engine_failures = Counter(
+            "vitserve_engine_failures", "Batches that the engine failed to run.", registry=registry
+        )
         # From 0 on: Prometheus does not see the first increase of a series that was not there before, and that may be the one to alert of.
         for status in ("200", "429", "500", "503", "504"):
             self.requests.labels("/v1/classify", status)
@@ -80,7 +109,7 @@ class _OfAll(Collector):
     """What the files hold, explained: the files themselves do not say what a metric means."""
 
     def __init__(self, documentation: dict[str, str]) -> None:
-        self._files = MultiProcessCollector(None, os.environ[METRICS_FOLDER])  # type: ignore[no-untyped-call]
+        self._files = MultiProcessCollector(None, os.environ[METRICS_DIR])  # type: ignore[no-untyped-call]
         self._documentation = documentation
 
     def collect(self) -> Iterable[Metric]:

@@ -30,7 +30,9 @@ from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig
 from vitserve.model.network.vit import ViT
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says how busy the machine is
+hypothesis.settings.register_profile(
+    "any machine", deadline=None
+)  # how long an example takes says how busy the machine is
 hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +62,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    """A smooth random colour picture, different for each seed."""
+    """A smooth random color picture, different for each seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -149,14 +151,14 @@ class Server:
     def pids(self, module: str) -> list[int]:
         """Of the processes that the supervisor has started to run this module, in the order of their start."""
         found = []
-        for folder in Path("/proc").glob("[0-9]*"):
+        for directory in Path("/proc").glob("[0-9]*"):
             try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                command = (folder / "cmdline").read_bytes().split(b"\0")
+                parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+                command = (directory / "cmdline").read_bytes().split(b"\0")
             except (OSError, IndexError):  # it has ended meanwhile
                 continue
             if parent == self.process.pid and module.encode() in command:
-                found.append(int(folder.name))
+                found.append(int(directory.name))
         return sorted(found)
 
     def stop(self) -> int:
@@ -164,11 +166,15 @@ class Server:
         return self.process.wait(60)
 
 
-def start_server(*arguments: str, until: str = "vitserve.http_worker: ready", environment: Mapping[str, str] | None = None) -> Server:
+def start_server(
+    *arguments: str, until: str = "vitserve.http_worker: ready", environment: Mapping[str, str] | None = None
+) -> Server:
     """Returns when the log says so; whatever it says instead is in the failure."""
     command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", *arguments]
     complete = os.environ | {"PYTHONWARNINGS": "default"} | dict(environment or {})
-    process = subprocess.Popen(command, cwd=ROOT, env=complete, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=complete, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     assert process.stderr is not None
     running = Server(process)
     threading.Thread(target=running.read, daemon=True).start()  # a pipe that nobody reads would stop the server

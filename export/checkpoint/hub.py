@@ -16,27 +16,42 @@ from pathlib import Path
 
 import httpx2  # what huggingface_hub speaks HTTP with, and whose errors it lets through
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.file_download import repo_folder_name
 
 CONFIG, PREPROCESSING = "config.json", "preprocessor_config.json"
-SINGLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"  # the first that is there holds the weights
-SOURCE = re.compile(r"([\w.-]+/[\w.-]+)(?:@(?![/.])(?!.*\.\.)([\w./+-]+))?", re.ASCII)  # no revision that leads out of the cache's refs/
+SINGLE, INDEX, PICKLED = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)  # the first that is there holds the weights
+SOURCE = re.compile(
+    r"([\w.-]+/[\w.-]+)(?:@(?![/.])(?!.*\.\.)([\w./+-]+))?", re.ASCII
+)  # no revision that leads out of the cache's refs/
 FORM = "a model on the hub, which looks like owner/name or owner/name@revision"
-SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # an index is somebody else's: it may name files beside it, and weights only
+SHARD = re.compile(
+    r"[\w-][\w.-]*\.safetensors", re.ASCII
+)  # an index is somebody else's: it may name files beside it, and weights only
 
 
 class HubError(ValueError):
     """The model cannot be had; the message is for people."""
 
 
-class _Unreachable(Exception):
+class _UnreachableError(Exception):
     """Nobody who could know was asked. Says why."""
 
 
 @dataclass(frozen=True)
 class Located:
-    path: Path  # the snapshot's folder in the cache
+    path: Path  # the snapshot's directory in the cache
     revision: str  # the commit that was asked for, or that the branch or tag stood for
 
 
@@ -53,7 +68,7 @@ def fetch(source: str) -> Located:
     repository, revision = _parsed(source)
     try:
         commit, names = _looked_up(repository, revision)
-    except _Unreachable as error:
+    except _UnreachableError as error:
         return _cached(repository, revision, error)
     path = _gathered(repository, names, partial(_download, repository, commit))
     # Only now: until all of it is there, whoever is offline keeps what the revision stood for before.
@@ -67,7 +82,7 @@ def _parsed(source: str) -> tuple[str, str]:
         raise HubError(f"{source!r} is not {FORM}")
     repository, revision = match.groups(default=constants.DEFAULT_REVISION)
     try:
-        _folder(repository)
+        _directory(repository)
     except HFValidationError as error:  # the rest of the hub's rules: no -- in a name, and so on
         raise HubError(f"{source!r} is not {FORM}: {error}") from error
     return repository, revision
@@ -78,13 +93,13 @@ def _looked_up(repository: str, revision: str) -> tuple[str, set[str]]:
     try:
         info = HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except OfflineModeIsEnabled as error:
-        raise _Unreachable("HF_HUB_OFFLINE is set") from error
+        raise _UnreachableError("HF_HUB_OFFLINE is set") from error
     except httpx2.RequestError as error:
-        raise _Unreachable(f"{constants.ENDPOINT} cannot be reached ({error})") from error
+        raise _UnreachableError(f"{constants.ENDPOINT} cannot be reached ({error})") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 429 or status >= 500:
-            raise _Unreachable(f"{constants.ENDPOINT} answers {status}") from error
+            raise _UnreachableError(f"{constants.ENDPOINT} answers {status}") from error
         raise _refusal(repository, revision, error) from error
     except ValueError as error:  # a page where JSON should be: a proxy's, or a network's that wants a login
         raise HubError(f"{constants.ENDPOINT} does not answer {repository} as a hub does: {error}") from error
@@ -95,28 +110,32 @@ def _looked_up(repository: str, revision: str) -> tuple[str, set[str]]:
 
 def _refusal(repository: str, revision: str, error: HfHubHTTPError) -> HubError:
     if isinstance(error, GatedRepoError):  # before its base class, RepositoryNotFoundError
-        return HubError(f"{repository} is gated: ask for access at {constants.ENDPOINT}/{repository}, then set HF_TOKEN to a token of that account")
+        return HubError(
+            f"{repository} is gated: ask for access at {constants.ENDPOINT}/{repository}, then set HF_TOKEN to a token of that account"
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return HubError(f"{constants.ENDPOINT} has no model {repository}; or it is private, which wants HF_TOKEN set to a token that may read it")
+        return HubError(
+            f"{constants.ENDPOINT} has no model {repository}; or it is private, which wants HF_TOKEN set to a token that may read it"
+        )
     if isinstance(error, RevisionNotFoundError):
         return HubError(f"{repository} has no revision {revision}")
-    return HubError(f"{constants.ENDPOINT} refuses {repository}: {' '.join(str(error).split())}")
+    return HubError(f"{constants.ENDPOINT} rejects {repository}: {' '.join(str(error).split())}")
 
 
 def _gathered(repository: str, names: Collection[str], get: Callable[[str], Path]) -> Path:
-    """Gets each wanted one of the names, and returns their folder. Weights come last, so that a snapshot of ours that has them has all."""
+    """Gets each wanted one of the names, and returns their directory. Weights come last, so that a snapshot of ours that has them has all."""
     weights = next((name for name in (SINGLE, INDEX, PICKLED) if name in names), None)
     if CONFIG not in names:
         raise HubError(f"{repository} has no {CONFIG}")
     if weights is None:
         raise HubError(f"{repository} has no weights: none of {SINGLE}, {INDEX}, {PICKLED}")
-    folder = get(CONFIG).parent
+    directory = get(CONFIG).parent
     if PREPROCESSING in names:
         get(PREPROCESSING)
     first = get(weights)
     for shard in _shards(repository, first, names) if weights == INDEX else ():
         get(shard)
-    return folder
+    return directory
 
 
 def _shards(repository: str, index: Path, names: Collection[str]) -> list[str]:
@@ -139,9 +158,9 @@ def _download(repository: str, commit: str, name: str) -> Path:
         raise HubError(f"{name} of {repository} could not be fetched: {error}") from error
 
 
-def _cached(repository: str, revision: str, reason: _Unreachable) -> Located:
-    """From the cache alone. What other programs have put there has no listing, so that what they left out cannot be known, except for a shard."""
-    refs, snapshots = _folder(repository) / "refs", _folder(repository) / "snapshots"
+def _cached(repository: str, revision: str, reason: _UnreachableError) -> Located:
+    """From the cache alone. What other programs have put there has no listing, so that what they skipped cannot be known, except for a shard."""
+    refs, snapshots = _directory(repository) / "refs", _directory(repository) / "snapshots"
     commit = (refs / revision).read_text().strip() if (refs / revision).is_file() else revision
     snapshot = snapshots / commit
     names = {path.name for path in snapshot.iterdir() if path.is_file()} if snapshot.is_dir() else set()
@@ -155,7 +174,7 @@ def _cached(repository: str, revision: str, reason: _Unreachable) -> Located:
 
 def _remember(repository: str, revision: str, commit: str) -> None:
     """What huggingface_hub does itself unless it is given a commit: refs/main and the like are how a branch is found offline."""
-    ref = _folder(repository) / "refs" / revision
+    ref = _directory(repository) / "refs" / revision
     if revision == commit:
         return
     with contextlib.suppress(OSError):  # a cache that cannot be written has all the files nevertheless
@@ -165,5 +184,5 @@ def _remember(repository: str, revision: str, commit: str) -> None:
         fresh.replace(ref)
 
 
-def _folder(repository: str) -> Path:
+def _directory(repository: str) -> Path:
     return Path(constants.HF_HUB_CACHE).resolve() / repo_folder_name(repo_id=repository, repo_type="model")

@@ -1,6 +1,5 @@
 """Finds out whose checkpoint it is, and makes the network of it: with its labels and preprocessing, at another image size if asked.
 
-Imported by export/build_bundle.py and vitserve.py.
 
 random:VARIANT            a variant with random weights              hf:owner/name[@revision]  a model on the hub
 FILE.safetensors          written by `vitserve train`                timm:NAME                 likewise, of timm's own there
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from vitserve.export.checkpoint.hub import Located
 
 IMAGENET_LABELS = Path(__file__).parent / "imagenet_labels.txt"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder, the first that is there
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a directory, the first that is there
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,9 @@ class Checkpoint:
     preprocessing: Preprocessing
 
 
-def load_checkpoint(source: str | Path, *, image_size: int | None = None, labels: Sequence[str] | None = None, architecture: str = "") -> Checkpoint:
+def load_checkpoint(
+    source: str | Path, *, image_size: int | None = None, labels: Sequence[str] | None = None, architecture: str = ""
+) -> Checkpoint:
     """``labels`` take the place of the checkpoint's; ``architecture`` is timm's name for a bare state dict.
 
     Raises CheckpointError, naming each tensor that is missing, unexpected or misshapen; ValueError for sizes that do not divide.
@@ -51,7 +52,7 @@ def load_checkpoint(source: str | Path, *, image_size: int | None = None, labels
         return random_checkpoint(name)
     located = fetched(str(source))
     path = Path(source) if located is None else located.path
-    return _made(_from_folder(path) if path.is_dir() else _from_file(path, architecture), image_size, labels)
+    return _made(_from_directory(path) if path.is_dir() else _from_file(path, architecture), image_size, labels)
 
 
 def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
@@ -60,7 +61,9 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
     torch.manual_seed(seed)
     network = network_of(config).eval()
     torch.nn.init.trunc_normal_(network.head.weight, std=0.02)
-    return Checkpoint(network, tuple(f"class {index}" for index in range(config.classes)), Preprocessing(config.image_size))
+    return Checkpoint(
+        network, tuple(f"class {index}" for index in range(config.classes)), Preprocessing(config.image_size)
+    )
 
 
 def _made(source: Source, image_size: int | None, labels: Sequence[str] | None) -> Checkpoint:
@@ -101,24 +104,30 @@ def fetched(source: str) -> Located | None:
         raise CheckpointError(str(error)) from error
 
 
-def _from_folder(folder: Path) -> Source:
-    config = _json(folder / "config.json")
-    found = [folder / name for name in _WEIGHTS if (folder / name).exists()]
-    index = folder / "model.safetensors.index.json"
+def _from_directory(directory: Path) -> Source:
+    config = _json(directory / "config.json")
+    found = [directory / name for name in _WEIGHTS if (directory / name).exists()]
+    index = directory / "model.safetensors.index.json"
     if not found and index.exists():
         named: dict[str, torch.Tensor] = {}
         for shard in sorted(set(_json(index).get("weight_map", {}).values())):
             if Path(shard).name != shard:
-                raise CheckpointError(f"{index} names a file outside its folder: {shard!r}")
-            named |= read_tensors(folder / shard)
+                raise CheckpointError(f"{index} names a file outside its directory: {shard!r}")
+            named |= read_tensors(directory / shard)
     elif found:
         named = read_tensors(found[0])
     else:
-        raise CheckpointError(f"{folder} holds no weights; looked for {', '.join(_WEIGHTS)}")
+        raise CheckpointError(f"{directory} holds no weights; looked for {', '.join(_WEIGHTS)}")
     if "architecture" in config:
         arguments = config.get("model_args", {})
-        return timm.read(Tensors(named), config["architecture"], config.get("pretrained_cfg", config), config.get("global_pool"), arguments.get("num_heads"))
-    return huggingface.read(Tensors(named), config, _json(folder / "preprocessor_config.json"))
+        return timm.read(
+            Tensors(named),
+            config["architecture"],
+            config.get("pretrained_cfg", config),
+            config.get("global_pool"),
+            arguments.get("num_heads"),
+        )
+    return huggingface.read(Tensors(named), config, _json(directory / "preprocessor_config.json"))
 
 
 def _from_file(path: Path, architecture: str) -> Source:
@@ -133,9 +142,13 @@ def _from_file(path: Path, architecture: str) -> Source:
         return torchvision.read(tensors)
     if timm.MARK in tensors or timm.BIT_MARK in tensors:
         if not architecture:
-            raise CheckpointError(f"{path} has timm's names; say which architecture it is (--architecture vit_base_patch16_224), or export its folder")
+            raise CheckpointError(
+                f"{path} has timm's names; say which architecture it is (--architecture vit_base_patch16_224), or export its directory"
+            )
         return timm.read(tensors, architecture, _pretrained_cfg(architecture))
-    raise CheckpointError(f"{path} is nobody's whose names are known: not Google's, torchvision's, timm's, nor written by `vitserve train`")
+    raise CheckpointError(
+        f"{path} is nobody's whose names are known: not Google's, torchvision's, timm's, nor written by `vitserve train`"
+    )
 
 
 def _pretrained_cfg(architecture: str) -> dict[str, Any]:
@@ -143,7 +156,9 @@ def _pretrained_cfg(architecture: str) -> dict[str, Any]:
     try:
         from timm import get_pretrained_cfg
     except (ImportError, RuntimeError) as error:
-        raise CheckpointError(f"how {architecture} wants its images only timm knows, and it is not installed; export the folder of save_for_hf") from error
+        raise CheckpointError(
+            f"how {architecture} wants its images only timm knows, and it is not installed; export the directory of save_for_hf"
+        ) from error
     found = get_pretrained_cfg(architecture)
     if found is None:
         raise CheckpointError(f"timm knows no architecture {architecture!r}")
@@ -152,7 +167,7 @@ def _pretrained_cfg(architecture: str) -> dict[str, Any]:
 
 
 def _own(path: Path) -> Source | None:
-    """What `vitserve train` wrote, with shape, labels and normalisation in its metadata; None where it did not write this."""
+    """What `vitserve train` wrote, with shape, labels and normalization in its metadata; None where it did not write this."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -165,9 +180,16 @@ def _own(path: Path) -> Source | None:
     if "blocks" in fields:
         config = ResNetConfig(**fields | {"blocks": tuple(fields["blocks"])})
     else:
-        config = ViTConfig(**fields | {name: tuple(fields[name]) if fields.get(name) else None for name in ("stem", "resnet")})
+        config = ViTConfig(
+            **fields | {name: tuple(fields[name]) if fields.get(name) else None for name in ("stem", "resnet")}
+        )
     mean, std = (tuple(json.loads(metadata[name])) for name in ("mean", "std"))
-    return Source(config, read_tensors(path), Preprocessing(config.image_size, mean=mean, std=std), tuple(json.loads(metadata["labels"])))
+    return Source(
+        config,
+        read_tensors(path),
+        Preprocessing(config.image_size, mean=mean, std=std),
+        tuple(json.loads(metadata["labels"])),
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:

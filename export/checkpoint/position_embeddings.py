@@ -1,4 +1,4 @@
-"""A network at another image size: its position embedding interpolated to the new grid. Imported by export/checkpoint/load.py."""
+"""A network at another image size: its position embedding interpolated to the new grid."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ def square_side(patches: int) -> int:
     """Raises CheckpointError where the grid is not square."""
     side = math.isqrt(patches)
     if side * side != patches:
-        raise CheckpointError(f"{patches} positions are not a square grid; the nearest have {side**2} and {(side + 1) ** 2}")
+        raise CheckpointError(
+            f"{patches} positions are not a square grid; the nearest have {side**2} and {(side + 1) ** 2}"
+        )
     return side
 
 
-def at_image_size(config: ViTConfig, weights: dict[str, Tensor], image_size: int) -> tuple[ViTConfig, dict[str, Tensor]]:
+def at_image_size(
+    config: ViTConfig, weights: dict[str, Tensor], image_size: int
+) -> tuple[ViTConfig, dict[str, Tensor]]:
     """Bicubic with antialiasing, as timm does when it loads a checkpoint; tokens before the patches keep theirs. Raises ValueError for an inexact division."""
     resized = replace(config, image_size=image_size)
     if resized.grid == config.grid:

@@ -1,4 +1,4 @@
-"""Reads the tensors of anybody's checkpoint file and puts them into a network, executing nothing that the file holds. Imported by export/.
+"""Reads the tensors of anybody's checkpoint file and puts them into a network, executing nothing that the file holds.
 
 Safetensors, numpy's .npz, and torch's own files as far as torch's restricted unpickler reads them.
 """
@@ -63,7 +63,9 @@ class Tensors:
     def expect_nothing_more(self) -> None:
         """Raises CheckpointError naming what is left."""
         if self._named:
-            raise CheckpointError(f"unexpected: {_some(f'{name} {list(tensor.shape)}' for name, tensor in self._named.items())}")
+            raise CheckpointError(
+                f"unexpected: {_some(f'{name} {list(tensor.shape)}' for name, tensor in self._named.items())}"
+            )
 
     def _look(self, name: str) -> Tensor:
         if name not in self._named:
@@ -94,10 +96,17 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     faults = {
         "missing": [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in given],
         "unexpected": [f"{name} {list(shape)}" for name, shape in given.items() if name not in wanted],
-        "misshapen": [f"{name} is {list(given[name])} and should be {list(shape)}" for name, shape in wanted.items() if given.get(name, shape) != shape],
+        "misshapen": [
+            f"{name} is {list(given[name])} and should be {list(shape)}"
+            for name, shape in wanted.items()
+            if given.get(name, shape) != shape
+        ],
     }
     if any(faults.values()):
-        raise CheckpointError("the weights do not fit the network; " + "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names))
+        raise CheckpointError(
+            "the weights do not fit the network; "
+            + "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+        )
     network.load_state_dict(weights, strict=True)
 
 
@@ -119,7 +128,9 @@ def _from_torch(path: Path) -> dict[str, Tensor]:
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors, and what else a pickle holds is not executed: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path} holds more than tensors, and what else a pickle holds is not executed: {str(error).splitlines()[0]}"
+        ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is truncated or not a file of torch: {error}") from error
     for wrapper in _WRAPPERS:

@@ -1,8 +1,8 @@
-"""The canonical graph in bf16, fp16 or fp8, every operand of one type: TensorRT 11 takes precision from the graph alone. Imported by to_tensorrt.py; no torch.
+"""The reference graph in bf16, fp16 or fp8, every operand of one type: TensorRT 11 takes precision from the graph alone.
 
 bf16 has float32's range, so everything runs in it. fp16 has not: LayerNormalization is computed in float32 (sums of squares overflow, NVIDIA/TensorRT
 #2564, #4493), and softmax too (the operator's softmax_precision). Pixels become the type directly: 0 … 255 are exact in either. Outputs are float32.
-fp8 is bf16 with the products that export/quantize/fp8.py has quantised.
+fp8 is bf16 with the products that export/quantize/fp8.py has quantized.
 
     python -m vitserve.export.graph.cast_precision GRAPH TARGET PRECISION
 
@@ -28,8 +28,8 @@ Typed = Literal["bf16", "fp16", "fp8"]
 _TYPES = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16, "fp8": ir.DataType.BFLOAT16}
 
 
-def typed(source: Path, precision: Typed) -> ir.Model:
-    """The canonical graph, or for fp8 the quantised one, in ``precision``, with its weights in memory.
+def cast_graph(source: Path, precision: Typed) -> ir.Model:
+    """The reference graph, or for fp8 the quantized one, in ``precision``, with its weights in memory.
 
     Raises ValueError for a float constant where none is expected.
     """
@@ -56,7 +56,11 @@ def typed(source: Path, precision: Typed) -> ir.Model:
             node.attributes["to"] = ir.AttrInt64("to", dtype.value)
         elif node.op_type == "Attention" and precision == "fp16":
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
-        elif node.op_type == "Constant" and (tensor := node.attributes.get("value")) is not None and tensor.as_tensor().dtype == ir.DataType.FLOAT:
+        elif (
+            node.op_type == "Constant"
+            and (tensor := node.attributes.get("value")) is not None
+            and tensor.as_tensor().dtype == ir.DataType.FLOAT
+        ):
             raise ValueError(f"node {node.name} is a float constant; the exporter makes initializers of them")
     for node in norms:
         _in_float32(graph, node, dtype)
@@ -72,11 +76,18 @@ def _without_shapes(model: ir.Model) -> None:
     """
     graph = model.graph
     for concat in [node for node in graph if node.op_type == "Concat"]:
-        prefixes = [each for value in concat.inputs if value is not None and (each := value.producer()) is not None and each.op_type == "Expand"]
+        prefixes = [
+            each
+            for value in concat.inputs
+            if value is not None and (each := value.producer()) is not None and each.op_type == "Expand"
+        ]
         if not prefixes:
             continue
         tokens = concat.inputs[-1]
-        start, end, zero = (initializer(graph, f"typed_{name}", np.asarray(value)) for name, value in (("start", [0]), ("end", [1]), ("zero", np.float32(0))))
+        start, end, zero = (
+            initializer(graph, f"typed_{name}", np.asarray(value))
+            for name, value in (("start", [0]), ("end", [1]), ("zero", np.float32(0)))
+        )
         first = ir.node("Slice", [tokens, start, end, end], name="first_token")
         nothing = ir.node("Mul", [first.outputs[0], zero], name="nothing")
         added = [ir.node("Add", [node.inputs[0], nothing.outputs[0]], name=node.name) for node in prefixes]
@@ -125,15 +136,15 @@ def _float32_output(graph: ir.Graph, output: ir.Value) -> None:
     graph.outputs[graph.outputs.index(output)] = cast.outputs[0]
 
 
-def write_typed(source: Path, target: Path, precision: Typed) -> None:
+def write_cast_graph(source: Path, target: Path, precision: Typed) -> None:
     """The graph at ``target``, its weights beside it; each is there at once or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made, weights = Path(folder) / target.name, f"{target.name}.data"
-        ir.save(typed(source, precision), made, external_data=weights)
-        (Path(folder) / weights).replace(target.parent / weights)
+    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        made, weights = Path(directory) / target.name, f"{target.name}.data"
+        ir.save(cast_graph(source, precision), made, external_data=weights)
+        (Path(directory) / weights).replace(target.parent / weights)
         made.replace(target)
 
 
 if __name__ == "__main__":
-    write_typed(Path(sys.argv[1]), Path(sys.argv[2]), cast("Typed", sys.argv[3]))
+    write_cast_graph(Path(sys.argv[1]), Path(sys.argv[2]), cast("Typed", sys.argv[3]))

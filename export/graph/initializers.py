@@ -1,4 +1,4 @@
-"""What changing an onnx_ir graph takes more than once. Imported by fp8.py and typed.py."""
+"""What changing an onnx_ir graph takes more than once."""
 
 from __future__ import annotations
 

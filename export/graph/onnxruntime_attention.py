@@ -1,7 +1,7 @@
-"""The canonical graph in the words that a runtime has the fastest kernels for. Imported by export/build_bundle.py.
+"""The reference graph in the words that a runtime has the fastest kernels for.
 
 ONNX Runtime's CPU provider computes opset 23's Attention step by step, and com.microsoft's MultiHeadAttention in one flash kernel. OpenVINO and TensorRT
-fuse the canonical operator as it is.
+fuse the reference operator as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ class _ToMultiHeadAttention(pattern.RewriteRuleClassBase):
     def check(self, context, query, key, value, mixed, **_):  # type: ignore[no-untyped-def,override]  # noqa: ANN001
         attributes = mixed.producer().attributes
         result = pattern.MatchResult()
-        if set(attributes) != {"q_num_heads", "kv_num_heads"} or attributes["q_num_heads"].value != attributes["kv_num_heads"].value:
+        if (
+            set(attributes) != {"q_num_heads", "kv_num_heads"}
+            or attributes["q_num_heads"].value != attributes["kv_num_heads"].value
+        ):
             return result.fail(f"it has attributes {sorted(attributes)}")
         return result
 
@@ -30,7 +33,7 @@ class _ToMultiHeadAttention(pattern.RewriteRuleClassBase):
         return op.MultiHeadAttention(query, key, value, num_heads=heads, _domain="com.microsoft", _version=1)
 
 
-def for_onnxruntime(canonical: Path, path: Path) -> None:
-    """Writes the graph at ``canonical`` to ``path``, in the same folder: the weights that lie beside the one are the other's too."""
-    model = rewrite(ir.load(canonical), pattern_rewrite_rules=[_ToMultiHeadAttention.rule()])  # type: ignore[no-untyped-call]
+def for_onnxruntime(reference_graph: Path, path: Path) -> None:
+    """Writes the graph at ``reference`` to ``path``, in the same directory: the weights that lie beside the one are the other's too."""
+    model = rewrite(ir.load(reference_graph), pattern_rewrite_rules=[_ToMultiHeadAttention.rule()])  # type: ignore[no-untyped-call]
     ir.save(model, path)

@@ -1,9 +1,9 @@
-"""The network as it is exported: the same function, less the arithmetic that nobody reads. Imported by export/graph/trace.py.
+"""The network as it is exported: the same function, less the arithmetic that nobody reads.
 
-What is left out or moved, each exact but for rounding (tests/export/test_optimize.py has each alone):
+What is skipped or moved, each exact but for rounding (tests/export/test_optimize.py has each alone):
 
 - the last block runs for the tokens that the head reads; the others are its keys and values only
-- normalisation becomes part of the patch projection, where no padding comes between
+- normalization becomes part of the patch projection, where no padding comes between
 - layer scale becomes part of the projection before it
 
 Attention is the one operator of ONNX opset 23 on [n, tokens, width], its heads counted inside: no reshapes around it, which runtimes would
@@ -22,7 +22,7 @@ from vitserve.model.network.build import Network
 from vitserve.model.network.vit import Attention, Block, LayerScale, ViT
 
 
-class Lean(nn.Module):
+class OptimizedNetwork(nn.Module):
     """uint8 pixels [n, H, W, 3] → float32 logits [n, classes], embedding [n, width], as a Servable of the same network gives."""
 
     scale: Tensor | None
@@ -33,7 +33,7 @@ class Lean(nn.Module):
         self.network = copy.deepcopy(network)
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         scale, shift = 1 / (255 * std), -mean / std
-        folded = isinstance(self.network, ViT) and fold_normalisation(self.network, scale, shift)
+        folded = isinstance(self.network, ViT) and fold_normalization(self.network, scale, shift)
         self.register_buffer("scale", None if folded else scale, persistent=False)
         self.register_buffer("shift", None if folded else shift, persistent=False)
         if isinstance(self.network, ViT):
@@ -108,7 +108,7 @@ def fuse_attention(network: ViT) -> None:
 
 
 def read_no_more_than_the_head(network: ViT) -> None:
-    """The last block for the class token alone, and the distillation token where it has a head. Nothing can be left out where the mean is read."""
+    """The last block for the class token alone, and the distillation token where it has a head. Nothing can be skipped where the mean is read."""
     if network.config.pool == "token":
         network.blocks[-1] = LastBlock(_blocks(network)[-1], 1 + network.config.distillation_head)
 
@@ -122,8 +122,8 @@ def fold_layer_scale(network: ViT) -> None:
                 setattr(block, name, nn.Identity())
 
 
-def fold_normalisation(network: ViT, scale: Tensor, shift: Tensor) -> bool:
-    """False where the first convolution pads: zeros around a normalised image are not zeros around the image."""
+def fold_normalization(network: ViT, scale: Tensor, shift: Tensor) -> bool:
+    """False where the first convolution pads: zeros around a normalized image are not zeros around the image."""
     embed = network.patch_embed
     if not isinstance(embed.backbone, nn.Identity):
         return False

@@ -1,4 +1,4 @@
-"""Traces a network to the canonical graph: uint8 pixels in, float32 logits and embedding out, ONNX opset 23. Imported by export/build_bundle.py."""
+"""Traces a network to the reference graph: uint8 pixels in, float32 logits and embedding out, ONNX opset 23."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPSET = 23  # the first with Attention as one operator; what TensorRT's parser a
 
 
 class Servable(nn.Module):
-    """A network with its normalisation in front: uint8 [n, H, W, 3] → float32 logits [n, classes], embedding [n, width]."""
+    """A network with its normalization in HTTP worker: uint8 [n, H, W, 3] → float32 logits [n, classes], embedding [n, width]."""
 
     scale: Tensor
     shift: Tensor
@@ -53,5 +53,9 @@ def trace(network: nn.Module, image_size: int, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    ClearMetadataAndDocStringPass()(program.model)  # where in the source each node comes from: three quarters of the file, and another wherever that lies
-    program.save(path, external_data=True)  # mapped instead of parsed when an engine opens it, and shared by the graphs of other dialects
+    ClearMetadataAndDocStringPass()(
+        program.model
+    )  # where in the source each node comes from: three quarters of the file, and another wherever that lies
+    program.save(
+        path, external_data=True
+    )  # mapped instead of parsed when an engine opens it, and shared by the graphs of other dialects

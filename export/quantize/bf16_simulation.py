@@ -1,4 +1,4 @@
-"""What bf16 makes of a network, on a CPU that has none: for proving a bf16 artefact where it cannot run. Imported by export/build_bundle.py."""
+"""What bf16 makes of a network, on a CPU that has none: for proving a bf16 artifact where it cannot run."""
 
 from __future__ import annotations
 

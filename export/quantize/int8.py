@@ -1,4 +1,4 @@
-"""int8 forms of the canonical graph: calibrated ones for OpenVINO, by NNCF, and one without calibration for ONNX Runtime. Imported by export/build_bundle.py."""
+"""int8 forms of the reference graph: calibrated ones for OpenVINO, by NNCF, and one without calibration for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitserve.service.machine import multiplies_int8
 if TYPE_CHECKING:
     import openvino
 
-RANKED_ON = 64  # batches of 16 that say which layer costs most, anew for each that is left in float; the loss itself is of all images
+RANKED_ON = 64  # batches of 16 that say which layer costs most, again for each that is left in float; the loss itself is of all images
 ASKED_OF_THE_SEARCH = 0.8  # of the loss that is allowed: it runs the model in batches of its own, which round otherwise
 MISSING = "int8 for OpenVINO needs nncf, which is not installed: pip install 'vitserve[int8]'"
 
@@ -25,8 +25,8 @@ MISSING = "int8 for OpenVINO needs nncf, which is not installed: pip install 'vi
 def calibrated(graph: Path, images: Pixels, *, smooth: bool) -> openvino.Model:
     """Weights and activations in int8 (NNCF's transformer preset), ranges from ``images``; SmoothQuant (arXiv:2211.10438) or not.
 
-    On a CPU without VNNI weights use half their range, for there pairs of products are added in 16 bits, which else saturate, silently: an artefact made with
-    VNNI is less exact here, and the golden gate says so. Raises ImportError without NNCF.
+    On a CPU without VNNI weights use half their range, for there pairs of products are added in 16 bits, which else saturate, silently: an artifact made with
+    VNNI is less exact here, and the golden check says so. Raises ImportError without NNCF.
     """
     nncf, arguments = _nncf(images, smooth)
     with _quiet():
@@ -35,16 +35,27 @@ def calibrated(graph: Path, images: Pixels, *, smooth: bool) -> openvino.Model:
     return model
 
 
-def calibrated_until(graph: Path, images: Pixels, judged: Pixels, loss: Callable[[Outputs], float], max_loss: float, *, smooth: bool) -> openvino.Model:
+def calibrated_until(
+    graph: Path,
+    images: Pixels,
+    evaluation_images: Pixels,
+    loss: Callable[[Outputs], float],
+    max_loss: float,
+    *,
+    smooth: bool,
+) -> openvino.Model:
     """As calibrated(), with the layers that cost most left in float until ``loss``, in points, of the outputs for ``judged`` is within ``max_loss``."""
     nncf, arguments = _nncf(images, smooth)
 
     def validate(compiled: Any, dataset: Any) -> tuple[float, None]:
         results = [compiled({"pixels": pixels}) for pixels in dataset]
-        outputs = Outputs(np.concatenate([each["logits"] for each in results]), np.concatenate([each["embedding"] for each in results]))
+        outputs = Outputs(
+            np.concatenate([each["logits"] for each in results]),
+            np.concatenate([each["embedding"] for each in results]),
+        )
         return 100 - loss(outputs), None
 
-    batches = [judged[start : start + 16] for start in range(0, len(judged), 16)]
+    batches = [evaluation_images[start : start + 16] for start in range(0, len(evaluation_images), 16)]
     with _quiet():
         model = nncf.quantize_with_accuracy_control(
             _read(graph),
@@ -54,7 +65,9 @@ def calibrated_until(graph: Path, images: Pixels, judged: Pixels, loss: Callable
             max_drop=ASKED_OF_THE_SEARCH * max_loss,
             drop_type=nncf.DropType.ABSOLUTE,
             advanced_quantization_parameters=arguments.pop("advanced_parameters"),
-            advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(ranking_subset_size=min(RANKED_ON, len(batches))),
+            advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
+                ranking_subset_size=min(RANKED_ON, len(batches))
+            ),
             **arguments,
         )
     fold_smoothing(model)
@@ -74,10 +87,16 @@ def fold_smoothing(model: openvino.Model) -> int:
             continue
         shift = factor.input_value(0).get_node()
         scale = shift.input_value(0).get_node() if shift.get_type_name() == "Add" else None
-        if scale is None or scale.get_type_name() != "Multiply" or scale.input_value(0).get_node().get_type_name() != "MVN":
+        if (
+            scale is None
+            or scale.get_type_name() != "Multiply"
+            or scale.input_value(0).get_node().get_type_name() != "MVN"
+        ):
             continue
         constants = [_constant(node.input_value(1)) for node in (factor, scale, shift)]
-        if any(each is None for each in constants) or any(len(node.output(0).get_target_inputs()) > 1 for node in (scale, shift)):
+        if any(each is None for each in constants) or any(
+            len(node.output(0).get_target_inputs()) > 1 for node in (scale, shift)
+        ):
             continue  # somebody else reads what is not multiplied by the factors
         factors = constants[0].reshape(-1)
         for node, values in ((scale, constants[1]), (shift, constants[2])):
@@ -95,7 +114,7 @@ def _constant(value: Any) -> Any:
 
 
 def without_calibration(graph: Path, path: Path) -> None:
-    """Writes ``graph`` with int8 weights to ``path``; activations are quantised as they come (ONNX Runtime, dynamic quantisation).
+    """Writes ``graph`` with int8 weights to ``path``; activations are quantized as they come (ONNX Runtime, dynamic quantization).
 
     Weights use 7 bits on a CPU without VNNI, for the reason given above.
     """
@@ -103,14 +122,19 @@ def without_calibration(graph: Path, path: Path) -> None:
 
     with _quiet():
         quantize_dynamic(
-            graph, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=not multiplies_int8(), weight_type=QuantType.QInt8
+            graph,
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=not multiplies_int8(),
+            weight_type=QuantType.QInt8,
         )
 
 
 def _read(graph: Path) -> openvino.Model:
     """A convolution's bias is a constant of the output's rank, instead of one that is given that rank when the model runs.
 
-    OpenVINO 2026's int8 transformations lose the other kind where ReLU and quantisation follow: 1.2 points of accuracy of the model that comes along.
+    OpenVINO 2026's int8 transformations lose the other kind where ReLU and quantization follow: 1.2 points of accuracy of the model that comes along.
     """
     import openvino
     from openvino import opset13
@@ -140,7 +164,9 @@ def _nncf(images: Pixels, smooth: bool) -> tuple[Any, dict[str, Any]]:
         "model_type": nncf.ModelType.TRANSFORMER,
         "preset": nncf.QuantizationPreset.PERFORMANCE,
         "subset_size": len(images),
-        "advanced_parameters": nncf.AdvancedQuantizationParameters(overflow_fix=overflow, smooth_quant_alphas=smoothing),
+        "advanced_parameters": nncf.AdvancedQuantizationParameters(
+            overflow_fix=overflow, smooth_quant_alphas=smoothing
+        ),
     }
 
 

@@ -1,7 +1,7 @@
-"""The bundle: the folder that holds all that serving one model needs. Read by service/, written by export/; needs no torch.
+"""The bundle: the directory that holds all that serving one model needs. Read by service/, written by export/; needs no torch.
 
 bundle.json   the Manifest below        labels.txt   one label a line
-model.onnx    the canonical graph       golden.npz   pixels, and the source network's float32 outputs for them
+model.onnx    the reference graph       golden.npz   pixels, and the source network's float32 outputs for them
 model.onnx.data  its weights, mapped into memory by whoever reads them; the graphs of other dialects share them
 """
 
@@ -24,7 +24,7 @@ from vitserve.model.bundle.parity import Parity
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -32,16 +32,16 @@ _STRICT = pydantic.ConfigDict(extra="forbid")
 
 
 class BundleError(ValueError):
-    """The folder is not a bundle, or not the one that its manifest describes."""
+    """The directory is not a bundle, or not the one that its manifest describes."""
 
 
-class DamagedFile(BundleError):
+class DamagedFileError(BundleError):
     """A file of the bundle is missing or not the one that the manifest describes."""
 
 
 @validated(frozen=True, config=_STRICT)
-class AttentionProof:
-    """What the runtime made of the attention, read from its own optimised graph on the machine that made the bundle."""
+class AttentionKernels:
+    """What the runtime made of the attention, read from its own optimized graph on the machine that made the bundle."""
 
     kernels: dict[str, int]  # the fused ones, by name
     softmax_layers: int  # left outside of them
@@ -53,7 +53,7 @@ class AttentionProof:
 
 @validated(frozen=True, config=_STRICT)
 class Evaluation:
-    """What real images say about an artefact, against the float32 network and, where they are labelled, against the truth."""
+    """What real images say about an artifact, against the float32 network and, where they are labeled, against the truth."""
 
     images: int
     top1_agreement: float  # with the float32 network
@@ -70,17 +70,17 @@ class Evaluation:
 
 
 @validated(frozen=True, config=_STRICT)
-class Artefact:
-    """One way of running the model that was proven equal to its source when the bundle was made."""
+class Artifact:
+    """One way of running the model that was verified equal to its source when the bundle was made."""
 
     engine: str
     precision: Precision
     path: str  # relative to the bundle
     parity: Parity
     weights: str | None = None  # a second file that ``path`` needs
-    attention: AttentionProof | None = None
+    attention: AttentionKernels | None = None
     evaluation: Evaluation | None = None
-    simulated: bool = False  # proven by simulated arithmetic, on a machine without the real one
+    simulated: bool = False  # verified by simulated arithmetic, on a machine without the real one
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ class Manifest:
     variant: str
     config: ViTConfig | ResNetConfig
     preprocessing: Preprocessing
-    artefacts: tuple[Artefact, ...]
+    artifacts: tuple[Artifact, ...]
     files: dict[str, str] = field(default_factory=dict)  # name → sha256
     training: dict[str, Any] | None = None  # the trained model's own record: recipe, seconds, machine, accuracy
 
@@ -111,7 +111,9 @@ class Bundle:
     path: Path
     manifest: Manifest
     labels: tuple[str, ...]
-    damaged: Mapping[str, str] = field(default_factory=dict)  # artefacts' files that are not what the manifest says → why
+    damaged: Mapping[str, str] = field(
+        default_factory=dict
+    )  # artifacts' files that are not what the manifest says → why
 
     def golden(self) -> Golden:
         with np.load(self.path / "golden.npz", allow_pickle=False) as arrays:
@@ -119,14 +121,16 @@ class Bundle:
 
     def summary(self) -> dict[str, Any]:
         """The manifest as plain JSON, without the training record's tables."""
-        plain: dict[str, Any] = pydantic.TypeAdapter(Manifest).dump_python(self.manifest, mode="json", exclude={"training"})
+        plain: dict[str, Any] = pydantic.TypeAdapter(Manifest).dump_python(
+            self.manifest, mode="json", exclude={"training"}
+        )
         return plain
 
 
 def open_bundle(path: Path) -> Bundle:
     """Reads a bundle and verifies the sha256 of every file. Raises BundleError, saying what is wrong.
 
-    A damaged file that only artefacts need is left to open_engine(), which refuses those and serves another.
+    A damaged file that only artifacts need is left to open_engine(), which rejects those and serves another.
     """
     try:
         manifest = pydantic.TypeAdapter(Manifest).validate_json((path / MANIFEST).read_bytes())
@@ -136,23 +140,25 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path}/bundle.json is not a manifest: {error}") from error
     if manifest.schema_version != SCHEMA_VERSION:
         raise BundleError(f"{path} has schema version {manifest.schema_version}; this vitserve reads {SCHEMA_VERSION}")
-    of_artefacts = {name for artefact in manifest.artefacts for name in artefact.files}
+    of_artifacts = {name for artifact in manifest.artifacts for name in artifact.files}
     damaged = {}
     for name, expected in manifest.files.items():
         try:
             _verify(path, name, expected)
-        except DamagedFile as error:
-            if name not in of_artefacts:
+        except DamagedFileError as error:
+            if name not in of_artifacts:
                 raise
             damaged[name] = str(error)
     labels = tuple((path / "labels.txt").read_text(encoding="utf-8").splitlines())
     if len(labels) != manifest.config.classes:
-        raise BundleError(f"{path}/labels.txt has {len(labels)} labels; the model has {manifest.config.classes} classes")
+        raise BundleError(
+            f"{path}/labels.txt has {len(labels)} labels; the model has {manifest.config.classes} classes"
+        )
     return Bundle(path, manifest, labels, damaged)
 
 
 def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
-    """Makes the folder ``contents`` (labels.txt, golden.npz, graph and artefacts) into the bundle ``path``, all of it or nothing.
+    """Makes the directory ``contents`` (labels.txt, golden.npz, graph and artifacts) into the bundle ``path``, all of it or nothing.
 
     Adds the sha256 of each file to the manifest. A bundle already at ``path`` is replaced; anything else there raises BundleError.
     """
@@ -164,7 +170,7 @@ def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
         fresh = Path(beside) / "bundle"
-        fresh.mkdir()  # as readable as other folders made here, whatever ``contents`` is
+        fresh.mkdir()  # as readable as other directories made here, whatever ``contents`` is
         for each in contents.iterdir():
             shutil.copy2(each, fresh)
         (fresh / MANIFEST).write_bytes(text)
@@ -190,6 +196,6 @@ def _verify(path: Path, name: str, expected: str) -> None:
     try:
         actual = sha256(path / name)
     except OSError as error:
-        raise DamagedFile(f"{path}/{name}: {error.strerror}") from error
+        raise DamagedFileError(f"{path}/{name}: {error.strerror}") from error
     if actual != expected:
-        raise DamagedFile(f"{path}/{name} has sha256 {actual[:12]}…; the manifest says {expected[:12]}…")
+        raise DamagedFileError(f"{path}/{name} has sha256 {actual[:12]}…; the manifest says {expected[:12]}…")

@@ -1,4 +1,4 @@
-"""Images that a model is calibrated with and judged on, decoded as the service decodes them. Imported by vitserve.py and export/build_bundle.py; no torch."""
+"""Images that a model is calibrated with and judged on, decoded as the service decodes them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ class Images:
     classes: Classes | None  # [n]; None where nobody says what they show
 
 
-def read_images(source: Path, preprocessing: Preprocessing, labels: Sequence[str], calibration: int, evaluation: int) -> tuple[Images, Images]:
+def read_images(
+    source: Path, preprocessing: Preprocessing, labels: Sequence[str], calibration: int, evaluation: int
+) -> tuple[Images, Images]:
     """Up to ``calibration`` images to calibrate with, and up to ``evaluation`` others to judge on.
 
-    ``source`` is an archive as `vitserve train` takes it (calibrated with its train split, judged on its test split), or a folder, searched through;
-    if the folders that hold its images are called as labels, those are their classes. Raises ValueError where there are none, too few, or a broken one.
+    ``source`` is an archive as `vitserve train` takes it (calibrated with its train split, judged on its test split), or a directory, searched through;
+    if the directories that hold its images are called as labels, those are their classes. Raises ValueError where there are none, too few, or a broken one.
     """
     decoder = Decoder(preprocessing)
     if source.is_dir():
-        return _of_folder(source, decoder, labels, calibration, evaluation)
+        return _of_directory(source, decoder, labels, calibration, evaluation)
     with np.load(source, allow_pickle=False) as arrays:
         return _of_archive(arrays, "train", decoder, calibration), _of_archive(arrays, "test", decoder, evaluation)
 
@@ -40,7 +42,11 @@ def evaluate(run: Callable[[Pixels], Outputs], reference: Outputs, images: Image
     """What ``run`` says to the images against what the float32 network says, and against the truth where that is known."""
     outputs = run(images.pixels)
     predicted, expected = outputs.logits.argmax(1), reference.logits.argmax(1)
-    accuracy, source_accuracy = (None, None) if images.classes is None else (float((each == images.classes).mean()) for each in (predicted, expected))
+    accuracy, source_accuracy = (
+        (None, None)
+        if images.classes is None
+        else (float((each == images.classes).mean()) for each in (predicted, expected))
+    )
     return Evaluation(
         images=len(images.pixels),
         top1_agreement=float((predicted == expected).mean()),
@@ -51,16 +57,24 @@ def evaluate(run: Callable[[Pixels], Outputs], reference: Outputs, images: Image
 
 
 def _of_archive(arrays: np.lib.npyio.NpzFile, split: str, decoder: Decoder, count: int) -> Images:
-    encoded, offsets, classes = arrays[f"{split}_jpeg"], arrays[f"{split}_offsets"], arrays[f"{split}_labels"].astype(np.int64)
+    encoded, offsets, classes = (
+        arrays[f"{split}_jpeg"],
+        arrays[f"{split}_offsets"],
+        arrays[f"{split}_labels"].astype(np.int64),
+    )
     chosen = np.sort(_some(len(classes), count))
     pixels = [decoder.decode(encoded[offsets[index] : offsets[index + 1]].tobytes()) for index in chosen]
     return Images(np.stack(pixels), classes[chosen])
 
 
-def _of_folder(folder: Path, decoder: Decoder, labels: Sequence[str], calibration: int, evaluation: int) -> tuple[Images, Images]:
-    files = sorted(each for each in folder.rglob("*") if each.suffix.lower() in _SUFFIXES)
+def _of_directory(
+    directory: Path, decoder: Decoder, labels: Sequence[str], calibration: int, evaluation: int
+) -> tuple[Images, Images]:
+    files = sorted(each for each in directory.rglob("*") if each.suffix.lower() in _SUFFIXES)
     if len(files) < 2:
-        raise ValueError(f"{folder} holds {len(files)} images; at least 2 are needed, one to calibrate with and another to judge on")
+        raise ValueError(
+            f"{directory} holds {len(files)} images; at least 2 are needed, one to calibrate with and another to judge on"
+        )
     calibration = min(calibration, len(files) // 2)
     order = _some(len(files), calibration + evaluation)
     index = {label: number for number, label in enumerate(labels)}
@@ -90,6 +104,8 @@ def in_batches(run: Callable[[Pixels], Outputs], size: int) -> Callable[[Pixels]
 
     def whole(pixels: Pixels) -> Outputs:
         parts = [run(pixels[start : start + size]) for start in range(0, len(pixels), size)]
-        return Outputs(np.concatenate([part.logits for part in parts]), np.concatenate([part.embedding for part in parts]))
+        return Outputs(
+            np.concatenate([part.logits for part in parts]), np.concatenate([part.embedding for part in parts])
+        )
 
     return whole

@@ -1,4 +1,4 @@
-"""How close two sets of outputs are, and how close they must be: one measure for export's proof and the service's golden gate."""
+"""How close two sets of outputs are, and how close they must be: one measure for export's proof and the service's golden check."""
 
 from __future__ import annotations
 
@@ -29,9 +29,13 @@ class Parity:
     def failure(self, precision: Precision) -> str | None:
         """Why this is not good enough for the precision, naming both numbers; None if it is."""
         limit = TOLERANCE[precision]
-        judged = {"typical outputs": self.typical} if precision in CALIBRATED else {"logits": self.logits, "embedding": self.embedding}
+        judged = (
+            {"typical outputs": self.typical}
+            if precision in CALIBRATED
+            else {"logits": self.logits, "embedding": self.embedding}
+        )
         for name, difference in judged.items():
-            if not difference <= limit:  # also refuses NaN
+            if not difference <= limit:  # also rejects NaN
                 return f"{name} differ by {difference:.2e} of their range; {precision} allows {limit:.0e}"
         return None
 

@@ -1,10 +1,9 @@
 """Encoded image → pixels, exactly as the source library's evaluation transform would make them. Pillow and numpy only.
-
-Imported by export/ (golden images, calibration) and by service/ (every request). The order of work:
-header → size check → decode (JPEGs at a reduced scale where allowed) → EXIF orientation → RGB → resize → centre crop.
+ The order of work:
+header → size check → decode (JPEGs at a reduced scale where allowed) → EXIF orientation → RGB → resize → center crop.
 
     ImageError
-    ├── NotAnImage       no allowed format recognises the bytes
+    ├── NotAnImage       no allowed format recognizes the bytes
     ├── DamagedImage     the header is fine, the data is truncated or broken
     └── TooManyPixels    decoding or resizing would exceed the limit; found from the header alone
 """
@@ -48,15 +47,15 @@ class ImageError(ValueError):
     """The image cannot be classified, and whoever sent it can be told why."""
 
 
-class NotAnImage(ImageError):
+class NotAnImageError(ImageError):
     pass
 
 
-class DamagedImage(ImageError):
+class DamagedImageError(ImageError):
     pass
 
 
-class TooManyPixels(ImageError):
+class TooManyPixelsError(ImageError):
     pass
 
 
@@ -65,12 +64,12 @@ class Preprocessing:
     """What the network was trained to see. Mean and standard deviation are applied inside the graph, not here."""
 
     image_size: int  # pixels, side of the square that comes out
-    crop: float = 1.0  # share of the resized shorter side that the centre crop keeps (timm: crop_pct)
+    crop: float = 1.0  # share of the resized shorter side that the center crop keeps (timm: crop_pct)
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     squash: bool = False  # both sides become what otherwise the shorter one does, whatever the image's shape
-    floor_crop: bool = False  # where the crop cannot be centred to the pixel: further left and up (transformers), or to the even pixel (torchvision)
+    floor_crop: bool = False  # where the crop cannot be centered to the pixel: further left and up (transformers), or to the even pixel (torchvision)
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
@@ -88,7 +87,7 @@ class Preprocessing:
         return int(short * width / height), short
 
     def cropped(self, width: int, height: int) -> tuple[int, int, int]:
-        """Left, top and side of what the centre crop keeps of the resized image."""
+        """Left, top and side of what the center crop keeps of the resized image."""
         half = math.floor if self.floor_crop else round
         return half((width - self.image_size) / 2), half((height - self.image_size) / 2), self.image_size
 
@@ -120,37 +119,47 @@ class Decoder:
             stored = image.size
             self._load(image, wanted)
             upright = _upright(image)
-            if upright.size != stored:  # turned by a quarter, or decoded at a reduced scale: then still by the whole image's sides
+            if (
+                upright.size != stored
+            ):  # turned by a quarter, or decoded at a reduced scale: then still by the whole image's sides
                 wanted = wanted if (upright.width < upright.height) == (wanted[0] < wanted[1]) else wanted[::-1]
             return self._resize_and_crop(_rgb(upright), wanted)
         except Exception as error:  # a decoder given hostile bytes may raise anything at all
-            raise DamagedImage("the image's data is truncated or damaged") from error
+            raise DamagedImageError("the image's data is truncated or damaged") from error
         finally:
             image.close()
 
     def header(self, encoded: bytes | memoryview) -> Header:
         """Raises NotAnImage or TooManyPixels; whether the data behind it is whole is not known yet."""
         with self._open(encoded) as image:
-            return Header(image.format or "", image.mode, _orientation(image), image.width * image.height, self._size_to_resize_to(image))
+            return Header(
+                image.format or "",
+                image.mode,
+                _orientation(image),
+                image.width * image.height,
+                self._size_to_resize_to(image),
+            )
 
     def _open(self, encoded: bytes | memoryview) -> Image.Image:
         try:
             return Image.open(io.BytesIO(encoded), formats=allowed_formats())
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise TooManyPixels(f"{error}; the limit here is {self.max_pixels:,} pixels") from error
+            raise TooManyPixelsError(f"{error}; the limit here is {self.max_pixels:,} pixels") from error
         except Exception as error:
-            raise NotAnImage(f"not an image in one of the formats {', '.join(allowed_formats())}") from error
+            raise NotAnImageError(f"not an image in one of the formats {', '.join(allowed_formats())}") from error
 
     def _size_to_resize_to(self, image: Image.Image) -> tuple[int, int]:
-        """From the header alone, and refused from it: nothing has been decoded yet."""
+        """From the header alone, and rejected from it: nothing has been decoded yet."""
         width, height = image.size
         if width < 1 or height < 1:
-            raise DamagedImage(f"the image is {width} × {height} pixels")
+            raise DamagedImageError(f"the image is {width} × {height} pixels")
         if width * height > self.max_pixels:
-            raise TooManyPixels(f"the image is {width} × {height} pixels; the limit is {self.max_pixels:,} pixels")
+            raise TooManyPixelsError(f"the image is {width} × {height} pixels; the limit is {self.max_pixels:,} pixels")
         wide, high = self.preprocessing.resized(width, height)
         if wide * high > self.max_pixels:  # a sliver of 1 × 1,000,000 would be blown up to the model's width
-            raise TooManyPixels(f"the image of {width} × {height} pixels becomes {wide} × {high} when resized; the limit is {self.max_pixels:,} pixels")
+            raise TooManyPixelsError(
+                f"the image of {width} × {height} pixels becomes {wide} × {high} when resized; the limit is {self.max_pixels:,} pixels"
+            )
         return wide, high
 
     def _load(self, image: Image.Image, wanted: tuple[int, int]) -> None:
@@ -172,7 +181,7 @@ def allowed_formats() -> tuple[str, ...]:
 def prepare_pillow() -> None:
     """For a process that decodes hostile images through Decoder alone; what it sets in Pillow is process-wide.
 
-    Pillow's own guard against large images warns where ours refuses, and knows one limit only. Its warnings about broken
+    Pillow's own guard against large images warns where ours rejects, and knows one limit only. Its warnings about broken
     metadata would let any client write to our log.
     """
     Image.MAX_IMAGE_PIXELS = None

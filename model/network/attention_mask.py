@@ -1,4 +1,4 @@
-"""Which token attends to which, where that is not all to all. Imported by vit.py."""
+"""Which token attends to which, where that is not all to all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network of a configuration, of whichever family it is. Imported by train.py and export/checkpoint/load.py."""
+"""The network of a configuration, of whichever family it is."""
 
 from __future__ import annotations
 

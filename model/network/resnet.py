@@ -1,7 +1,7 @@
-"""ResNetV2 with group norm and weight standardisation (BiT, arXiv:1912.11370): the paper's baseline, and the stem of its hybrid.
+"""ResNetV2 with group norm and weight standardization (BiT, arXiv:1912.11370): the paper's baseline, and the stem of its hybrid.
 
-Parameters carry the names that timm gives them. The two differ as published: the classifier normalises before each convolution and pads alike on
-both sides; the hybrid's stem normalises after and pads as TensorFlow does ("SAME": at stride 2 more on the right and below). Imported by vit.py and export/.
+Parameters carry the names that timm gives them. The two differ as published: the classifier normalizes before each convolution and pads alike on
+both sides; the hybrid's stem normalizes after and pads as TensorFlow does ("SAME": at stride 2 more on the right and below).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitserve.model.config import ResNetConfig
 
 GROUPS = 32
-_EPSILON = 1e-8  # of the weight's standardisation, as in BiT's release
+_EPSILON = 1e-8  # of the weight's standardization, as in BiT's release
 
 
 class StdConv(nn.Conv2d):
@@ -21,7 +21,14 @@ class StdConv(nn.Conv2d):
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, same: bool = False) -> None:
         # At stride 1 "SAME" is symmetric, and so it is for an even number of pixels at kernel 1.
-        super().__init__(channels_in, channels_out, kernel, stride, padding=0 if same and stride > 1 else (kernel - 1) // 2, bias=False)
+        super().__init__(
+            channels_in,
+            channels_out,
+            kernel,
+            stride,
+            padding=0 if same and stride > 1 else (kernel - 1) // 2,
+            bias=False,
+        )
         self.same = same and stride > 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +43,9 @@ class StdConv(nn.Conv2d):
 def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
     """Zeros (or ``value``) around a map, so that ceil(size / stride) pixels come out; the odd one is added right and below."""
     missing = [max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in (x.shape[-1], x.shape[-2])]
-    return F.pad(x, [missing[0] // 2, missing[0] - missing[0] // 2, missing[1] // 2, missing[1] - missing[1] // 2], value=value)
+    return F.pad(
+        x, [missing[0] // 2, missing[0] - missing[0] // 2, missing[1] // 2, missing[1] - missing[1] // 2], value=value
+    )
 
 
 class Norm(nn.GroupNorm):
@@ -97,10 +106,14 @@ class Bottleneck(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self, channels_in: int, channels_out: int, depth: int, stride: int, block: type[PreActBottleneck | Bottleneck]) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, depth: int, stride: int, block: type[PreActBottleneck | Bottleneck]
+    ) -> None:
         super().__init__()
         first = block(channels_in, channels_out, stride, changes=True)
-        self.blocks = nn.Sequential(first, *(block(channels_out, channels_out, 1, changes=False) for _ in range(depth - 1)))
+        self.blocks = nn.Sequential(
+            first, *(block(channels_out, channels_out, 1, changes=False) for _ in range(depth - 1))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.blocks(x)
@@ -118,13 +131,15 @@ class Root(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
-        if self.preact:  # BiT pads with zeros, and not with what no maximum would take: after no ReLU that is not the same
+        if (
+            self.preact
+        ):  # BiT pads with zeros, and not with what no maximum would take: after no ReLU that is not the same
             return F.max_pool2d(F.pad(x, [1, 1, 1, 1]), 3, 2)
         return F.max_pool2d(pad_same(x, 3, 2, value=-torch.inf), 3, 2)
 
 
 class ResNetMap(nn.Module):
-    """Normalised images [n, 3, H, W] → feature map [n, channels, H / r, W / r] with r = 4 · 2 ** (stages - 1)."""
+    """Normalized images [n, 3, H, W] → feature map [n, channels, H / r, W / r] with r = 4 · 2 ** (stages - 1)."""
 
     def __init__(self, blocks: tuple[int, ...], width_factor: int, preact: bool) -> None:
         super().__init__()
@@ -132,7 +147,9 @@ class ResNetMap(nn.Module):
         channels, stages = 64 * width_factor, []
         for index, depth in enumerate(blocks):
             after = 256 * width_factor * 2**index
-            stages.append(Stage(channels, after, depth, 1 if index == 0 else 2, PreActBottleneck if preact else Bottleneck))
+            stages.append(
+                Stage(channels, after, depth, 1 if index == 0 else 2, PreActBottleneck if preact else Bottleneck)
+            )
             channels = after
         self.stages = nn.Sequential(*stages)
         self.channels = channels
@@ -160,7 +177,7 @@ class Head(nn.Module):
 
 
 class ResNet(ResNetMap):
-    """Normalised images [n, 3, image size, image size] → logits [n, classes] and embedding [n, channels]."""
+    """Normalized images [n, 3, image size, image size] → logits [n, classes] and embedding [n, channels]."""
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__(config.blocks, config.width_factor, preact=True)

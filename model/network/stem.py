@@ -1,4 +1,4 @@
-"""The convolutional stem of the hybrid: an image becomes a feature map, whose pixels become tokens. Imported by vit.py."""
+"""The convolutional stem of the hybrid: an image becomes a feature map, whose pixels become tokens."""
 
 from __future__ import annotations
 

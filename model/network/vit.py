@@ -128,7 +128,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Normalised images [n, 3, image size, image size] → logits [n, classes] and embedding [n, embedding width], both in the input's type."""
+    """Normalized images [n, 3, image size, image size] → logits [n, classes] and embedding [n, embedding width], both in the input's type."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -137,7 +137,9 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.distillation_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, config.width)) if config.registers else None
-        self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2 + config.prefix * config.prefix_positions, config.width))
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, config.grid**2 + config.prefix * config.prefix_positions, config.width)
+        )
         self.norm_pre = nn.LayerNorm(config.width, config.norm_epsilon) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         norm = nn.LayerNorm(config.width, config.norm_epsilon)
@@ -151,7 +153,7 @@ class ViT(nn.Module):
             self.pre_logits.add_module("act", nn.Tanh())
         self.head = nn.Linear(config.representation_width or config.embedding_width, config.classes)
         self.head_dist = nn.Linear(config.width, config.classes) if config.distillation_head else None
-        self._initialise()
+        self._initialize()
 
     def forward(self, images: Tensor, intermediates: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Logits and embedding. A dict given as ``intermediates`` is filled with "tokens", "block00"…, "norm", each [n, tokens, width]."""
@@ -169,7 +171,11 @@ class ViT(nn.Module):
     def _tokens(self, images: Tensor) -> Tensor:
         """Patches with their positions, behind the class token and its like: [n, tokens, width]."""
         x = self.patch_embed(images)  # [n, grid², width]
-        prefix = [each.expand(x.shape[0], -1, -1) for each in (self.cls_token, self.dist_token, self.reg_token) if each is not None]
+        prefix = [
+            each.expand(x.shape[0], -1, -1)
+            for each in (self.cls_token, self.dist_token, self.reg_token)
+            if each is not None
+        ]
         if self.config.prefix_positions:
             return torch.cat([*prefix, x], dim=1) + self.pos_embed
         return torch.cat([*prefix, x + self.pos_embed], dim=1)
@@ -181,7 +187,7 @@ class ViT(nn.Module):
         mean: Tensor = self.fc_norm(x[:, self.config.prefix :].mean(dim=1))
         return mean if self.config.pool == "mean" else torch.cat([x[:, 0], mean], dim=1)
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Truncated normal of 0.02 for linear layers and positions, as timm and DeiT; the head starts at zero, as in the paper's code."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():

@@ -1,4 +1,4 @@
-"""Labelled images for training: reading an archive of encoded images, and augmenting batches of pixels. Imported by train.py."""
+"""Labeled images for training: reading an archive of encoded images, and augmenting batches of pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Pixels uint8 [n, 3, side, side] and the class of each, int64 [n]."""
 
     pixels: Tensor
@@ -24,11 +24,11 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def take(self, indices: Tensor) -> Labelled:
-        return Labelled(self.pixels[indices], self.classes[indices])
+    def take(self, indices: Tensor) -> Labeled:
+        return Labeled(self.pixels[indices], self.classes[indices])
 
-    def to(self, device: torch.device) -> Labelled:
-        return Labelled(self.pixels.to(device), self.classes.to(device))
+    def to(self, device: torch.device) -> Labeled:
+        return Labeled(self.pixels.to(device), self.classes.to(device))
 
 
 class ImageArchive:
@@ -38,15 +38,18 @@ class ImageArchive:
         self._arrays = np.load(path, allow_pickle=False)
         self.labels: list[str] = [str(name) for name in self._arrays["classes"]]
 
-    def split(self, name: str) -> Labelled:
+    def split(self, name: str) -> Labeled:
         """Decodes one split, "train" or "test"."""
         encoded, offsets = self._arrays[f"{name}_jpeg"], self._arrays[f"{name}_offsets"]
-        images = [np.asarray(Image.open(io.BytesIO(encoded[a:b].tobytes())).convert("RGB")) for a, b in itertools.pairwise(offsets)]
+        images = [
+            np.asarray(Image.open(io.BytesIO(encoded[a:b].tobytes())).convert("RGB"))
+            for a, b in itertools.pairwise(offsets)
+        ]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-        return Labelled(pixels, torch.from_numpy(self._arrays[f"{name}_labels"].astype(np.int64)))
+        return Labeled(pixels, torch.from_numpy(self._arrays[f"{name}_labels"].astype(np.int64)))
 
 
-def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [n, 3, H, W] → float32, (pixels / 255 - mean) / std per channel, in the memory order that convolutions like best."""
     shift = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
     scale = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
@@ -71,22 +74,26 @@ def augment(images: Tensor, shift_pixels: int, generator: torch.Generator) -> Te
 
 
 def warp(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Each image turned by up to strength radians, and stretched and sheared by up to that share of its side, about its centre."""
+    """Each image turned by up to strength radians, and stretched and sheared by up to that share of its side, about its center."""
     turn, shear, wide, high = ((2 * torch.rand(len(images), generator=generator) - 1) * strength for _ in range(4))
     cosine, sine = torch.cos(turn), torch.sin(turn)
     rows = (torch.stack([cosine * (1 + wide), shear - sine], 1), torch.stack([sine, cosine * (1 + high)], 1))
     matrices = torch.cat([torch.stack(rows, 1), torch.zeros(len(images), 2, 1)], 2).to(images.device)  # [n, 2, 3]
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).contiguous(memory_format=torch.channels_last)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).contiguous(
+        memory_format=torch.channels_last
+    )
 
 
-def recolour(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation of each image changed by up to strength, of normalised pixels whose range is about -1 … 1."""
-    brightness, contrast, saturation = (((2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1) * strength).to(images.device) for _ in range(3))
-    grey = images.mean(1, keepdim=True)
-    images = grey + (images - grey) * (1 + saturation)
-    centre = images.mean((1, 2, 3), keepdim=True)
-    return centre + (images - centre) * (1 + contrast) + brightness
+def recolor(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation of each image changed by up to strength, of normalized pixels whose range is about -1 … 1."""
+    brightness, contrast, saturation = (
+        ((2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1) * strength).to(images.device) for _ in range(3)
+    )
+    gray = images.mean(1, keepdim=True)
+    images = gray + (images - gray) * (1 + saturation)
+    center = images.mean((1, 2, 3), keepdim=True)
+    return center + (images - center) * (1 + contrast) + brightness
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

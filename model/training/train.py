@@ -1,10 +1,10 @@
-"""Trains a ViT on an archive of labelled images, on a CPU's budget or a GPU's. Imported by vitserve.py's `train` alone.
+"""Trains a ViT on an archive of labeled images, on a CPU's budget or a GPU's.
 
 Both recipes: Muon for the matrices of the blocks and AdamW for the rest, a one-cycle schedule, mirrored and shifted
 images, mixup until the last epochs, label smoothing, an exponential moving average of the weights, bf16 autocast.
 QUICK is for two CPU cores. Where they do not multiply bf16, torch's Muon costs as much as all else (it works in bf16,
 emulated), so AdamW takes its place unless asked otherwise. LONG is for a GPU: many more epochs, and images that are also
-warped, recoloured and cut into each other, because a network that sees each of them hundreds of times would learn them by heart.
+warped, recolored and cut into each other, because a network that sees each of them hundreds of times would learn them by heart.
 A part of the training set is held out for validation; the test set is read once, after the last epoch.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vitserve.model.config import ResNetConfig, ViTConfig
 from vitserve.model.network.build import Network, network_of
-from vitserve.model.training.data import ImageArchive, Labelled, augment, cutmix, mixup, normalise, recolour, warp
+from vitserve.model.training.data import ImageArchive, Labeled, augment, cutmix, mixup, normalize, recolor, warp
 
 CPU = torch.device("cpu")
 
@@ -45,13 +45,15 @@ class Recipe:
     mixup_share: float = 0.75  # of all steps, those that mix; the last ones see images as they are
     shift_pixels: int = 3
     warp: float = 0.0  # radians, and share of a side
-    recolour: float = 0.0
+    recolor: float = 0.0
     ema_decay: float = 0.997
     validation_images: int = 2500  # held out of the training set
     seed: int = 0
     share: float = 1.0  # of the training set that is trained on, chosen by the seed
     bf16: bool = field(default_factory=torch.cpu._is_avx512_bf16_supported)
-    optimizer: Literal["muon", "adamw"] = field(default_factory=lambda: "muon" if torch.cpu._is_avx512_bf16_supported() else "adamw")
+    optimizer: Literal["muon", "adamw"] = field(
+        default_factory=lambda: "muon" if torch.cpu._is_avx512_bf16_supported() else "adamw"
+    )
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -67,7 +69,7 @@ LONG = Recipe(
     mixup_share=0.95,
     shift_pixels=4,
     warp=0.15,
-    recolour=0.3,
+    recolor=0.3,
     ema_decay=0.999,
     bf16=True,
     optimizer="muon",
@@ -120,9 +122,14 @@ class Training:
 
 
 def train(
-    config: ViTConfig | ResNetConfig, recipe: Recipe, archive_path: Path, run: Path, device: torch.device = CPU, compiled: bool = False
+    config: ViTConfig | ResNetConfig,
+    recipe: Recipe,
+    archive_path: Path,
+    run: Path,
+    device: torch.device = CPU,
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Trains into the folder ``run`` (state.pt after every epoch, from which a second call goes on), then tests once.
+    """Trains into the directory ``run`` (state.pt after every epoch, from which a second call goes on), then tests once.
 
     ``compiled`` has torch.compile make the network's kernels first, which takes a minute and pays on a GPU.
 
@@ -141,7 +148,13 @@ def train(
     if (run / "state.pt").exists():
         state.restore(torch.load(run / "state.pt", weights_only=True, map_location="cpu"))
     forward = torch.compile(state.network) if compiled else state.network
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=steps, completed=steps // recipe.epochs * state.epoch)
         while state.epoch < recipe.epochs:
@@ -150,9 +163,13 @@ def train(
             state.epoch += 1
             state.seconds += time.monotonic() - began
             accuracy, _ = evaluate(state.average, validation_set, recipe)
-            state.history.append({"epoch": state.epoch, "loss": loss, "validation_accuracy": accuracy, "seconds": state.seconds})
+            state.history.append(
+                {"epoch": state.epoch, "loss": loss, "validation_accuracy": accuracy, "seconds": state.seconds}
+            )
             save_atomically(state.state(), run / "state.pt")
-            progress.console.print(f"epoch {state.epoch}: loss {loss:.3f}, validation {accuracy:.2%}, {state.seconds:.0f} s")
+            progress.console.print(
+                f"epoch {state.epoch}: loss {loss:.3f}, validation {accuracy:.2%}, {state.seconds:.0f} s"
+            )
     round_to_half(state.average)  # what is tested is what is stored
     test_set = archive.split("test")
     accuracy, confusion = evaluate(state.average.to(CPU), test_set, recipe)
@@ -168,7 +185,10 @@ def train(
         "test_accuracy": accuracy,
         "confusion": confusion.tolist(),
     }
-    metadata = {key: json.dumps(report[key]) for key in ("config", "labels")} | {"mean": json.dumps(recipe.mean), "std": json.dumps(recipe.std)}
+    metadata = {key: json.dumps(report[key]) for key in ("config", "labels")} | {
+        "mean": json.dumps(recipe.mean),
+        "std": json.dumps(recipe.std),
+    }
     weights = {name: half(tensor).contiguous() for name, tensor in state.average.state_dict().items()}
     save_file(weights, run / "weights.safetensors", metadata)
     (run / "training.json").write_text(json.dumps(report, indent=1))
@@ -176,10 +196,14 @@ def train(
 
 
 def _named(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    )
 
 
-def hold_out(everything: Labelled, recipe: Recipe) -> tuple[Labelled, Labelled]:
+def hold_out(everything: Labeled, recipe: Recipe) -> tuple[Labeled, Labeled]:
     """Splits the training set, by the recipe's seed, into what is trained on (a smaller share of it is a part of a greater one) and what validates."""
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(recipe.seed))
     kept = order[recipe.validation_images :]
@@ -189,19 +213,29 @@ def hold_out(everything: Labelled, recipe: Recipe) -> tuple[Labelled, Labelled]:
 def begin(config: ViTConfig | ResNetConfig, recipe: Recipe, steps: int, device: torch.device = CPU) -> Training:
     torch.manual_seed(recipe.seed)
     network = network_of(config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
-    of_muon = {name for name, p in network.named_parameters() if recipe.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2}
+    of_muon = {
+        name
+        for name, p in network.named_parameters()
+        if recipe.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
+    }
     matrices = [p for name, p in network.named_parameters() if name in of_muon]
     others = [p for name, p in network.named_parameters() if name not in of_muon]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
+    ]
     if matrices:  # a ResNet has none
-        muon = torch.optim.Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(
+            matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
         optimizers.insert(0, muon)
     top = recipe.warm_up_share * steps
 
     def share_of_rate(step: int) -> float:
         return min((step + 1) / top, (steps - step) / (steps - top))
 
-    schedules: list[torch.optim.lr_scheduler.LRScheduler] = [torch.optim.lr_scheduler.LambdaLR(each, share_of_rate) for each in optimizers]
+    schedules: list[torch.optim.lr_scheduler.LRScheduler] = [
+        torch.optim.lr_scheduler.LambdaLR(each, share_of_rate) for each in optimizers
+    ]
 
     return Training(network, copy.deepcopy(network), optimizers, schedules, torch.Generator().manual_seed(recipe.seed))
 
@@ -218,7 +252,13 @@ def follow(average: Network, network: Network, step: int, decay: float) -> None:
             slow.copy_(quick)
 
 
-def one_epoch(state: Training, forward: Callable[[Tensor], Any], training_set: Labelled, recipe: Recipe, advance: Callable[[], None]) -> float:
+def one_epoch(
+    state: Training,
+    forward: Callable[[Tensor], Any],
+    training_set: Labeled,
+    recipe: Recipe,
+    advance: Callable[[], None],
+) -> float:
     """One pass over the training set in a fresh order; returns the mean loss. ``forward`` is the network, or what was compiled of it."""
     state.network.train()
     order = torch.randperm(len(training_set), generator=state.generator).to(training_set.pixels.device)
@@ -233,7 +273,7 @@ def one_epoch(state: Training, forward: Callable[[Tensor], Any], training_set: L
     return float(torch.stack(losses).mean())
 
 
-def one_step(state: Training, forward: Callable[[Tensor], Any], batch: Labelled, recipe: Recipe, mix: bool) -> Tensor:
+def one_step(state: Training, forward: Callable[[Tensor], Any], batch: Labeled, recipe: Recipe, mix: bool) -> Tensor:
     """Returns the loss where it was computed: to wait for it would leave a GPU idle."""
     images, targets = prepare(batch, state.network.config.classes, recipe, mix, state.generator)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.bf16):
@@ -248,13 +288,15 @@ def one_step(state: Training, forward: Callable[[Tensor], Any], batch: Labelled,
     return loss.detach()
 
 
-def prepare(batch: Labelled, classes: int, recipe: Recipe, mix: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def prepare(
+    batch: Labeled, classes: int, recipe: Recipe, mix: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """What the network is shown of a batch: float32 [n, 3, side, side], and targets float32 [n, classes]."""
-    images = augment(normalise(batch.pixels, recipe.mean, recipe.std), recipe.shift_pixels, generator)
+    images = augment(normalize(batch.pixels, recipe.mean, recipe.std), recipe.shift_pixels, generator)
     if recipe.warp:
         images = warp(images, recipe.warp, generator)
-    if recipe.recolour:
-        images = recolour(images, recipe.recolour, generator)
+    if recipe.recolor:
+        images = recolor(images, recipe.recolor, generator)
     targets = F.one_hot(batch.classes, classes).float()
     if not mix:
         return images, targets
@@ -264,13 +306,15 @@ def prepare(batch: Labelled, classes: int, recipe: Recipe, mix: bool, generator:
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, data: Labelled, recipe: Recipe) -> tuple[float, Tensor]:
+def evaluate(network: nn.Module, data: Labeled, recipe: Recipe) -> tuple[float, Tensor]:
     """Accuracy in float32, and the confusion table int64 [true class, predicted class]."""
     network.eval()
-    predicted = [network(normalise(pixels, recipe.mean, recipe.std))[0].argmax(1) for pixels in data.pixels.split(500)]  # type: ignore[no-untyped-call]
+    predicted = [network(normalize(pixels, recipe.mean, recipe.std))[0].argmax(1) for pixels in data.pixels.split(500)]  # type: ignore[no-untyped-call]
     classes = int(data.classes.max()) + 1
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    confusion.index_put_((data.classes.cpu(), torch.cat(predicted).cpu()), torch.ones(len(data), dtype=torch.int64), accumulate=True)
+    confusion.index_put_(
+        (data.classes.cpu(), torch.cat(predicted).cpu()), torch.ones(len(data), dtype=torch.int64), accumulate=True
+    )
     return float(confusion.diagonal().sum() / len(data)), confusion
 
 

@@ -1,4 +1,4 @@
-"""The process that owns a device: it opens the engine, proves it, and runs batches of what the fronts send.
+"""The process that owns a device: it opens the engine, verifies it, and runs batches of what the HTTP workers send.
 
 python -m vitserve.service.engine_worker.main <descriptor of the supervisor's channel>
 """
@@ -17,18 +17,25 @@ import threading
 import time
 from collections.abc import Callable
 
-from vitserve.service.engine_worker.batch_loop import EngineProcess
-from vitserve.service.engine_worker.startup import Progress, Refused, describe, make_ring, open_model, warm_up
+from vitserve.service.engine_worker.batch_loop import BatchLoop
+from vitserve.service.engine_worker.startup import (
+    BundleRejectedError,
+    Progress,
+    create_slot_table,
+    describe,
+    open_model,
+    warm_up,
+)
 from vitserve.service.engines.selection import build_missing
 from vitserve.service.ipc.control_channel import Channel, Message, start_child
-from vitserve.service.ipc.model_info import Served
-from vitserve.service.ipc.shared_memory import Ring
+from vitserve.service.ipc.model_info import ModelInfo
+from vitserve.service.ipc.shared_memory import SlotTable
 from vitserve.service.metrics import in_files
 from vitserve.service.settings import Settings
 
 log = logging.getLogger("vitserve.engine_worker")
 
-# Fronts go first where both want the same core: what they decode meanwhile makes the next batch larger, and a refusal is not kept waiting.
+# HTTP workers go first where both want the same core: what they decode meanwhile makes the next batch larger, and a rejection is not kept waiting.
 NICENESS = 5
 _PR_SET_PDEATHSIG = 1
 
@@ -41,12 +48,12 @@ def main() -> None:
     settings = Settings(**opening["settings"])
     try:
         process, founded, build = _open(settings, opening, descriptors, channel)
-    except Refused as refused:
-        channel.send({"kind": "refused", "result": refused.result, "reason": str(refused)[:10_000]})
+    except BundleRejectedError as rejected:
+        channel.send({"kind": "rejected", "result": rejected.result, "reason": str(rejected)[:10_000]})
         return
-    process.ring.publish_start(process.index, time.monotonic() - began)
+    process.slot_table.publish_start(process.index, time.monotonic() - began)
     channel.send({"kind": "opened"}, founded)
-    gc.freeze()  # as in front.py
+    gc.freeze()  # as in HTTP worker.py
     threading.Thread(target=_build, args=(build, channel), name="builder", daemon=True).start()
     process.run(channel)
     process.engine.close()
@@ -69,21 +76,29 @@ def _build(build: Callable[[], bool], channel: Channel) -> None:
         log.error("what was to serve better cannot be built", exc_info=True)
 
 
-def _open(settings: Settings, opening: Message, descriptors: list[int], channel: Channel) -> tuple[EngineProcess, list[int], Callable[[], bool]]:
-    """The process's work, the descriptor of the ring if it was made here, and what builds a better engine's plan if one is missing. Raises Refused."""
+def _open(
+    settings: Settings, opening: Message, descriptors: list[int], channel: Channel
+) -> tuple[BatchLoop, list[int], Callable[[], bool]]:
+    """The process's work, the descriptor of the slot table if it was made here, and what builds a better engine's plan if one is missing. Raises Refused."""
     if descriptors:  # it takes its place at slots that are there, whatever was tuned meanwhile
-        settings = dataclasses.replace(settings, lanes=Ring(descriptors[0]).shape.lanes)
-    bundle, opened, options = open_model(settings, Progress(channel), opening["left_out"])
+        settings = dataclasses.replace(settings, streams=SlotTable(descriptors[0]).shape.streams)
+    bundle, opened, options = open_model(settings, Progress(channel), opening["skipped"])
     seconds = warm_up(opened.engine, bundle.manifest.preprocessing.image_size)
-    served = describe(bundle, opened)
-    founded = [] if descriptors else [make_ring(bundle, opened, served, settings, opening["fronts"], opening["engines"])]
-    ring = Ring((descriptors or founded)[0])
-    if Served.from_json(ring.description).identity != served.identity:
-        raise Refused("changed", f"the bundle at {bundle.path} is not the one that is being served")
-    opened.engine.share(ring.pixels)
+    model_info = describe(bundle, opened)
+    founded = (
+        []
+        if descriptors
+        else [create_slot_table(bundle, opened, model_info, settings, opening["workers"], opening["engines"])]
+    )
+    slot_table = SlotTable((descriptors or founded)[0])
+    if ModelInfo.from_json(slot_table.description).identity != model_info.identity:
+        raise BundleRejectedError("changed", f"the bundle at {bundle.path} is not the one that is being served")
+    opened.engine.share(slot_table.pixels)
     metrics = in_files(opening["process"])
-    process = EngineProcess(opened.engine, ring, opening["engine"], opening["epoch"], seconds, metrics, settings.hang_seconds)
-    return process, founded, lambda: build_missing(bundle, options, opened.refused)
+    process = BatchLoop(
+        opened.engine, slot_table, opening["engine"], opening["incarnation"], seconds, metrics, settings.hang_seconds
+    )
+    return process, founded, lambda: build_missing(bundle, options, opened.rejected)
 
 
 def _die_with_the_supervisor() -> None:

@@ -18,33 +18,33 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Choice:
+class TuningResult:
     engine: str
     precision: Precision
-    lanes: int
-    threads: int  # per lane
+    streams: int
+    threads: int  # per stream
     images_per_second: float  # that it reached when it was chosen, at its best batch size
 
 
 def path_of(identity: str) -> Path:
     """``identity`` is the sha256 of the bundle's manifest."""
-    return machine.cache_folder() / "tuned" / f"{identity[:16]}-{machine.cpu()}.json"
+    return machine.cache_dir() / "tuned" / f"{identity[:16]}-{machine.cpu()}.json"
 
 
-def remember(identity: str, choice: Choice) -> Path:
+def save_tuning_result(identity: str, tuning_result: TuningResult) -> Path:
     path = path_of(identity)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(asdict(choice), indent=1))
+    fresh.write_text(json.dumps(asdict(tuning_result), indent=1))
     fresh.replace(path)
     return path
 
 
-def recall(identity: str) -> Choice | None:
+def load_tuning_result(identity: str) -> TuningResult | None:
     """None where nothing was measured, or what was written cannot be read: then nothing is lost but speed."""
     path = path_of(identity)
     try:
-        return Choice(**json.loads(path.read_text()))
+        return TuningResult(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

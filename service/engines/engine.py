@@ -8,11 +8,11 @@ from typing import Protocol
 from vitserve.model.arrays import Outputs, Pixels, Precision
 
 
-class EngineUnavailable(RuntimeError):
-    """The engine cannot run here: its library, its device or its artefact is missing."""
+class EngineUnavailableError(RuntimeError):
+    """The engine cannot run here: its library, its device or its artifact is missing."""
 
 
-class DeviceLost(BaseException):
+class DeviceLostError(BaseException):
     """The device will answer nothing more to this process, which therefore must end: another takes over and runs again what this one was running.
 
     Not an Exception, so that nobody who handles a failed batch takes it for one.
@@ -20,21 +20,21 @@ class DeviceLost(BaseException):
 
 
 class Engine(Protocol):
-    """Runs batches on one device. Each lane may be used by one thread at a time, different lanes at once."""
+    """Runs batches on one device. Each stream may be used by one thread at a time, different streams at once."""
 
     name: str
     precision: Precision
-    lanes: int
+    streams: int
     max_batch: int
 
     def share(self, pixels: Pixels) -> None:
         """Before the first run() with rows: the array that all rows will be of, which the engine may arrange itself for."""
         ...
 
-    def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
-        """uint8 [n, H, W, 3] with 1 ≤ n ≤ max_batch → float32 logits [n, classes], embedding [n, width], owned by the caller.
+    def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
+        """uint8 [n, H, W, 3] with 1 ≤ n ≤ max_batch → float32 logits [n, classes], embedding [n, width], owned by the client.
 
-        With ``rows``, those n images of ``pixels`` in this order: then ``pixels`` is the ring, always the same, which a device may read by itself.
+        With ``rows``, those n images of ``pixels`` in this order: then ``pixels`` is the slot table, always the same, which a device may read by itself.
         """
         ...
 

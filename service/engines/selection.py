@@ -13,16 +13,16 @@ from typing import Literal
 import numpy as np
 
 from vitserve.model.arrays import Outputs, Precision
-from vitserve.model.bundle.bundle import GRAPH, Artefact, Bundle
+from vitserve.model.bundle.bundle import GRAPH, Artifact, Bundle
 from vitserve.model.bundle.parity import CALIBRATED, Parity, compare
 from vitserve.service import machine
-from vitserve.service.engines.engine import Engine, EngineUnavailable
-from vitserve.service.engines.gpu_artifacts import PlanOptions, build_plan, build_typed, plan_path, typed_path
+from vitserve.service.engines.engine import Engine, EngineUnavailableError
+from vitserve.service.engines.gpu_artifacts import PlanOptions, build_cast_graph, build_plan, cast_graph_path, plan_path
 
 log = logging.getLogger(__name__)
 
 # OpenVINO and NNCF report their use to a server of their makers, from a fork of the process that imports them, which has been seen to lock up: it then held an
-# engine process's channel, whose end the supervisor waited for in vain. Without this module they report nothing. It is set before either is imported, for
+# engine worker's channel, whose end the supervisor waited for in vain. Without this module they report nothing. It is set before either is imported, for
 # whatever imports them imports this file first.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
@@ -31,17 +31,23 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 class EngineOptions:
     engine: str = "auto"
     precision: str = "auto"
-    lanes: int = 1
-    threads: int = 0  # per lane; 0: the machine's cores shared among the lanes
+    streams: int = 1
+    threads: int = 0  # per stream; 0: the machine's cores shared among the streams
     max_batch: int = 8
-    compiled_folder: str = ""  # where engines keep what they compiled, for a quicker start; empty: nowhere
-    plan_folder: str = ""  # where TensorRT's plans and typed graphs lie or are built; empty: neither TensorRT nor ONNX Runtime on CUDA is used
+    engine_cache_dir: str = ""  # where engines keep what they compiled, for a quicker start; empty: nowhere
+    plan_dir: str = ""  # where TensorRT's plans and typed graphs lie or are built; empty: neither TensorRT nor ONNX Runtime on CUDA is used
     serve_meanwhile: bool = False  # leave out what has to be built first for minutes; missing_plans() says what that is
     compile: bool = False  # torch: have it make kernels of its own
 
 
 # Fastest first, where nobody has measured: ViT-B/16 on two cores with VNNI and bf16, docs/benchmarks.md.
-_FASTEST = (("openvino", "int8"), ("onnxruntime", "int8"), ("openvino", "bf16"), ("openvino", "fp32"), ("onnxruntime", "fp32"))
+_FASTEST = (
+    ("openvino", "int8"),
+    ("onnxruntime", "int8"),
+    ("openvino", "bf16"),
+    ("openvino", "fp32"),
+    ("onnxruntime", "fp32"),
+)
 _PACKAGES = {
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
@@ -62,23 +68,23 @@ FP8_CAPABILITY = (8, 9)  # Ada; https://docs.nvidia.com/deeplearning/tensorrt/la
 _SPREAD, _SLACK = 2.0, 0.01
 
 
-class NoEngine(RuntimeError):
+class NoEngineError(RuntimeError):
     """No engine can serve the bundle here; the message gives each one's reason."""
 
 
-class NotBuiltYet(EngineUnavailable):
+class NotBuiltError(EngineUnavailableError):
     """It can serve once its plan is built."""
 
 
-class Damaged(ValueError):
-    """A file of the artefact is not the one that was proven."""
+class DamagedArtifactError(ValueError):
+    """A file of the artifact is not the one that was verified."""
 
 
 @dataclass(frozen=True)
-class Refusal:
+class EngineRejection:
     engine: str
     precision: Precision
-    cause: Literal["unavailable", "not_built", "damaged", "crashed", "golden_gate"]
+    cause: Literal["unavailable", "not_built", "damaged", "crashed", "golden_check"]
     reason: str
 
     def __str__(self) -> str:
@@ -88,8 +94,8 @@ class Refusal:
 @dataclass(frozen=True)
 class Opened:
     engine: Engine
-    parity: Parity  # shown here and now, by the golden gate
-    refused: tuple[Refusal, ...]  # why each better candidate is not the one
+    parity: Parity  # shown here and now, by the golden check
+    rejected: tuple[EngineRejection, ...]  # why each better candidate is not the one
 
 
 def open_engine(
@@ -98,44 +104,49 @@ def open_engine(
     first: tuple[str, str] | None = None,
     progress: Callable[[str], None] = lambda step: None,
     trying: Callable[[str], None] = lambda engine: None,
-    left_out: Collection[str] = (),
+    skipped: Collection[str] = (),
 ) -> Opened:
-    """Opens the fastest of the bundle's artefacts that fits ``options``, can run here and passes the golden gate. Raises NoEngine.
+    """Opens the fastest of the bundle's artifacts that fits ``options``, can run here and passes the golden check. Raises NoEngine.
 
     ``first`` is the engine and precision to try before all others, because they were measured to be the fastest here.
-    ``progress`` is told of what takes minutes, ``trying`` of each engine and precision before it is opened; what is in ``left_out``, named so, is refused.
+    ``progress`` is told of what takes minutes, ``trying`` of each engine and precision before it is opened; what is in ``skipped``, named so, is rejected.
     """
-    refused: list[Refusal] = []
-    for artefact in candidates(bundle, options, first):
+    rejected: list[EngineRejection] = []
+    for artifact in candidates(bundle, options, first):
         engine = None
-        cause: Literal["unavailable", "not_built", "damaged", "crashed", "golden_gate"] = "unavailable"
-        trying(called := f"{artefact.engine} in {artefact.precision}")
+        cause: Literal["unavailable", "not_built", "damaged", "crashed", "golden_check"] = "unavailable"
+        trying(called := f"{artifact.engine} in {artifact.precision}")
         try:
-            if called in left_out:
+            if called in skipped:
                 cause = "crashed"
-                raise EngineUnavailable("it ended the processes that opened it")
-            engine = open_artefact(bundle, artefact, options, progress)
-            cause = "golden_gate"
-            return Opened(engine, golden_gate(engine, bundle, artefact), tuple(refused))
-        except Exception as error:  # whatever a foreign library raises while it compiles or runs, the next engine may still serve
+                raise EngineUnavailableError("it ended the processes that opened it")
+            engine = open_artifact(bundle, artifact, options, progress)
+            cause = "golden_check"
+            return Opened(engine, golden_check(engine, bundle, artifact), tuple(rejected))
+        except (
+            Exception
+        ) as error:  # whatever a foreign library raises while it compiles or runs, the next engine may still serve
             if engine is not None:
                 engine.close()
-            if isinstance(error, Damaged):
+            if isinstance(error, DamagedArtifactError):
                 cause = "damaged"
-            elif isinstance(error, NotBuiltYet):
+            elif isinstance(error, NotBuiltError):
                 cause = "not_built"
-            refused.append(Refusal(artefact.engine, artefact.precision, cause, str(error)))
-            log.warning("refused: %s", refused[-1])
-    raise NoEngine("; ".join(map(str, refused)) or f"the bundle has no artefact for engine {options.engine!r} in precision {options.precision!r}")
+            rejected.append(EngineRejection(artifact.engine, artifact.precision, cause, str(error)))
+            log.warning("rejected: %s", rejected[-1])
+    raise NoEngineError(
+        "; ".join(map(str, rejected))
+        or f"the bundle has no artifact for engine {options.engine!r} in precision {options.precision!r}"
+    )
 
 
-def build_missing(bundle: Bundle, options: EngineOptions, refused: Iterable[Refusal]) -> bool:
-    """Builds the best plan that was missing when ``refused`` were; the next best where that fails. True once one is there."""
-    missing = {(each.engine, each.precision) for each in refused if each.cause == "not_built"}
-    for artefact in candidates(bundle, options):
-        if (artefact.engine, artefact.precision) in missing:
+def build_missing(bundle: Bundle, options: EngineOptions, rejected: Iterable[EngineRejection]) -> bool:
+    """Builds the best plan that was missing when ``rejected`` were; the next best where that fails. True once one is there."""
+    missing = {(each.engine, each.precision) for each in rejected if each.cause == "not_built"}
+    for artifact in candidates(bundle, options):
+        if (artifact.engine, artifact.precision) in missing:
             try:
-                _made_for_the_gpu(bundle, artefact, dataclasses.replace(options, serve_meanwhile=False), log.debug)
+                _made_for_the_gpu(bundle, artifact, dataclasses.replace(options, serve_meanwhile=False), log.debug)
             except Exception as error:  # what serves goes on serving
                 log.error("what was to serve better cannot be built: %s", error)
                 continue
@@ -143,16 +154,18 @@ def build_missing(bundle: Bundle, options: EngineOptions, refused: Iterable[Refu
     return False
 
 
-def open_artefact(bundle: Bundle, artefact: Artefact, options: EngineOptions, progress: Callable[[str], None] = lambda step: None) -> Engine:
-    """As open_one(), of what candidates() gives; what it needs is built first. Not yet proven. Raises Damaged, EngineUnavailable, and what libraries raise."""
-    damage = [bundle.damaged[name] for name in artefact.files if name in bundle.damaged]
+def open_artifact(
+    bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Callable[[str], None] = lambda step: None
+) -> Engine:
+    """As open_one(), of what candidates() gives; what it needs is built first. Not yet verified. Raises Damaged, EngineUnavailable, and what libraries raise."""
+    damage = [bundle.damaged[name] for name in artifact.files if name in bundle.damaged]
     if damage:
-        raise Damaged("; ".join(damage))
+        raise DamagedArtifactError("; ".join(damage))
     try:
-        graph = _made_for_the_gpu(bundle, artefact, options, progress)
+        graph = _made_for_the_gpu(bundle, artifact, options, progress)
     except ImportError as error:
-        raise _not_installed(artefact.engine, error) from error
-    return open_one(artefact.engine, artefact.precision, graph or bundle.path / artefact.path, options)
+        raise _not_installed(artifact.engine, error) from error
+    return open_one(artifact.engine, artifact.precision, graph or bundle.path / artifact.path, options)
 
 
 def open_one(name: str, precision: Precision, graph: Path, options: EngineOptions) -> Engine:
@@ -160,84 +173,97 @@ def open_one(name: str, precision: Precision, graph: Path, options: EngineOption
 
     Raises EngineUnavailable where the library is absent or the hardware cannot do it.
     """
-    threads = options.threads or max(1, machine.cores() // options.lanes)
+    threads = options.threads or max(1, machine.cores() // options.streams)
     try:
         if name == "onnxruntime":
             from vitserve.service.engines.onnxruntime_engine import OnnxRuntimeEngine
 
-            return OnnxRuntimeEngine(graph, precision, options.lanes, threads, options.max_batch)
+            return OnnxRuntimeEngine(graph, precision, options.streams, threads, options.max_batch)
         if name == "openvino":
             from vitserve.service.engines.openvino_engine import OpenVinoEngine
 
-            return OpenVinoEngine(graph, precision, options.lanes, threads, options.max_batch, options.compiled_folder)
+            return OpenVinoEngine(
+                graph, precision, options.streams, threads, options.max_batch, options.engine_cache_dir
+            )
         if name == "tensorrt":
             from vitserve.service.engines.tensorrt.engine import TensorRtEngine
 
-            return TensorRtEngine(graph, precision, options.lanes, options.max_batch)
+            return TensorRtEngine(graph, precision, options.streams, options.max_batch)
         if name == "onnxruntime-cuda":
             from vitserve.service.engines.onnxruntime_cuda_engine import OnnxRuntimeCudaEngine
 
-            return OnnxRuntimeCudaEngine(graph, precision, options.lanes, options.max_batch)
+            return OnnxRuntimeCudaEngine(graph, precision, options.streams, options.max_batch)
         if name == "torch":
             from vitserve.service.engines.torch.engine import open_torch
 
-            return open_torch(graph, precision, options.lanes, threads, options.max_batch, compiled=options.compile)
+            return open_torch(graph, precision, options.streams, threads, options.max_batch, compiled=options.compile)
     except ImportError as error:
         raise _not_installed(name, error) from error
-    raise EngineUnavailable(f"there is no engine called {name!r}")
+    raise EngineUnavailableError(f"there is no engine called {name!r}")
 
 
-def _not_installed(name: str, error: ImportError) -> EngineUnavailable:
-    return EngineUnavailable(f"{name} is not installed ({error}): pip install '{_PACKAGES[name]}'")
+def _not_installed(name: str, error: ImportError) -> EngineUnavailableError:
+    return EngineUnavailableError(f"{name} is not installed ({error}): pip install '{_PACKAGES[name]}'")
 
 
-def _made_for_the_gpu(bundle: Bundle, artefact: Artefact, options: EngineOptions, progress: Callable[[str], None]) -> Path | None:
+def _made_for_the_gpu(
+    bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Callable[[str], None]
+) -> Path | None:
     """What TensorRT or ONNX Runtime on CUDA runs; built if it is not there yet. None for other engines. Raises ImportError, EngineUnavailable."""
-    folder, precision = Path(options.plan_folder), artefact.precision
-    if artefact.engine == "tensorrt":
+    directory, precision = Path(options.plan_dir), artifact.precision
+    if artifact.engine == "tensorrt":
         from vitserve.service.engines.tensorrt.engine import target
 
         gpu = target()
         if precision == "fp8" and gpu.compute_capability < FP8_CAPABILITY:
-            raise EngineUnavailable(f"fp8 needs compute capability {FP8_CAPABILITY}; the {gpu.gpu} has {gpu.compute_capability}")
+            raise EngineUnavailableError(
+                f"fp8 needs compute capability {FP8_CAPABILITY}; the {gpu.gpu} has {gpu.compute_capability}"
+            )
         assert precision in ("bf16", "fp16", "fp8")
         chosen = PlanOptions(precision, max_batch=options.max_batch)
-        path = plan_path(folder, bundle, artefact.path, chosen, gpu)
+        path = plan_path(directory, bundle, artifact.path, chosen, gpu)
         failed = path.with_suffix(".failed")
         if not path.exists() and options.serve_meanwhile:
-            if failed.exists():  # else every start and every reload would try again for minutes, on the device that serves
-                raise EngineUnavailable(f"{failed.read_text()}; remove {failed} to have it tried again")
-            raise NotBuiltYet("its plan is not built yet")
+            if (
+                failed.exists()
+            ):  # else every start and every reload would try again for minutes, on the device that serves
+                raise EngineUnavailableError(f"{failed.read_text()}; remove {failed} to have it tried again")
+            raise NotBuiltError("its plan is not built yet")
         if not path.exists():
             try:
-                build_plan(bundle, artefact.path, path, chosen, progress)
-            except EngineUnavailable as error:
-                folder.mkdir(parents=True, exist_ok=True)
+                build_plan(bundle, artifact.path, path, chosen, progress)
+            except EngineUnavailableError as error:
+                directory.mkdir(parents=True, exist_ok=True)
                 failed.write_text(str(error))
                 raise
             failed.unlink(missing_ok=True)
         return path
-    if artefact.engine == "onnxruntime-cuda":
+    if artifact.engine == "onnxruntime-cuda":
         from vitserve.service.engines.cuda import runtime
 
         runtime.count_devices()  # before anything is built for it
-        path = typed_path(folder, bundle, precision)
+        path = cast_graph_path(directory, bundle, precision)
         if not path.exists():
-            build_typed(bundle, path, precision, progress)
+            build_cast_graph(bundle, path, precision, progress)
         return path
     return None
 
 
-def golden_gate(engine: Engine, bundle: Bundle, artefact: Artefact) -> Parity:
-    """Runs the golden images. Raises ValueError where the outputs are not the source network's within what the precision allows and the artefact showed."""
+def golden_check(engine: Engine, bundle: Bundle, artifact: Artifact) -> Parity:
+    """Runs the golden images. Raises ValueError where the outputs are not the source network's within what the precision allows and the artifact showed."""
     golden = bundle.golden()
     if not len(golden.pixels):
         raise ValueError("the bundle has no golden images")
-    parts = [engine.run(0, golden.pixels[start : start + engine.max_batch]) for start in range(0, len(golden.pixels), engine.max_batch)]
+    parts = [
+        engine.run(0, golden.pixels[start : start + engine.max_batch])
+        for start in range(0, len(golden.pixels), engine.max_batch)
+    ]
     parity = compare(Outputs(*(np.concatenate(each) for each in zip(*parts, strict=True))), golden.reference)
     failure = parity.failure(engine.precision)
-    if failure is None and engine.precision in CALIBRATED:  # what they may lose by themselves would hide much that is broken
-        failure = _further_than(parity, artefact.parity)
+    if (
+        failure is None and engine.precision in CALIBRATED
+    ):  # what they may lose by themselves would hide much that is broken
+        failure = _further_than(parity, artifact.parity)
     if failure:
         raise ValueError(f"golden images: {failure}")
     return parity
@@ -249,51 +275,60 @@ def _further_than(shown: Parity, accepted: Parity) -> str | None:
     return None
 
 
-def candidates(bundle: Bundle, options: EngineOptions, first: tuple[str, str] | None = None) -> list[Artefact]:
+def candidates(bundle: Bundle, options: EngineOptions, first: tuple[str, str] | None = None) -> list[Artifact]:
     """What fits ``options``, best first. Of every precision if none is asked for: each was found good enough by whoever exported it."""
 
-    def place(artefact: Artefact) -> int:
-        key = (artefact.engine, artefact.precision)
+    def place(artifact: Artifact) -> int:
+        key = (artifact.engine, artifact.precision)
         if key == first:
             return -1
-        if key not in _FASTEST or (artefact.precision == "int8" and not machine.multiplies_int8()):
+        if key not in _FASTEST or (artifact.precision == "int8" and not machine.multiplies_int8()):
             return len(_FASTEST)
         return _FASTEST.index(key)
 
-    on_cpu = [each for each in bundle.manifest.artefacts if each.engine != "tensorrt"]
-    return [*_fitting(_on_a_gpu(bundle, options), options), *sorted(_fitting([*on_cpu, *_torch_on_the_cpu(bundle, options)], options), key=place)]
+    on_cpu = [each for each in bundle.manifest.artifacts if each.engine != "tensorrt"]
+    return [
+        *_fitting(_on_a_gpu(bundle, options), options),
+        *sorted(_fitting([*on_cpu, *_torch_on_the_cpu(bundle, options)], options), key=place),
+    ]
 
 
-def runs_on_gpu(artefact: Artefact) -> bool:
-    return artefact.engine in ("tensorrt", "onnxruntime-cuda") or (artefact.engine == "torch" and bool(machine.gpus()))
+def runs_on_gpu(artifact: Artifact) -> bool:
+    return artifact.engine in ("tensorrt", "onnxruntime-cuda") or (artifact.engine == "torch" and bool(machine.gpus()))
 
 
-def _fitting(artefacts: Iterable[Artefact], options: EngineOptions) -> Iterator[Artefact]:
-    return (each for each in artefacts if options.engine in ("auto", each.engine) and options.precision in ("auto", each.precision))
+def _fitting(artifacts: Iterable[Artifact], options: EngineOptions) -> Iterator[Artifact]:
+    return (
+        each
+        for each in artifacts
+        if options.engine in ("auto", each.engine) and options.precision in ("auto", each.precision)
+    )
 
 
-def _on_a_gpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artefact]:
-    """What is made of the canonical graph for the very GPU that runs it, and what the bundle holds for TensorRT."""
+def _on_a_gpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artifact]:
+    """What is made of the reference graph for the very GPU that runs it, and what the bundle holds for TensorRT."""
     asked_for = options.engine in ("tensorrt", "onnxruntime-cuda")
     if not (asked_for or machine.gpus()):
         return
-    if options.plan_folder:
-        yield from (each for each in bundle.manifest.artefacts if each.engine == "tensorrt")  # fp8, which somebody wanted
+    if options.plan_dir:
+        yield from (
+            each for each in bundle.manifest.artifacts if each.engine == "tensorrt"
+        )  # fp8, which somebody wanted
     for engine, precision in _ON_A_GPU:
-        if options.plan_folder or engine == "torch":
-            yield from _of_the_canonical_graph(bundle, engine, precision)
+        if options.plan_dir or engine == "torch":
+            yield from _of_reference_graph(bundle, engine, precision)
     if options.engine == "torch":  # which on a GPU is only for who asks for it
-        yield from _of_the_canonical_graph(bundle, "torch", "fp32")
+        yield from _of_reference_graph(bundle, "torch", "fp32")
 
 
-def _torch_on_the_cpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artefact]:
+def _torch_on_the_cpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artifact]:
     """Only for who asks for it: every other engine is quicker."""
     if options.engine == "torch" and not machine.gpus():
-        yield from _of_the_canonical_graph(bundle, "torch", "fp32")
-        yield from _of_the_canonical_graph(bundle, "torch", "bf16")
+        yield from _of_reference_graph(bundle, "torch", "fp32")
+        yield from _of_reference_graph(bundle, "torch", "bf16")
 
 
-def _of_the_canonical_graph(bundle: Bundle, engine: str, precision: Precision) -> Iterator[Artefact]:
-    source = next((each for each in bundle.manifest.artefacts if each.path == GRAPH and each.precision == "fp32"), None)
+def _of_reference_graph(bundle: Bundle, engine: str, precision: Precision) -> Iterator[Artifact]:
+    source = next((each for each in bundle.manifest.artifacts if each.path == GRAPH and each.precision == "fp32"), None)
     if source is not None:
         yield dataclasses.replace(source, engine=engine, precision=precision, attention=None, evaluation=None)

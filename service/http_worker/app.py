@@ -1,4 +1,4 @@
-"""The HTTP surface: routes, and what each answers. Imported by front.py."""
+"""The HTTP surface: routes, and what each answers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vitserve.model.arrays import Floats
 from vitserve.service import errors
 from vitserve.service.http_worker import openapi
-from vitserve.service.http_worker.dispatcher import Answer, Dispatcher, Moved
+from vitserve.service.http_worker.dispatcher import Answer, Dispatcher, ModelReplacedError
 from vitserve.service.http_worker.request_parsing import Classification, parse, read_body
 from vitserve.service.http_worker.state import State
 
-WATCH_AFTER_SECONDS = 0.05  # to watch whether a client leaves costs as much as to parse its request; most are answered before
+WATCH_AFTER_SECONDS = (
+    0.05  # to watch whether a client leaves costs as much as to parse its request; most are answered before
+)
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,9 @@ def _guarded(state: State, path: str, handler: Handler) -> Handler:
             response = problem(errors.ServiceError(f"something went wrong inside; the log knows it as {request_id}"))
         if state.draining.is_set():
             response.headers["Connection"] = "close"
-        asyncio.get_running_loop().call_soon(_count, state, path, str(response.status_code), time.monotonic() - began)  # after it has been sent
+        asyncio.get_running_loop().call_soon(
+            _count, state, path, str(response.status_code), time.monotonic() - began
+        )  # after it has been sent
         return response
 
     return guarded
@@ -134,22 +138,29 @@ async def _classify(state: State, request: Request) -> Response:
     dispatcher = state.serving()
     body = await read_body(request, state.settings.max_body_bytes)
     read_seconds = time.monotonic() - began
-    asyncio.get_running_loop().call_soon(state.metrics.read_seconds.observe, read_seconds)  # while the image is being decoded
-    asked = await parse(request, body, state.settings, len(dispatcher.served.labels))
+    asyncio.get_running_loop().call_soon(
+        state.metrics.read_seconds.observe, read_seconds
+    )  # while the image is being decoded
+    asked = await parse(request, body, state.settings, len(dispatcher.model_info.labels))
     outcomes = await _while_connected(request, _outcomes(dispatcher, asked, began))
-    while outcomes is None:  # all images anew: one answer names one model
+    while outcomes is None:  # all images again: one answer names one model
         dispatcher = state.serving()
         outcomes = await _while_connected(request, _outcomes(dispatcher, asked, began, admitted=True))
     asyncio.get_running_loop().call_soon(_count_images, state, outcomes)  # after it has been sent
     first = outcomes[0]
     if isinstance(first, errors.ServiceError) and all(isinstance(each, type(first)) for each in outcomes):
         raise first
-    served = dispatcher.served
-    results = [_result(outcome, asked.top_k, served.labels) for outcome in outcomes]
-    return _Classified(to_json({"model": served.name, "version": served.version, "results": results}), _server_timing(read_seconds, outcomes))
+    model_info = dispatcher.model_info
+    results = [_result(outcome, asked.top_k, model_info.labels) for outcome in outcomes]
+    return _Classified(
+        to_json({"model": model_info.name, "version": model_info.version, "results": results}),
+        _server_timing(read_seconds, outcomes),
+    )
 
 
-async def _outcomes(dispatcher: Dispatcher, asked: Classification, began: float, admitted: bool = False) -> list[Outcome] | None:
+async def _outcomes(
+    dispatcher: Dispatcher, asked: Classification, began: float, admitted: bool = False
+) -> list[Outcome] | None:
     """None where another model serves by now and this one could not answer all of them."""
     deadline = began + asked.timeout_ms / 1000
 
@@ -161,10 +172,14 @@ async def _outcomes(dispatcher: Dispatcher, asked: Classification, began: float,
             return await dispatcher.classify(image, deadline, asked.priority, admitted)
         except errors.ServiceError as error:
             return error
-        except Moved:
+        except ModelReplacedError:
             return None
 
-    found = [await outcome(asked.images[0])] if len(asked.images) == 1 else await asyncio.gather(*map(outcome, asked.images))
+    found = (
+        [await outcome(asked.images[0])]
+        if len(asked.images) == 1
+        else await asyncio.gather(*map(outcome, asked.images))
+    )
     known = [each for each in found if each is not None]
     return known if len(known) == len(found) else None
 
@@ -205,7 +220,12 @@ def _result(outcome: Outcome, top_k: int, labels: tuple[str, ...]) -> dict[str, 
     if isinstance(outcome, errors.ServiceError):
         return {"error": outcome.problem()}
     order = most_probable(outcome.probabilities, top_k)
-    return {"predictions": [{"label": labels[index], "index": index, "probability": float(outcome.probabilities[index])} for index in order]}
+    return {
+        "predictions": [
+            {"label": labels[index], "index": index, "probability": float(outcome.probabilities[index])}
+            for index in order
+        ]
+    }
 
 
 def most_probable(probabilities: Floats, count: int) -> list[int]:
@@ -228,7 +248,7 @@ def _server_timing(read_seconds: float, outcomes: list[Outcome]) -> str:
             "read": read_seconds,
             "decode": max(each.decode_seconds for each in answers),
             "queue": max(each.queue_seconds for each in answers),
-            "run": max(each.run_seconds for each in answers),
+            "inference": max(each.inference_seconds for each in answers),
         }
         if answers
         else {"read": read_seconds}
@@ -238,24 +258,24 @@ def _server_timing(read_seconds: float, outcomes: list[Outcome]) -> str:
 
 async def _model(state: State) -> Response:
     dispatcher = state.serving()
-    served = dispatcher.served
-    serving = served.details["serving"] | dispatcher.ring.measured(0)
-    return JSONResponse(served.details | {"labels": served.labels, "serving": serving})
+    model_info = dispatcher.model_info
+    serving = model_info.details["serving"] | dispatcher.slot_table.measured(0)
+    return JSONResponse(model_info.details | {"labels": model_info.labels, "serving": serving})
 
 
 async def _reload(state: State, request: Request) -> Response:
-    """Opens the configured bundle anew. What a client sends is never a path."""
+    """Opens the configured bundle again. What a client sends is never a path."""
     key = state.settings.admin_key
     sent = request.headers.get("authorization", "")
     if not key:
-        raise errors.Forbidden("no admin_key is set, so this route is closed; SIGHUP reloads too")
+        raise errors.ForbiddenError("no admin_key is set, so this route is closed; SIGHUP reloads too")
     if not hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
-        raise errors.Forbidden("the bearer token is not the admin key")
+        raise errors.ForbiddenError("the bearer token is not the admin key")
     answer = await state.reload()
     if answer["result"] != "ok":
-        raise errors.ReloadRefused(f"{answer['result']}: {answer['reason']}")
-    served = state.serving().served
-    return JSONResponse({"model": served.name, "version": served.version})
+        raise errors.ReloadRejectedError(f"{answer['result']}: {answer['reason']}")
+    model_info = state.serving().model_info
+    return JSONResponse({"model": model_info.name, "version": model_info.version})
 
 
 async def _livez() -> Response:
@@ -264,7 +284,7 @@ async def _livez() -> Response:
 
 async def _readyz(state: State) -> Response:
     reasons = state.reasons()
-    body = {"status": "not ready" if reasons else "ready", "reasons": reasons, "refused": state.refused()}
+    body = {"status": "not ready" if reasons else "ready", "reasons": reasons, "rejected": state.rejected()}
     return JSONResponse(body, 503 if reasons else 200)
 
 

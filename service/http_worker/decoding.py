@@ -1,4 +1,4 @@
-"""Chooses what decodes images: Pillow on the CPU, or the GPU where that is asked for and proven. The only place that knows both. Imported by dispatch.py."""
+"""Chooses what decodes images: Pillow on the CPU, or the GPU where that is asked for and verified. The only place that knows both."""
 
 from __future__ import annotations
 

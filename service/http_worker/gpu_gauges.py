@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of its devices, for each scrape. Imported by state.py.
+"""What NVIDIA's driver says of its devices, for each scrape.
 
 Calls: NVML's, by nvidia-ml-py, https://docs.nvidia.com/deploy/nvml-api. Without a device nothing is imported and nothing is said.
 """
@@ -23,9 +23,17 @@ def gpu_gauges() -> Iterator[Metric]:
         return
     import pynvml
 
-    memory = GaugeMetricFamily("vitserve_gpu_memory_bytes", "Device memory, by all who use the device.", labels=["gpu", "kind"])
-    busy = GaugeMetricFamily("vitserve_gpu_utilization_ratio", "Share of the last moments in which a kernel ran.", labels=["gpu"])
-    clock = GaugeMetricFamily("vitserve_gpu_clock_hertz", "Clock of the multiprocessors: lower than its peak where heat or power limit it.", labels=["gpu"])
+    memory = GaugeMetricFamily(
+        "vitserve_gpu_memory_bytes", "Device memory, by all who use the device.", labels=["gpu", "kind"]
+    )
+    busy = GaugeMetricFamily(
+        "vitserve_gpu_utilization_ratio", "Share of the last moments in which a kernel ran.", labels=["gpu"]
+    )
+    clock = GaugeMetricFamily(
+        "vitserve_gpu_clock_hertz",
+        "Clock of the multiprocessors: lower than its peak where heat or power limit it.",
+        labels=["gpu"],
+    )
     try:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle, gpu = pynvml.nvmlDeviceGetHandleByIndex(index), str(index)

@@ -55,9 +55,21 @@ def main() -> None:
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     settings = Settings(**opening["settings"])
     preload(settings)
-    state = State(settings, channel, in_files(opening["process"]), opening["front"], opening["epoch"], opening["decode_threads"])
+    state = State(
+        settings,
+        channel,
+        in_files(opening["process"]),
+        opening["worker"],
+        opening["incarnation"],
+        opening["decode_threads"],
+    )
     config = uvicorn.Config(
-        create_app(state), log_config=None, access_log=False, log_level="warning", proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS
+        create_app(state),
+        log_config=None,
+        access_log=False,
+        log_level="warning",
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     gc.freeze()  # what has been made by now stays; to look through it again and again for garbage would stop the loop for tens of milliseconds
     _Server(config, state).run([socket.socket(fileno=descriptors[0])])

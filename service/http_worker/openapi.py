@@ -1,4 +1,4 @@
-"""What /docs says of the routes that app.py serves without FastAPI's own machinery. Imported by app.py."""
+"""What /docs says of the routes that app.py serves without FastAPI's own machinery."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _ANSWER = {
         "version": {"type": "string"},
         "results": {
             "type": "array",
-            "items": {"type": "object", "properties": {"predictions": {"type": "array", "items": _PREDICTION}, "error": {"type": "object"}}},
+            "items": {
+                "type": "object",
+                "properties": {"predictions": {"type": "array", "items": _PREDICTION}, "error": {"type": "object"}},
+            },
         },
     },
 }
@@ -31,11 +34,18 @@ def _option(name: str, meaning: str) -> dict[str, Any]:
 
 
 def _header(name: str, meaning: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "description": meaning, "schema": {"type": "integer", "minimum": 0, "maximum": 9}}
+    return {
+        "name": name,
+        "in": "header",
+        "description": meaning,
+        "schema": {"type": "integer", "minimum": 0, "maximum": 9},
+    }
 
 
 def _get(summary: str, *errors: str) -> dict[str, Any]:
-    return {"get": {"summary": summary, "responses": {"200": {"description": summary}} | dict.fromkeys(errors, _PROBLEM)}}
+    return {
+        "get": {"summary": summary, "responses": {"200": {"description": summary}} | dict.fromkeys(errors, _PROBLEM)}
+    }
 
 
 _PATHS: dict[str, Any] = {
@@ -45,31 +55,44 @@ _PATHS: dict[str, Any] = {
             "description": "Answers have one shape always. Of several images a bad one carries its own `error`, and the others are answered.",
             "parameters": [
                 _option("top_k", "Predictions per image; 5 unless told."),
-                _option("timeout_ms", "When the caller stops caring, in milliseconds."),
+                _option("timeout_ms", "When the client stops caring, in milliseconds."),
                 _header("Vitserve-Priority", "9 is answered first; 5 unless told."),
             ],
             "requestBody": {
                 "required": True,
                 "content": {
-                    "multipart/form-data": {"schema": {"type": "object", "properties": {"image": {"type": "array", "items": _IMAGE}}}},
+                    "multipart/form-data": {
+                        "schema": {"type": "object", "properties": {"image": {"type": "array", "items": _IMAGE}}}
+                    },
                     "image/jpeg": {"schema": _IMAGE},
                     "application/octet-stream": {"schema": _IMAGE},
                     "application/json": {
-                        "schema": {"type": "object", "properties": {"images": {"type": "array", "items": {"type": "string", "format": "base64"}}}}
+                        "schema": {
+                            "type": "object",
+                            "properties": {
+                                "images": {"type": "array", "items": {"type": "string", "format": "base64"}}
+                            },
+                        }
                     },
                 },
             },
-            "responses": {"200": {"description": "Predictions, most probable first", "content": {"application/json": {"schema": _ANSWER}}}}
+            "responses": {
+                "200": {
+                    "description": "Predictions, most probable first",
+                    "content": {"application/json": {"schema": _ANSWER}},
+                }
+            }
             | dict.fromkeys(("400", "413", "415", "422", "429", "500", "503", "504"), _PROBLEM),
         }
     },
     "/v1/model": _get("The bundle served, the engine and precision that serve it, and the parity shown", "503"),
     "/v1/admin/reload": {
         "post": {
-            "summary": "Opens the configured bundle anew and serves it once it is proven",
-            "description": "Needs the admin key as a bearer token. A bundle that cannot be served is refused with the reason, and the one before serves on.",
+            "summary": "Opens the configured bundle again and serves it once it is verified",
+            "description": "Needs the admin key as a bearer token. A bundle that cannot be served is rejected with the reason, and the one before serves on.",
             "security": [{"adminKey": []}],
-            "responses": {"200": {"description": "The model and version served from now on"}} | dict.fromkeys(("403", "409"), _PROBLEM),
+            "responses": {"200": {"description": "The model and version served from now on"}}
+            | dict.fromkeys(("403", "409"), _PROBLEM),
         }
     },
     "/livez": _get("The event loop turns"),

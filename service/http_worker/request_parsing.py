@@ -1,4 +1,4 @@
-"""Reads what a client posts: raw image, multipart form or JSON, into encoded images and options. Imported by app.py.
+"""Reads what a client posts: raw image, multipart form or JSON, into encoded images and options.
 
 Nothing that a client sends is fetched, unpickled, written to disk or used as a path.
 """
@@ -42,12 +42,12 @@ async def read_body(request: Request, limit: int) -> bytes:
     """Raises BodyTooLarge as soon as the declared or the received length passes the limit."""
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:
-        raise errors.BodyTooLarge(f"the body is {int(declared):,} bytes; the limit is {limit:,}")
+        raise errors.BodyTooLargeError(f"the body is {int(declared):,} bytes; the limit is {limit:,}")
     chunks, length = [], 0
     async for chunk in request.stream():
         length += len(chunk)
         if length > limit:
-            raise errors.BodyTooLarge(f"the body is {length:,} bytes or more; the limit is {limit:,}")
+            raise errors.BodyTooLargeError(f"the body is {length:,} bytes or more; the limit is {limit:,}")
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
@@ -64,12 +64,22 @@ async def parse(request: Request, body: bytes, settings: Settings, classes: int)
     elif kind == "application/octet-stream" or kind.startswith("image/"):
         images = [body]
     else:
-        raise errors.UnsupportedMediaType(f"the content type is {kind!r}; send image/*, application/octet-stream, multipart/form-data or application/json")
+        raise errors.UnsupportedMediaTypeError(
+            f"the content type is {kind!r}; send image/*, application/octet-stream, multipart/form-data or application/json"
+        )
     if not 1 <= len(images) <= settings.max_images:
-        raise errors.BadRequest(f"the request holds {len(images)} images; from 1 to {settings.max_images} are allowed")
+        raise errors.BadRequestError(
+            f"the request holds {len(images)} images; from 1 to {settings.max_images} are allowed"
+        )
     top_k = _whole_number(options, "top_k", min(5, classes), 1, classes)
     timeout_ms = _whole_number(options, "timeout_ms", settings.timeout_ms, 1, 3_600_000)
-    priority = _whole_number({PRIORITY_HEADER: request.headers.get(PRIORITY_HEADER, DEFAULT_PRIORITY)}, PRIORITY_HEADER, DEFAULT_PRIORITY, 0, 9)
+    priority = _whole_number(
+        {PRIORITY_HEADER: request.headers.get(PRIORITY_HEADER, DEFAULT_PRIORITY)},
+        PRIORITY_HEADER,
+        DEFAULT_PRIORITY,
+        0,
+        9,
+    )
     return Classification(images, top_k, timeout_ms, priority)
 
 
@@ -77,26 +87,28 @@ def _from_json(body: bytes, options: dict[str, Any]) -> list[bytes | errors.Serv
     try:
         sent = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise errors.BadRequest("the body is not valid JSON") from error
+        raise errors.BadRequestError("the body is not valid JSON") from error
     if not isinstance(sent, dict) or not isinstance(sent.get("images"), list):
-        raise errors.BadRequest('the body must be {"images": ["<base64>", …]}')
+        raise errors.BadRequestError('the body must be {"images": ["<base64>", …]}')
     unknown = sent.keys() - {"images", *_OPTIONS}
     if unknown:
-        raise errors.BadRequest(f"unknown fields: {', '.join(sorted(unknown))[:200]}")
+        raise errors.BadRequestError(f"unknown fields: {', '.join(sorted(unknown))[:200]}")
     options.update({name: sent[name] for name in _OPTIONS if name in sent})
     return [_from_base64(each) for each in sent["images"]]
 
 
 def _from_base64(text: Any) -> bytes | errors.ServiceError:
     if not isinstance(text, str):
-        return errors.BadRequest("an image must be a string of base64")
+        return errors.BadRequestError("an image must be a string of base64")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        return errors.BadRequest("the image is not valid base64")
+        return errors.BadRequestError("the image is not valid base64")
 
 
-async def _from_form(request: Request, body: bytes, settings: Settings, options: dict[str, Any]) -> list[bytes | errors.ServiceError]:
+async def _from_form(
+    request: Request, body: bytes, settings: Settings, options: dict[str, Any]
+) -> list[bytes | errors.ServiceError]:
     async def once() -> AsyncGenerator[bytes, None]:
         yield body
 
@@ -104,7 +116,7 @@ async def _from_form(request: Request, body: bytes, settings: Settings, options:
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, UnicodeError, ValueError) as error:
-        raise errors.BadRequest(f"the form could not be read: {getattr(error, 'message', 'malformed')}") from error
+        raise errors.BadRequestError(f"the form could not be read: {getattr(error, 'message', 'malformed')}") from error
     images: list[bytes | errors.ServiceError] = []
     for name, part in form.multi_items():
         if isinstance(part, UploadFile):
@@ -112,7 +124,7 @@ async def _from_form(request: Request, body: bytes, settings: Settings, options:
         elif name in _OPTIONS:
             options[name] = part
         else:
-            raise errors.BadRequest(f"the field {name[:100]!r} is neither a file nor one of {', '.join(_OPTIONS)}")
+            raise errors.BadRequestError(f"the field {name[:100]!r} is neither a file nor one of {', '.join(_OPTIONS)}")
     await form.close()
     return images
 
@@ -124,7 +136,7 @@ def _whole_number(options: Mapping[str, Any], name: str, default: int, low: int,
             raise ValueError
         number = int(sent)
     except (TypeError, ValueError) as error:
-        raise errors.BadRequest(f"{name} must be a whole number from {low} to {high}") from error
+        raise errors.BadRequestError(f"{name} must be a whole number from {low} to {high}") from error
     if not low <= number <= high:
-        raise errors.BadRequest(f"{name} is {number}; it must be from {low} to {high}")
+        raise errors.BadRequestError(f"{name} is {number}; it must be from {low} to {high}")
     return number

@@ -1,4 +1,4 @@
-"""One end of the socket between a front and an engine. Imported by dispatch.py and engine_process.py."""
+"""One end of the socket between a HTTP worker and an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from vitserve.service.ipc import wire_format
 
 
-class Link:
+class Connection:
     """Sends whole messages from any thread and never blocks: what the socket does not take now waits, until flush().
 
     A peer that stands still must not make others stand still. What is sent to one that has died is dropped, as if it had died a moment later.
@@ -18,14 +18,18 @@ class Link:
     whoever waited for ours would wait for both.
     """
 
-    def __init__(self, connection: socket.socket, peer: int, peer_epoch: int, stuck: Callable[[Link], None]) -> None:
+    def __init__(
+        self, connection: socket.socket, peer: int, peer_incarnation: int, stuck: Callable[[Connection], None]
+    ) -> None:
         """``stuck`` is called, on the sending thread, when a message has to wait: flush() is due once the socket is writable."""
         connection.setblocking(False)
-        self.peer, self.peer_epoch = peer, peer_epoch
+        self.peer, self.peer_incarnation = peer, peer_incarnation
         self._connection, self._stuck = connection, stuck
         self._lock = threading.Lock()
         self._backlog: deque[bytes] = deque()
-        self._senders = 0  # threads that are about to send: the descriptor must not be closed, and be another's, under them
+        self._senders = (
+            0  # threads that are about to send: the descriptor must not be closed, and be another's, under them
+        )
         self._closed = False
 
     def fileno(self) -> int:

@@ -1,12 +1,12 @@
-"""The channel between the supervisor and one of its children, and what every child does first. Imported by supervisor.py, front.py, engine_process.py.
+"""The channel between the supervisor and one of its children, and what every child does first.
 
 Messages are JSON objects with a "kind", rare and small; descriptors of sockets and memory travel with them. Slots travel on links (link.py).
 
-to a front    open{settings, front, epoch, decode_threads}+[listening socket] · connect{generation, engine, epoch}+[ring, link] · status{…} ·
+to a HTTP worker    open{settings, HTTP worker, epoch, decode_threads}+[listening socket] · connect{generation, engine, epoch}+[slot table, link] · status{…} ·
               reloaded{id, …} · drain
-from a front  alive · reload{id}
-to an engine  open{settings, engine, fronts, left_out, epoch}+[ring, if there is one] · connect{front, epoch}+[link] · retire
-from it       opened{name, version}+[ring, if it made one] · refused{result, reason} · progress{step, trying} · alive · built
+from a HTTP worker  alive · reload{id}
+to an engine  open{settings, engine, HTTP workers, skipped, epoch}+[slot table, if there is one] · connect{HTTP worker, epoch}+[link] · retire
+from it       opened{name, version}+[slot table, if it made one] · rejected{result, reason} · progress{step, trying} · alive · built
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 MAX_BYTES = 1 << 17
 BEATS = 4  # "alive" messages in the time after which a silent child is taken for dead
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's name
+METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's name
 
 Message = dict[str, Any]
 
@@ -72,6 +72,6 @@ def set_up_logging(process: str, level: str) -> None:
 
 
 def orphaned() -> None:
-    """The supervisor was killed: ends this process at once. Nobody is left to remove the metrics' folder, so every child tries."""
-    shutil.rmtree(os.environ.get(METRICS_FOLDER, ""), ignore_errors=True)
+    """The supervisor was killed: ends this process at once. Nobody is left to remove the metrics' directory, so every child tries."""
+    shutil.rmtree(os.environ.get(METRICS_DIR, ""), ignore_errors=True)
     os._exit(1)

@@ -1,9 +1,9 @@
-"""How one model's shared memory is laid out: an anonymous ring of slots, with what the engines publish of themselves.
+"""How one model's shared memory is laid out: an anonymous slot table of slots, with what the engines publish of themselves.
 
-    header | outlook of each engine | demand of each front | columns of the slots | pixels | logits | embedding | description
+    header | completion estimate of each engine | demand of each HTTP worker | columns of the slots | pixels | logits | embedding | description
 
-Needs no numpy, so that the supervisor can clear a dead front's slots. Imported by ring.py, which gives the arrays, and supervisor.py.
-A slot's column entries are written by its front, except that an engine turns WAITING into RUNNING and then its urgency into infinity.
+Needs no numpy, so that the supervisor can clear a dead HTTP worker's slots.
+A slot's column entries are written by its HTTP worker, except that an engine turns WAITING into RUNNING and then its urgency into infinity.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import tempfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# States of a slot. Held: its front has it (decoding, or no engine is there). Waiting, running: an engine has it.
+# States of a slot. Held: its HTTP worker has it (decoding, or no engine is there). Waiting, running: an engine has it.
 FREE, HELD, WAITING, RUNNING = range(4)
 
-# Columns of an engine's outlook: seconds that opening it took; images in a full batch; the mean of its seconds; how many times that it is promised in;
-# then the share of its time that is left to more urgent images, for each of ten ranks; then when each lane will be free (monotonic seconds);
+# Columns of an engine's completion estimate: seconds that opening it took; images in a full batch; the mean of its seconds; how many times that it is promised in;
+# then the share of its time that is left to more urgent images, for each of ten ranks; then when each stream will be free (monotonic seconds);
 # then the measured seconds of each batch size.
-START, KNEE, BATCH, CAUTION, RESERVED = range(5)
-LANES = RESERVED + 10
+START, PREFERRED_BATCH_SIZE, BATCH, SAFETY_FACTOR, RESERVED = range(5)
+STREAMS = RESERVED + 10
 
 NOWHERE = 255  # in the column of engines: none has it
 
@@ -35,16 +35,16 @@ _PAGE = 4096
 _SIZES = {"u1": 1, "<u8": 8, "<f8": 8, "<f4": 4}
 
 
-class RingError(ValueError):
-    """The memory is not a ring, or not one of this layout."""
+class SlotTableError(ValueError):
+    """The memory is not a slot table, or not one of this layout."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    fronts: int
-    share: int  # slots of each front
+    workers: int
+    share: int  # slots of each HTTP worker
     engines: int
-    lanes: int  # of each engine
+    streams: int  # of each engine
     max_batch: int
     image_size: int
     classes: int
@@ -52,7 +52,7 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        return self.fronts * self.share
+        return self.workers * self.share
 
 
 class Region(NamedTuple):
@@ -69,12 +69,15 @@ def regions(shape: Shape) -> dict[str, Region]:
     """Each begins on a page of its own, so that no two writers share a cache line."""
     slots, side = shape.slots, shape.image_size
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {
-        "outlook": ("<f8", (shape.engines, LANES + shape.lanes + shape.max_batch)),
-        "demand": ("<f8", (shape.fronts, 3)),  # demand.Asked; a front that takes over from a dead one goes on with it
+        "estimate_completion": ("<f8", (shape.engines, STREAMS + shape.streams + shape.max_batch)),
+        "offered_load": (
+            "<f8",
+            (shape.workers, 3),
+        ),  # demand.Asked; a HTTP worker that takes over from a dead one goes on with it
         "states": ("u1", (slots,)),
         "engines": ("u1", (slots,)),  # which engine has it, or NOWHERE
         "sequences": ("<u8", (slots,)),
-        "urgencies": ("<f8", (slots,)),  # the smaller, the sooner it runs; infinite where nothing waits to be run
+        "sort_keys": ("<f8", (slots,)),  # the smaller, the sooner it runs; infinite where nothing waits to be run
         "pixels": ("u1", (slots, side, side, 3)),
         "logits": ("<f4", (slots, shape.classes)),
         "embedding": ("<f4", (slots, shape.width)),
@@ -92,7 +95,7 @@ def create(shape: Shape, description: bytes) -> int:
     start = regions(shape)["embedding"].end
     header = _HEADER.pack(_MAGIC, *dataclasses.astuple(shape), len(description))
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("vitserve-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = os.memfd_create("vitserve-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
@@ -101,30 +104,34 @@ def create(shape: Shape, description: bytes) -> int:
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     os.pwrite(descriptor, header, 0)
     os.pwrite(descriptor, description, start)
-    for front in range(shape.fronts):
-        clear_share(descriptor, front)
+    for worker in range(shape.workers):
+        clear_worker_slots(descriptor, worker)
     return descriptor
 
 
 def read(memory: mmap.mmap) -> tuple[Shape, bytes]:
     """The shape and the description. Raises RingError."""
     if len(memory) < _HEADER.size:
-        raise RingError(f"the memory has {len(memory)} bytes; a ring's header has {_HEADER.size}")
+        raise SlotTableError(f"the memory has {len(memory)} bytes; a slot table's header has {_HEADER.size}")
     magic, *extents, length = _HEADER.unpack_from(memory)
     if magic != _MAGIC:
-        raise RingError(f"the memory begins with {magic!r}; a ring begins with {_MAGIC!r}")
+        raise SlotTableError(f"the memory begins with {magic!r}; a slot table begins with {_MAGIC!r}")
     shape = Shape(*extents)
     start = regions(shape)["embedding"].end
     if len(memory) != start + length:
-        raise RingError(f"the memory has {len(memory)} bytes; its header asks for {start + length}")
+        raise SlotTableError(f"the memory has {len(memory)} bytes; its header asks for {start + length}")
     return shape, memory[start:]
 
 
-def clear_share(descriptor: int, front: int) -> None:
-    """Frees the slots of a front that has died. Nobody else may write them: its successor has not been started yet."""
+def clear_worker_slots(descriptor: int, worker: int) -> None:
+    """Frees the slots of a HTTP worker that has died. Nobody else may write them: its successor has not been started yet."""
     with mmap.mmap(descriptor, 0) as memory:
         shape, _ = read(memory)
         columns = regions(shape)
-        for name, value in (("states", bytes([FREE])), ("sequences", bytes(8)), ("urgencies", struct.pack("<d", math.inf))):
-            start = columns[name].offset + front * shape.share * len(value)
+        for name, value in (
+            ("states", bytes([FREE])),
+            ("sequences", bytes(8)),
+            ("sort_keys", struct.pack("<d", math.inf)),
+        ):
+            start = columns[name].offset + worker * shape.share * len(value)
             memory[start : start + shape.share * len(value)] = value * shape.share

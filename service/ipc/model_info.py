@@ -1,4 +1,4 @@
-"""What an engine process tells the fronts of the model it serves; it travels at the end of the ring. Imported by engine_process.py and dispatch.py."""
+"""What an engine worker tells the HTTP workers of the model it serves; it travels at the end of the slot table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitserve.model.bundle.preprocess import Preprocessing
 
 
 @dataclass(frozen=True)
-class Served:
+class ModelInfo:
     name: str
     version: str
     identity: str  # sha256 of the bundle's manifest, which holds those of all its files
@@ -25,8 +25,8 @@ class Served:
         return _ADAPTER.dump_json(self)
 
     @staticmethod
-    def from_json(text: bytes) -> Served:
+    def from_json(text: bytes) -> ModelInfo:
         return _ADAPTER.validate_json(text)
 
 
-_ADAPTER = pydantic.TypeAdapter(Served)
+_ADAPTER = pydantic.TypeAdapter(ModelInfo)

@@ -1,6 +1,5 @@
 """The shared memory of one model as arrays: pixels in, logits and embedding out, who has which slot, and what engines publish.
-
-Imported by dispatch.py in the fronts and by intake.py and engine_process.py in the engines. memory_layout.py says who may write what.
+memory_layout.py says who may write what.
 """
 
 from __future__ import annotations
@@ -15,25 +14,27 @@ import numpy as np
 
 from vitserve.model.arrays import Floats, Pixels
 from vitserve.service.ipc import memory_layout
-from vitserve.service.scheduler import Scheduler, caution_at, done_at
+from vitserve.service.scheduler import Scheduler, done_at, safety_factor_at
 
 _ASKED = struct.Struct("<3d")
 
-URGENCY_PER_PRIORITY = 1e9  # seconds; more than any monotonic clock's reading, so that a priority outweighs every deadline
+SECONDS_PER_PRIORITY = (
+    1e9  # seconds; more than any monotonic clock's reading, so that a priority outweighs every deadline
+)
 
 
-class Outlook(NamedTuple):
+class CompletionEstimate(NamedTuple):
     """When a new image would be done, and on which engine."""
 
     engine: int
     done_at: float
-    caution: float = 1.0  # how many times the mean its promises are
+    safety_factor: float = 1.0  # how many times the mean its promises are
 
 
-class Ring:
+class SlotTable:
     """Columns that are read and written one slot at a time are memoryviews, which do that in a third of the time that numpy takes.
 
-    Raises RingError where the descriptor is not of a ring.
+    Raises RingError where the descriptor is not of a slot table.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -43,13 +44,13 @@ class Ring:
         self.states = self._column("states", "B")
         self.engines = self._column("engines", "B")
         self.sequences = self._column("sequences", "Q")
-        self.urgencies = self._column("urgencies", "d")
+        self.sort_keys = self._column("sort_keys", "d")
         self.pixels: Pixels = self._array("pixels")
         self.logits: Floats = self._array("logits")
         self.embedding: Floats = self._array("embedding")
-        self._all_engines, self._all_urgencies = self._array("engines"), self._array("urgencies")
-        self._outlook = self._array("outlook")
-        self._row = struct.Struct(f"<{self._outlook.shape[1]}d")
+        self._all_engines, self._all_sort_keys = self._array("engines"), self._array("sort_keys")
+        self._estimates = self._array("estimate_completion")
+        self._row = struct.Struct(f"<{self._estimates.shape[1]}d")
 
     def _array(self, name: str) -> Any:
         region = self._regions[name]
@@ -62,80 +63,99 @@ class Ring:
     # -- written by an engine
 
     def publish(self, engine: int, scheduler: Scheduler) -> None:
-        values = (scheduler.knee, scheduler.mean(scheduler.knee), scheduler.caution, *scheduler.reserved, *scheduler.free_at, *scheduler.measured)
+        values = (
+            scheduler.preferred_batch_size,
+            scheduler.estimated_seconds(scheduler.preferred_batch_size),
+            scheduler.safety_factor,
+            *scheduler.reserved,
+            *scheduler.free_at,
+            *scheduler.measured,
+        )
         self._row.pack_into(self._memory, self._place(engine), self.start_seconds(engine), *values)
 
     def publish_start(self, engine: int, seconds: float) -> None:
-        self._outlook[engine, memory_layout.START] = seconds
+        self._estimates[engine, memory_layout.START] = seconds
 
     def _place(self, engine: int) -> int:
-        return self._regions["outlook"].offset + engine * self._row.size
+        return self._regions["estimate_completion"].offset + engine * self._row.size
 
-    # -- written by a front
+    # -- written by a HTTP worker
 
-    def ask(self, front: int, *asked: float) -> None:
-        """What demand.Asked holds of this front."""
-        _ASKED.pack_into(self._memory, self._regions["demand"].offset + front * _ASKED.size, *asked)
+    def ask(self, worker: int, *asked: float) -> None:
+        """What demand.Asked holds of this HTTP worker."""
+        _ASKED.pack_into(self._memory, self._regions["offered_load"].offset + worker * _ASKED.size, *asked)
 
-    # -- read by a front
+    # -- read by a HTTP worker
 
-    def asked(self, front: int) -> tuple[float, ...]:
-        return _ASKED.unpack_from(self._memory, self._regions["demand"].offset + front * _ASKED.size)
+    def asked(self, worker: int) -> tuple[float, ...]:
+        return _ASKED.unpack_from(self._memory, self._regions["offered_load"].offset + worker * _ASKED.size)
 
     def image_seconds(self) -> float:
-        """Of a lane, for one image of a full batch, as measured of late; the mean of the engines. 0 where none has started.
+        """Of a stream, for one image of a full batch, as measured recently; the mean of the engines. 0 where none has started.
 
-        Of the knee's own measure, not of the monotone one that promises are made from: that one a single slow batch of 1 raises until another
+        Of the preferred batch size's own measure, not of the monotone one that promises are made from: that one a single slow batch of 1 raises until another
         batch of 1 is run, which under load may be never.
         """
         found = []
         for engine in range(self.shape.engines):
             row = self._row.unpack_from(self._memory, self._place(engine))
-            if knee := int(row[memory_layout.KNEE]):
-                found.append(row[memory_layout.LANES + self.shape.lanes + knee - 1] / knee)
+            if preferred_batch_size := int(row[memory_layout.PREFERRED_BATCH_SIZE]):
+                found.append(
+                    row[memory_layout.STREAMS + self.shape.streams + preferred_batch_size - 1] / preferred_batch_size
+                )
         return sum(found) / len(found) if found else 0.0
 
-    def outlook(self, urgency: float, now: float, engines: Mapping[int, float]) -> Outlook:
+    def estimate_completion(self, sort_key: float, now: float, engines: Mapping[int, float]) -> CompletionEstimate:
         """Which of the engines would have a new image done first, and when. ``engines`` are those to choose from (at least one) with the
         time from which each one runs: 0 if it does, in the future while it is being restarted.
 
-        Counts what is before it by the slots of all fronts: those waiting at the engine, and an equal part of those that no engine has yet.
+        Counts what is before it by the slots of all HTTP workers: those waiting at the engine, and an equal part of those that no engine has yet.
         """
-        sooner = self._all_urgencies <= urgency
+        sooner = self._all_sort_keys <= sort_key
         if self.shape.engines == 1:  # then all of them are before it
             before, part = dict.fromkeys(engines, int(np.count_nonzero(sooner))), 0
         else:
             counts = np.bincount(self._all_engines[sooner], minlength=memory_layout.NOWHERE + 1)
             before = {engine: int(counts[engine]) for engine in engines}
             part = -(-int(counts[memory_layout.NOWHERE]) // len(engines))
-        rank = max(0, int(urgency // URGENCY_PER_PRIORITY)) if math.isfinite(urgency) else 0
-        best = Outlook(0, float("inf"))
+        priority_level = max(0, int(sort_key // SECONDS_PER_PRIORITY)) if math.isfinite(sort_key) else 0
+        best = CompletionEstimate(0, float("inf"))
         for engine, runs_from in engines.items():
             row = self._row.unpack_from(self._memory, self._place(engine))
-            free_at = row[memory_layout.LANES : memory_layout.LANES + self.shape.lanes]
+            free_at = row[memory_layout.STREAMS : memory_layout.STREAMS + self.shape.streams]
             place, start = before[engine] + part + 1, max(now, runs_from)
-            caution = caution_at(place, start, free_at, row[memory_layout.CAUTION])
-            done = done_at(place, start, free_at, max(1, int(row[memory_layout.KNEE])), row[memory_layout.BATCH] * caution, row[memory_layout.RESERVED + rank])
+            safety_factor = safety_factor_at(place, start, free_at, row[memory_layout.SAFETY_FACTOR])
+            done = done_at(
+                place,
+                start,
+                free_at,
+                max(1, int(row[memory_layout.PREFERRED_BATCH_SIZE])),
+                row[memory_layout.BATCH] * safety_factor,
+                row[memory_layout.RESERVED + priority_level],
+            )
             if done < best.done_at:
-                best = Outlook(engine, done, caution)
+                best = CompletionEstimate(engine, done, safety_factor)
         return best
 
     def reserved(self, priority: int) -> float:
         """The share of the engines' time that is left to more urgent images than this."""
-        return float(max(self._outlook[:, memory_layout.RESERVED + 9 - priority].tolist()))
+        return float(max(self._estimates[:, memory_layout.RESERVED + 9 - priority].tolist()))
 
     def start_seconds(self, engine: int) -> float:
-        return float(self._outlook[engine, memory_layout.START])
+        return float(self._estimates[engine, memory_layout.START])
 
     def batch_seconds(self) -> float:
         """The longest that a full batch is promised to take."""
-        return float((self._outlook[:, memory_layout.BATCH] * self._outlook[:, memory_layout.CAUTION]).max())
+        return float((self._estimates[:, memory_layout.BATCH] * self._estimates[:, memory_layout.SAFETY_FACTOR]).max())
 
     def measured(self, engine: int) -> dict[str, Any]:
         """What an engine has measured of itself."""
-        row = self._outlook[engine]
-        seconds = row[memory_layout.LANES + self.shape.lanes :].tolist()
-        return {"batch_size": int(row[memory_layout.KNEE]), "seconds_per_batch_size": dict(enumerate(seconds, start=1))}
+        row = self._estimates[engine]
+        seconds = row[memory_layout.STREAMS + self.shape.streams :].tolist()
+        return {
+            "batch_size": int(row[memory_layout.PREFERRED_BATCH_SIZE]),
+            "seconds_per_batch_size": dict(enumerate(seconds, start=1)),
+        }
 
     def count(self, *states: int) -> int:
         """Slots in one of these states, at one moment: others write meanwhile."""
@@ -143,6 +163,6 @@ class Ring:
         return sum(moment.count(state) for state in states)
 
 
-def urgency(priority: int, deadline: float) -> float:
+def sort_key(priority: int, deadline: float) -> float:
     """Orders images as the scheduler does: by priority, then by deadline. 9 is the most urgent priority."""
-    return deadline + (9 - priority) * URGENCY_PER_PRIORITY
+    return deadline + (9 - priority) * SECONDS_PER_PRIORITY

@@ -1,6 +1,6 @@
-"""A front's own slots: which are taken, by which image, and which engine has them. No I/O, no lock: one dispatcher calls it under its own.
+"""A HTTP worker's own slots: which are taken, by which image, and which engine has them. No I/O, no lock: one dispatcher calls it under its own.
 
-No other front writes these slots, so taking one needs nobody's leave. Imported by dispatch.py.
+No other HTTP worker writes these slots, so taking one needs nobody's leave.
 
     FREE ──take──► HELD ──submit──► WAITING ──(engine)──► RUNNING
       ▲             │ ▲                │                     │
@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vitserve.service.ipc.memory_layout import FREE, HELD, NOWHERE, RUNNING, WAITING
-from vitserve.service.ipc.shared_memory import Ring, urgency
-from vitserve.service.scheduler import Shed
+from vitserve.service.ipc.shared_memory import SlotTable, sort_key
+from vitserve.service.scheduler import Rejection
 
 FATAL = 2  # crashes of an engine that an image may be in the midst of; then it is suspected and not run again
 
@@ -30,40 +30,46 @@ class Ticket:
     sequence: int  # unique among all images that this service has ever seen: a stale answer names another
     deadline: float
     priority: int
-    engine: int | None = None  # which has it; None while the front does
+    engine: int | None = None  # which has it; None while the HTTP worker does
     crashes: int = 0  # engines that died while they ran it
 
 
 @dataclass
 class Slots:
-    ring: Ring
-    front: int
-    epoch: int  # of this incarnation of the front
+    slot_table: SlotTable
+    worker: int
+    incarnation: int  # of this incarnation of the HTTP worker
     _held: dict[int, Ticket] = field(default_factory=dict, init=False)  # by slot
 
     def __post_init__(self) -> None:
-        share = self.ring.shape.share
-        self._free = list(range(self.front * share, (self.front + 1) * share))
-        self._sequences = itertools.count((self.epoch << 32) + 1)
+        share = self.slot_table.shape.share
+        self._free = list(range(self.worker * share, (self.worker + 1) * share))
+        self._sequences = itertools.count((self.incarnation << 32) + 1)
 
     def __len__(self) -> int:
         """Slots that are taken."""
         return len(self._held)
 
-    def admit(self, deadline: float, priority: int, now: float, engines: Mapping[int, float]) -> Ticket | Shed:
-        """Takes a slot for a new image if it can be in time; ``engines`` as Ring.outlook() wants them.
+    def admit(self, deadline: float, priority: int, now: float, engines: Mapping[int, float]) -> Ticket | Rejection:
+        """Takes a slot for a new image if it can be in time; ``engines`` as Ring.completion estimate() wants them.
 
         As the scheduler sets time aside for the urgent that are to come, a like share of the slots is kept free for them.
         """
-        outlook = self.ring.outlook(urgency(priority, deadline), now, engines)
-        reserved = self.ring.reserved(priority)
-        if outlook.done_at > deadline:
-            late = outlook.done_at - deadline
-            restart = min(late, max(0.0, engines[outlook.engine] - now))  # that passes as the clock does; the queue shrinks as batches run
-            return Shed("deadline", restart + (late - restart) * (1 - reserved) / outlook.caution)
-        ticket = self.take(deadline, priority) if len(self._free) > int(reserved * self.ring.shape.share) else None
+        estimate_completion = self.slot_table.estimate_completion(sort_key(priority, deadline), now, engines)
+        reserved = self.slot_table.reserved(priority)
+        if estimate_completion.done_at > deadline:
+            late = estimate_completion.done_at - deadline
+            restart = min(
+                late, max(0.0, engines[estimate_completion.engine] - now)
+            )  # that passes as the clock does; the queue shrinks as batches run
+            return Rejection(
+                "deadline", restart + (late - restart) * (1 - reserved) / estimate_completion.safety_factor
+            )
+        ticket = (
+            self.take(deadline, priority) if len(self._free) > int(reserved * self.slot_table.shape.share) else None
+        )
         if ticket is None:
-            return Shed("full", self.ring.outlook(-math.inf, now, engines).done_at - now)
+            return Rejection("full", self.slot_table.estimate_completion(-math.inf, now, engines).done_at - now)
         return ticket
 
     def take(self, deadline: float, priority: int) -> Ticket | None:
@@ -72,15 +78,15 @@ class Slots:
             return None
         ticket = Ticket(self._free.pop(), next(self._sequences), deadline, priority)
         self._held[ticket.slot] = ticket
-        self.ring.sequences[ticket.slot] = ticket.sequence
+        self.slot_table.sequences[ticket.slot] = ticket.sequence
         self._hold(ticket)
         return ticket
 
     def submit(self, ticket: Ticket, engine: int) -> None:
         """The engine has it from now on, until it answers or is lost."""
         ticket.engine = engine
-        self.ring.engines[ticket.slot] = engine
-        self.ring.states[ticket.slot] = WAITING
+        self.slot_table.engines[ticket.slot] = engine
+        self.slot_table.states[ticket.slot] = WAITING
 
     def answered(self, slot: int, sequence: int) -> Ticket | None:
         """Frees the slot; None where the answer is stale, being for an image that is not there any more."""
@@ -93,25 +99,25 @@ class Slots:
     def release(self, ticket: Ticket) -> None:
         """Frees a slot that no engine has."""
         if ticket.engine is not None or self._held.get(ticket.slot) is not ticket:
-            raise ValueError(f"slot {ticket.slot} is not this front's to free")
+            raise ValueError(f"slot {ticket.slot} is not this HTTP worker's to free")
         self._free_again(ticket)
 
     def lost(self, engine: int) -> list[Ticket]:
-        """The engine has died: its images are the front's again, each counting whether it was being run. In the order they were taken."""
+        """The engine has died: its images are the HTTP worker's again, each counting whether it was being run. In the order they were taken."""
         orphans = [ticket for ticket in self._held.values() if ticket.engine == engine]
         for ticket in orphans:
-            ticket.crashes += int(self.ring.states[ticket.slot] == RUNNING)
+            ticket.crashes += int(self.slot_table.states[ticket.slot] == RUNNING)
             ticket.engine = None
             self._hold(ticket)
         return orphans
 
     def _hold(self, ticket: Ticket) -> None:
-        self.ring.engines[ticket.slot] = NOWHERE
-        self.ring.urgencies[ticket.slot] = urgency(ticket.priority, ticket.deadline)
-        self.ring.states[ticket.slot] = HELD
+        self.slot_table.engines[ticket.slot] = NOWHERE
+        self.slot_table.sort_keys[ticket.slot] = sort_key(ticket.priority, ticket.deadline)
+        self.slot_table.states[ticket.slot] = HELD
 
     def _free_again(self, ticket: Ticket) -> None:
         del self._held[ticket.slot]
-        self.ring.urgencies[ticket.slot] = math.inf
-        self.ring.states[ticket.slot] = FREE
+        self.slot_table.sort_keys[ticket.slot] = math.inf
+        self.slot_table.states[ticket.slot] = FREE
         self._free.append(ticket.slot)

@@ -1,4 +1,4 @@
-"""A child process as the supervisor sees it: its channel and its end. Imported by supervisor.py."""
+"""A child process as the supervisor sees it: its channel and its end."""
 
 from __future__ import annotations
 
@@ -24,18 +24,31 @@ class Child:
     A child has ended when its channel has, or else (Linux) its process: a foreign library may fork, and the fork holds the channel open while it lives.
     """
 
-    def __init__(self, module: str, name: str, epoch: int, opening: Message, descriptors: Sequence[int], environment: Mapping[str, str]) -> None:
-        self.name, self.epoch, self.hung = name, epoch, False
+    def __init__(
+        self,
+        module: str,
+        name: str,
+        incarnation: int,
+        opening: Message,
+        descriptors: Sequence[int],
+        environment: Mapping[str, str],
+    ) -> None:
+        self.name, self.incarnation, self.hung = name, incarnation, False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                python_command(module, str(theirs.fileno())), pass_fds=[theirs.fileno()], env=python_environment() | dict(environment), process_group=0
+                python_command(module, str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                env=python_environment() | dict(environment),
+                process_group=0,
             )
         ours.setblocking(False)
         self._channel = Channel(ours)
         self._readable, self._gone = asyncio.Event(), False
         asyncio.get_running_loop().add_reader(ours.fileno(), self._readable.set)
-        self._end = os.pidfd_open(self._process.pid) if sys.platform == "linux" else None  # readable when the process is
+        self._end = (
+            os.pidfd_open(self._process.pid) if sys.platform == "linux" else None
+        )  # readable when the process is
         if self._end is not None:
             asyncio.get_running_loop().add_reader(self._end, self._has_gone)
         self.send(opening, descriptors)

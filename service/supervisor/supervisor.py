@@ -1,4 +1,4 @@
-"""Starts the fronts and the engines, replaces what dies, reloads, drains. Imports nothing heavy, touches no request. Imported by vitserve.py.
+"""Starts the HTTP workers and the engines, replaces what dies, reloads, drains. Imports nothing heavy, touches no request.
 
 Each child is looked after by one coroutine: start it, listen to it until it ends, start it again.
 """
@@ -21,27 +21,27 @@ from dataclasses import dataclass, field
 
 from vitserve.service import machine
 from vitserve.service.ipc import memory_layout
-from vitserve.service.ipc.control_channel import METRICS_FOLDER, Message, set_up_logging
+from vitserve.service.ipc.control_channel import METRICS_DIR, Message, set_up_logging
 from vitserve.service.settings import Settings
 from vitserve.service.supervisor.child_process import Child
 
 log = logging.getLogger("vitserve.supervisor")
 
-START_SECONDS = 600.0  # for a child to import, open and prove what it serves
-DEATHS = 2  # of processes that were opening the same engine in the same precision; then that is left out until a reload
+START_SECONDS = 600.0  # for a child to import, open and verify what it serves
+DEATHS = 2  # of processes that were opening the same engine in the same precision; then that is skipped until a reload
 ATTEMPTS = 5  # starts in a row that end before the child says that it lives; then the supervisor gives up
 _FIRST_PAUSE_SECONDS = 0.25  # before the second attempt; doubled for each further one
 _LONGEST_PAUSE_SECONDS = 30.0
-GPU_DECODE_THREADS = 32  # in each front: they wait for the device, which decodes for all that wait at once
+GPU_DECODE_THREADS = 32  # in each HTTP worker: they wait for the device, which decodes for all that wait at once
 _GOODBYE_SECONDS = 5.0  # for an engine to end once nobody is connected to it
 
 
-class GaveUp(RuntimeError):
+class SupervisorGaveUpError(RuntimeError):
     """What must run does not stay up."""
 
 
-class StartFailed(Exception):
-    """An engine did not open the bundle: it refused it, or died. ``result`` is for the metric, the message for people."""
+class StartFailedError(Exception):
+    """An engine did not open the bundle: it rejected it, or died. ``result`` is for the metric, the message for people."""
 
     def __init__(self, result: str, reason: str, trying: str | None = None) -> None:
         super().__init__(reason)
@@ -51,10 +51,10 @@ class StartFailed(Exception):
 
 @dataclass(eq=False)
 class Generation:
-    """One opening of the bundle: its ring, and the engines that serve it."""
+    """One opening of the bundle: its slot table, and the engines that serve it."""
 
     number: int
-    ring: int | None = None  # descriptor; None until the first engine has opened
+    slot_table: int | None = None  # descriptor; None until the first engine has opened
     engines: dict[int, Child] = field(default_factory=dict)  # those that are open
     keepers: set[asyncio.Task[None]] = field(default_factory=set)
     retired: bool = False
@@ -64,19 +64,19 @@ class Supervisor:
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self.settings, self.listener = settings, listener
         self._children: set[Child] = set()
-        self._fronts: dict[int, Child] = {}
+        self._workers: dict[int, Child] = {}
         self._serving: Generation | None = None
         self._older: Generation | None = None  # retired, and not yet at its end
-        self._epochs = 0
+        self._incarnations = 0
         self._generations = 0
         self._failure: str | None = None  # why no model is served
-        self._restarts = {process: {"died": 0, "hung": 0} for process in ("front", "engine")}
+        self._restarts = {process: {"died": 0, "hung": 0} for process in ("http_worker", "engine_worker")}
         self._reloads: dict[str, int] = {"ok": 0}
         self._progress: str | None = None  # of an engine that is being opened
         self._trying: str | None = None  # by that engine
         self._deaths = Counter[str]()  # of processes that opened an engine, by engine and precision
         self._reload_wanted = asyncio.Event()
-        self._asking: list[tuple[Child, int]] = []  # fronts that wait to hear what came of a reload
+        self._asking: list[tuple[Child, int]] = []  # HTTP workers that wait to hear what came of a reload
         self._stopping = asyncio.Event()
         self._forced = False
 
@@ -89,44 +89,48 @@ class Supervisor:
         try:
             async with asyncio.TaskGroup() as self._group:
                 model = self._group.create_task(self._keep_model())
-                await asyncio.gather(*(self._group.create_task(self._keep_front(index)) for index in range(self.settings.workers)))
+                await asyncio.gather(
+                    *(self._group.create_task(self._keep_worker(index)) for index in range(self.settings.workers))
+                )
                 model.cancel()
                 await self._end_engines()
-        except* GaveUp as several:
-            raise GaveUp(str(several.exceptions[0])) from None
+        except* SupervisorGaveUpError as several:
+            raise SupervisorGaveUpError(str(several.exceptions[0])) from None
         finally:
             for child in list(self._children):
                 child.kill()
                 await child.ended()
         return int(self._forced)
 
-    # -- fronts
+    # -- HTTP workers
 
-    async def _keep_front(self, index: int) -> None:
+    async def _keep_worker(self, index: int) -> None:
         attempts = 0
         while not self._stopping.is_set():
-            opening = {"front": index, "decode_threads": self.settings.decode_threads}
-            front = self._start("vitserve.service.http_worker.main", f"front-{index}", opening, [self.listener.fileno()])
-            self._fronts[index] = front
-            front.send(self._status())
+            opening = {"worker": index, "decode_threads": self.settings.decode_threads}
+            worker = self._start(
+                "vitserve.service.http_worker.main", f"http-worker-{index}", opening, [self.listener.fileno()]
+            )
+            self._workers[index] = worker
+            worker.send(self._status())
             if self._serving is not None:
                 for engine, child in self._serving.engines.items():
-                    self._connect(self._serving, engine, child, index, front)
-            alive = await self._listen(front, self._hear)
-            del self._fronts[index]
+                    self._connect(self._serving, engine, child, index, worker)
+            alive = await self._listen(worker, self._hear)
+            del self._workers[index]
             for generation in (self._serving, self._older):
-                if generation is not None and generation.ring is not None:
-                    memory_layout.clear_share(generation.ring, index)
-            how = await self._ended(front)
+                if generation is not None and generation.slot_table is not None:
+                    memory_layout.clear_worker_slots(generation.slot_table, index)
+            how = await self._ended(worker)
             if self._stopping.is_set():
                 return
             attempts = 0 if alive else attempts + 1
-            await self._pause(attempts, f"{front.name} ended {how}")
-            self._count_restart("front", front)
+            await self._pause(attempts, f"{worker.name} ended {how}")
+            self._count_restart("http_worker", worker)
 
-    def _hear(self, front: Child, message: Message) -> None:
+    def _hear(self, worker: Child, message: Message) -> None:
         if message["kind"] == "reload":
-            self._asking.append((front, message["id"]))
+            self._asking.append((worker, message["id"]))
             self._reload_wanted.set()
 
     def _hear_engine(self, engine: Child, message: Message) -> None:
@@ -134,13 +138,18 @@ class Supervisor:
             log.info("%s has built what is quicker than it; the bundle is opened again", engine.name)
             self._reload_wanted.set()
 
-    def _connect(self, generation: Generation, engine: int, child: Child, index: int, front: Child) -> None:
-        assert generation.ring is not None
+    def _connect(self, generation: Generation, engine: int, child: Child, index: int, worker: Child) -> None:
+        assert generation.slot_table is not None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
-            child.send({"kind": "connect", "front": index, "epoch": front.epoch}, [ours.fileno()])
-            message = {"kind": "connect", "generation": generation.number, "engine": engine, "epoch": child.epoch}
-            front.send(message, [generation.ring, theirs.fileno()])
+            child.send({"kind": "connect", "worker": index, "incarnation": worker.incarnation}, [ours.fileno()])
+            message = {
+                "kind": "connect",
+                "generation": generation.number,
+                "engine": engine,
+                "incarnation": child.incarnation,
+            }
+            worker.send(message, [generation.slot_table, theirs.fileno()])
 
     # -- the model
 
@@ -154,17 +163,19 @@ class Supervisor:
             try:
                 await self._load()
                 self._failure = None
-            except StartFailed as failure:
+            except StartFailedError as failure:
                 result, reason, failed_at = failure.result, str(failure), failure.trying
-                self._refused(failure)
+                self._rejected(failure)
             if reload:
                 self._reloads[result] = self._reloads.get(result, 0) + 1
                 log.info("reload: %s", result)
             self._tell_status()
-            for front, asked in asking:
-                front.send({"kind": "reloaded", "id": asked, "result": result, "reason": reason[:10_000]})
+            for worker, asked in asking:
+                worker.send({"kind": "reloaded", "id": asked, "result": result, "reason": reason[:10_000]})
             if self._serving is None and result == "died":
-                attempts = 0 if failed_at is not None and self._deaths[failed_at] == DEATHS else attempts + 1  # the next try is another one
+                attempts = (
+                    0 if failed_at is not None and self._deaths[failed_at] == DEATHS else attempts + 1
+                )  # the next try is another one
                 await self._pause(attempts, reason)
                 continue
             attempts = 0
@@ -172,14 +183,14 @@ class Supervisor:
             reload = True
             self._deaths.clear()
 
-    def _refused(self, failure: StartFailed) -> None:
+    def _rejected(self, failure: StartFailedError) -> None:
         log.error("the bundle cannot be served (%s): %s", failure.result, failure)
         if self._serving is None or not self._serving.engines:
             self._failure = f"the bundle cannot be served: {failure}"
             self._tell_status()
 
     async def _load(self) -> None:
-        """Opens the bundle in a new engine, and has the fronts switch to it once it is proven. Raises StartFailed."""
+        """Opens the bundle in a new engine, and has the HTTP workers switch to it once it is verified. Raises StartFailed."""
         if self._older is not None and self._older.keepers:
             await asyncio.wait(self._older.keepers)  # bounded: see _retire()
         self._generations += 1
@@ -193,13 +204,13 @@ class Supervisor:
             self._retire(before)
 
     def _retire(self, generation: Generation) -> None:
-        """Its engines end when the last front has its answers; those that have not ended by then are killed."""
+        """Its engines end when the last HTTP worker has its answers; those that have not ended by then are killed."""
         generation.retired = True
         self._older = generation
         for engine in generation.engines.values():
             engine.send({"kind": "retire"})
             asyncio.get_running_loop().call_later(self.settings.drain_seconds, engine.kill)
-        self._forget_if_ended(generation)  # its engines may have ended before, refused when they were to be replaced
+        self._forget_if_ended(generation)  # its engines may have ended before, rejected when they were to be replaced
 
     # -- engines
 
@@ -215,9 +226,9 @@ class Supervisor:
         self._forget_if_ended(generation)
 
     def _forget_if_ended(self, generation: Generation) -> None:
-        if generation.retired and not generation.keepers and generation.ring is not None:
-            os.close(generation.ring)
-            generation.ring = None
+        if generation.retired and not generation.keepers and generation.slot_table is not None:
+            os.close(generation.slot_table)
+            generation.slot_table = None
             if self._older is generation:
                 self._older = None
 
@@ -227,18 +238,22 @@ class Supervisor:
             if child is None:
                 try:
                     child = await self._open(generation, index)
-                except StartFailed as failure:
+                except StartFailedError as failure:
                     if failure.result == "changed":
                         log.warning("%s; it is opened as a new model", failure)
                         self._reload_wanted.set()
                         return
-                    if failure.result != "died":  # it would be refused again; a reload may find it repaired
-                        self._refused(failure)
+                    if failure.result != "died":  # it would be rejected again; a reload may find it repaired
+                        self._rejected(failure)
                         return
-                    attempts = 0 if failure.trying is not None and self._deaths[failure.trying] == DEATHS else attempts + 1
+                    attempts = (
+                        0 if failure.trying is not None and self._deaths[failure.trying] == DEATHS else attempts + 1
+                    )
                     await self._pause(attempts, str(failure), needed=not generation.engines)
                     continue
-                if self._serving is not generation or self._stopping.is_set():  # the fronts are not to come back to an old model
+                if (
+                    self._serving is not generation or self._stopping.is_set()
+                ):  # the HTTP workers are not to come back to an old model
                     child.kill()
                     await self._ended(child)
                     return
@@ -249,24 +264,35 @@ class Supervisor:
             how = await self._ended(child)
             if not generation.retired:
                 log.error("%s ended %s; another is started", child.name, how)
-                self._count_restart("engine", child)
+                self._count_restart("engine_worker", child)
             child = None
 
     def _join(self, generation: Generation, index: int, child: Child) -> None:
         generation.engines[index] = child
-        for front_index, front in self._fronts.items():
-            self._connect(generation, index, child, front_index, front)
+        for worker_index, worker in self._workers.items():
+            self._connect(generation, index, child, worker_index, worker)
 
     async def _open(self, generation: Generation, index: int) -> Child:
-        """Starts an engine and waits until it is warm and proven. Raises StartFailed."""
+        """Starts an engine and waits until it is warm and verified. Raises StartFailed."""
         # The generations that exist at one time differ in parity, so that no two processes have one name.
         name = f"engine-{index}-{'ab'[generation.number % 2]}"
-        left_out = [engine for engine, deaths in self._deaths.items() if deaths >= DEATHS]
-        opening = {"engine": index, "fronts": self.settings.workers, "engines": self.settings.engines, "left_out": left_out}
+        skipped = [engine for engine, deaths in self._deaths.items() if deaths >= DEATHS]
+        opening = {
+            "engine": index,
+            "workers": self.settings.workers,
+            "engines": self.settings.engines,
+            "skipped": skipped,
+        }
         self._trying = None
         devices = machine.gpus()
         environment = {"CUDA_VISIBLE_DEVICES": devices[index % len(devices)]} if devices else {}
-        child = self._start("vitserve.service.engine_worker.main", name, opening, [] if generation.ring is None else [generation.ring], environment)
+        child = self._start(
+            "vitserve.service.engine_worker.main",
+            name,
+            opening,
+            [] if generation.slot_table is None else [generation.slot_table],
+            environment,
+        )
         try:
             received = await self._opened(child)
         except TimeoutError:
@@ -276,22 +302,22 @@ class Supervisor:
         if received is None:
             raise self._died(f"{name} ended {await self._ended(child)} while it opened the bundle")
         message, descriptors = received
-        if message["kind"] == "refused":
+        if message["kind"] == "rejected":
             await self._ended(child)
-            raise StartFailed(message["result"], message["reason"])
+            raise StartFailedError(message["result"], message["reason"])
         self._deaths.pop(str(self._trying), None)  # it can be opened after all
         if descriptors:
-            (generation.ring,) = descriptors
+            (generation.slot_table,) = descriptors
         return child
 
-    def _died(self, reason: str) -> StartFailed:
+    def _died(self, reason: str) -> StartFailedError:
         """Counts what it was opening: what ends a process again and again shall not keep the next best from serving."""
         if self._trying is None:
-            return StartFailed("died", reason)
+            return StartFailedError("died", reason)
         self._deaths[self._trying] += 1
         if self._deaths[self._trying] == DEATHS:
-            log.error("%s is left out until a reload: %d processes ended while they opened it", self._trying, DEATHS)
-        return StartFailed("died", f"{reason}, at {self._trying}", self._trying)
+            log.error("%s is skipped until a reload: %d processes ended while they opened it", self._trying, DEATHS)
+        return StartFailedError("died", f"{reason}, at {self._trying}", self._trying)
 
     async def _opened(self, child: Child) -> tuple[Message, list[int]] | None:
         """What it says when it is done, or None at its end. Raises TimeoutError when it has said nothing for too long."""
@@ -320,10 +346,22 @@ class Supervisor:
 
     # -- any child
 
-    def _start(self, module: str, name: str, opening: Message, descriptors: list[int], environment: Mapping[str, str] | None = None) -> Child:
-        self._epochs += 1
-        opening = opening | {"kind": "open", "process": name, "epoch": self._epochs, "settings": dataclasses.asdict(self.settings)}
-        child = Child(module, name, self._epochs, opening, descriptors, environment or {})
+    def _start(
+        self,
+        module: str,
+        name: str,
+        opening: Message,
+        descriptors: list[int],
+        environment: Mapping[str, str] | None = None,
+    ) -> Child:
+        self._incarnations += 1
+        opening = opening | {
+            "kind": "open",
+            "process": name,
+            "incarnation": self._incarnations,
+            "settings": dataclasses.asdict(self.settings),
+        }
+        child = Child(module, name, self._incarnations, opening, descriptors, environment or {})
         self._children.add(child)
         return child
 
@@ -340,7 +378,11 @@ class Supervisor:
             except TimeoutError:
                 silent += 1
                 if silent > 1 or not alive:
-                    log.error("%s has been silent for %.1f s; it is killed", child.name, self.settings.hang_seconds if alive else START_SECONDS)
+                    log.error(
+                        "%s has been silent for %.1f s; it is killed",
+                        child.name,
+                        self.settings.hang_seconds if alive else START_SECONDS,
+                    )
                     child.hung = True
                     child.kill()
                 continue
@@ -357,24 +399,32 @@ class Supervisor:
     async def _pause(self, attempts: int, reason: str, needed: bool = True) -> None:
         """Before a further start; longer after each that failed. Raises GaveUp after too many, if what is started is ``needed``."""
         if attempts >= ATTEMPTS and needed:
-            raise GaveUp(f"{reason}; that was attempt {attempts} of {ATTEMPTS}")
+            raise SupervisorGaveUpError(f"{reason}; that was attempt {attempts} of {ATTEMPTS}")
         if attempts:
             log.error("%s; another attempt follows", reason)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (attempts - 1)))
+                await asyncio.wait_for(
+                    self._stopping.wait(), min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (attempts - 1))
+                )
 
-    # -- what fronts and operators are told
+    # -- what HTTP workers and operators are told
 
     def _count_restart(self, process: str, child: Child) -> None:
         self._restarts[process]["hung" if child.hung else "died"] += 1
         self._tell_status()
 
     def _status(self) -> Message:
-        return {"kind": "status", "failure": self._failure, "progress": self._progress, "restarts": self._restarts, "reloads": self._reloads}
+        return {
+            "kind": "status",
+            "failure": self._failure,
+            "progress": self._progress,
+            "restarts": self._restarts,
+            "reloads": self._reloads,
+        }
 
     def _tell_status(self) -> None:
-        for front in self._fronts.values():
-            front.send(self._status())
+        for worker in self._workers.values():
+            worker.send(self._status())
 
     # -- the end
 
@@ -385,9 +435,11 @@ class Supervisor:
             return
         log.info("draining")
         self._stopping.set()
-        for front in self._fronts.values():
-            front.send({"kind": "drain"})
-        asyncio.get_running_loop().call_later(self.settings.drain_seconds, self._force, f"drain_seconds, {self.settings.drain_seconds:g}, are over")
+        for worker in self._workers.values():
+            worker.send({"kind": "drain"})
+        asyncio.get_running_loop().call_later(
+            self.settings.drain_seconds, self._force, f"drain_seconds, {self.settings.drain_seconds:g}, are over"
+        )
 
     def _force(self, why: str) -> None:
         log.error("%s: what is not answered by now will not be", why)
@@ -400,28 +452,28 @@ def serve(settings: Settings) -> int:
     """Blocks. Returns the exit status, after SIGTERM or SIGINT or when it gave up. Raises SettingsError, OSError where it cannot listen."""
     set_up_logging("supervisor", settings.log_level)
     settings = for_this_machine(settings, machine.cores())
-    folder = tempfile.mkdtemp(prefix="vitserve-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-    os.environ[METRICS_FOLDER] = folder  # for the children
+    directory = tempfile.mkdtemp(prefix="vitserve-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    os.environ[METRICS_DIR] = directory  # for the children
     try:
         with _listen_on(settings) as listener:
             return asyncio.run(Supervisor(settings, listener).run())
-    except GaveUp as gave_up:
+    except SupervisorGaveUpError as gave_up:
         log.critical("giving up: %s", gave_up)
         return 1
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def for_this_machine(settings: Settings, cores: int) -> Settings:
     """Fills in what is left to the machine. Raises SettingsError."""
-    fronts = settings.workers or max(1, min(8, cores // 4, settings.slots // settings.max_images))
+    workers = settings.workers or max(1, min(8, cores // 4, settings.slots // settings.max_images))
     engines = settings.engines or (max(1, len(machine.gpus())) if _runs_on_gpus(settings.engine) else 1)
-    threads = settings.decode_threads or (GPU_DECODE_THREADS if settings.decode == "gpu" else max(1, cores // fronts))
-    return dataclasses.replace(settings, workers=fronts, engines=engines, decode_threads=threads)
+    threads = settings.decode_threads or (GPU_DECODE_THREADS if settings.decode == "gpu" else max(1, cores // workers))
+    return dataclasses.replace(settings, workers=workers, engines=engines, decode_threads=threads)
 
 
 def _runs_on_gpus(engine: str) -> bool:
-    """Whether an engine process for each GPU is wanted: where auto finds nothing to run on them, one on the CPU is."""
+    """Whether an engine worker for each GPU is wanted: where auto finds nothing to run on them, one on the CPU is."""
     if engine == "auto":
         return any(importlib.util.find_spec(package) is not None for package in ("tensorrt", "cuda", "torch"))
     return engine in ("tensorrt", "onnxruntime-cuda", "torch")

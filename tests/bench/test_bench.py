@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.conftest import Server, encoded, picture
-from vitserve.bench.client import Client, Gone, Unanswered
+from vitserve.bench.client import Client, ConnectionGoneError, NoResponseError
 from vitserve.bench.load import Run, arrivals, closed_loop, open_loop
 from vitserve.bench.report import summary
 from vitserve.bench.request import Picture, get, raw
@@ -39,7 +39,9 @@ def test_arrivals_are_poisson_of_the_asked_rate(rate: float) -> None:
     gaps = [after - before for before, after in itertools.pairwise(moments)]
     mean = sum(gaps) / count
     assert mean == pytest.approx(1 / rate, rel=5 / math.sqrt(count))  # five deviations of the mean
-    assert sum((gap - mean) ** 2 for gap in gaps) / count == pytest.approx(mean**2, rel=0.1)  # an exponential's variance is its mean's square
+    assert sum((gap - mean) ** 2 for gap in gaps) / count == pytest.approx(
+        mean**2, rel=0.1
+    )  # an exponential's variance is its mean's square
     assert moments[1:] == list(itertools.islice(arrivals(rate, seed=1), count))
 
 
@@ -136,7 +138,7 @@ def test_a_request_without_an_answer_is_an_error_and_not_the_end() -> None:
         server.answering.clear()
         async with listening(server) as port:
             client = Client("127.0.0.1", port, timeout_seconds=0.1)
-            with pytest.raises(Unanswered) as raised:
+            with pytest.raises(NoResponseError) as raised:
                 await client.ask(raw("/", JPEG))
             run = await closed_loop(client, [raw("/", JPEG)], 2, 0.0, 0.3)
             client.close()
@@ -184,8 +186,21 @@ def test_the_command_measures_a_service_and_writes_what_it_shows(server: Server,
     (tmp_path / "one.jpg").write_bytes(JPEG.content)
     files = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "svg")}
     written = ["--csv", str(files["csv"]), "--json", str(files["json"]), "--plot", str(files["svg"])]
-    load = ["--connections", "1,2", "--rate", "30", "--seconds", "0.3", "--warm-up-seconds", "0.1", "--deadline-ms", "5000"]
-    result = CliRunner().invoke(app, ["bench", server.url, "--images", str(tmp_path), *load, *written], env={"COLUMNS": "200"})
+    load = [
+        "--connections",
+        "1,2",
+        "--rate",
+        "30",
+        "--seconds",
+        "0.3",
+        "--warm-up-seconds",
+        "0.1",
+        "--deadline-ms",
+        "5000",
+    ]
+    result = CliRunner().invoke(
+        app, ["bench", server.url, "--images", str(tmp_path), *load, *written], env={"COLUMNS": "200"}
+    )
     assert result.exit_code == 0, result.output
     rows = json.loads(files["json"].read_text())["rows"]
     assert [(row["loop"], row["connections"]) for row in rows] == [("closed", 1), ("closed", 2), ("open", 0)]
@@ -205,7 +220,7 @@ def test_the_command_measures_engines_alone(bundle: Bundle, tmp_path: Path) -> N
         "fp32",
         "--batch-sizes",
         "1,3",
-        "--lanes",
+        "--streams",
         "2",
         "--threads",
         "1",
@@ -214,10 +229,12 @@ def test_the_command_measures_engines_alone(bundle: Bundle, tmp_path: Path) -> N
         "--seconds",
         "1e-9",
     ]  # one batch each
-    result = CliRunner().invoke(app, ["bench", str(bundle.path), *asked, "--json", str(tmp_path / "out.json")], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(
+        app, ["bench", str(bundle.path), *asked, "--json", str(tmp_path / "out.json")], env={"COLUMNS": "200"}
+    )
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [(row["engine"], row["precision"], row["lanes"], row["threads"], row["batch_size"]) for row in rows] == [
+    assert [(row["engine"], row["precision"], row["streams"], row["threads"], row["batch_size"]) for row in rows] == [
         ("onnxruntime", "fp32", 2, 1, 1),
         ("onnxruntime", "fp32", 2, 1, 3),
     ]
@@ -231,18 +248,20 @@ def test_the_command_measures_engines_alone(bundle: Bundle, tmp_path: Path) -> N
     ("asked", "message"),
     [
         (["/nowhere/bundle"], "/nowhere/bundle is not a bundle"),
-        (["http://127.0.0.1:{closed}"], "nobody listens at 127.0.0.1:{closed}: connection refused"),
+        (["http://127.0.0.1:{closed}"], "nobody listens at 127.0.0.1:{closed}: connection rejected"),
         (["http://127.0.0.1:{closed}", "--images", "{empty}"], "{empty} holds no images"),
         (["http://127.0.0.1:{closed}", "--images", "{empty}/no.jpg"], "there is no {empty}/no.jpg"),
         (["http://127.0.0.1:{closed}", "--connections", "1,x"], "--connections is '1,x'"),
         (["http://127.0.0.1:{closed}", "--rate", "0"], "--rate is '0'; each must be above 0"),
         (["https://127.0.0.1:{closed}"], "TLS is not spoken here"),
-        (["{bundle}", "--precision", "int8"], "the bundle has no artefact for engine 'auto' in precision 'int8'"),
+        (["{bundle}", "--precision", "int8"], "the bundle has no artifact for engine 'auto' in precision 'int8'"),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_a_line(asked: list[str], message: str, bundle: Bundle, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_said_in_a_line(
+    asked: list[str], message: str, bundle: Bundle, tmp_path: Path
+) -> None:
     with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))  # bound and not listening: refused for sure
+        held.bind(("127.0.0.1", 0))  # bound and not listening: rejected for sure
         values = {"closed": held.getsockname()[1], "empty": tmp_path, "bundle": bundle.path}
         result = CliRunner().invoke(app, ["bench", *(each.format(**values) for each in asked)])
     assert result.exit_code == 2, result.output
@@ -255,7 +274,9 @@ def test_a_wrong_route_is_said_before_anything_is_measured(server: Server) -> No
     assert "answered the first image with 404" in result.output
 
 
-def test_a_picture_without_matplotlib_is_refused_with_the_pip_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_picture_without_matplotlib_is_refused_with_the_pip_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = CliRunner().invoke(app, ["bench", "http://127.0.0.1:1", "--plot", str(tmp_path / "out.svg")])
     assert result.exit_code == 2
@@ -269,5 +290,5 @@ def test_a_service_that_goes_ends_the_measurement() -> None:
             pass
         await closed_loop(Client("127.0.0.1", port), [raw("/", JPEG)], 2, 0.0, 5.0)
 
-    with pytest.raises(Gone, match="connection refused"):
+    with pytest.raises(ConnectionGoneError, match="connection rejected"):
         asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""Comparisons: servers as foreign process trees, who is left out and why, medians over rounds, and what is written into the documents."""
+"""Comparisons: servers as foreign process trees, who is skipped and why, medians over rounds, and what is written into the documents."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from benchmarks import document_sections
 from benchmarks.compare import asked
 from benchmarks.comparison import Compared, Measured, as_markdown
-from benchmarks.processes import Failed, free_port, process_tree
-from benchmarks.servers import NAMES, Setup, contender
+from benchmarks.processes import ServerFailedError, free_port, process_tree
+from benchmarks.servers import NAMES, Setup, server_under_test
 from benchmarks.waterfall import steps
 from tests.conftest import ROOT, encoded, picture
 from vitserve.bench import plot
@@ -40,11 +40,13 @@ def answers_get(port: int) -> bool:
 
 def test_a_server_is_ended_with_all_that_it_started_in_sessions_of_their_own_too(tmp_path: Path) -> None:
     port, note = free_port(), tmp_path / "child"
-    with process_tree([sys.executable, "-c", SERVER, str(port), str(note)], tmp_path, {}, port, lambda: answers_get(port)):
+    with process_tree(
+        [sys.executable, "-c", SERVER, str(port), str(note)], tmp_path, {}, port, lambda: answers_get(port)
+    ):
         child = Path("/proc") / note.read_text() / "cmdline"
         assert b"time.sleep" in child.read_bytes()
         with (
-            pytest.raises(Failed, match=f"somebody listens on port {port} already"),
+            pytest.raises(ServerFailedError, match=f"somebody listens on port {port} already"),
             process_tree(["true"], tmp_path, {}, port, lambda: True),
         ):
             pass
@@ -54,8 +56,10 @@ def test_a_server_is_ended_with_all_that_it_started_in_sessions_of_their_own_too
 
 def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
     with (
-        pytest.raises(Failed, match="it ended: no such model"),
-        process_tree([sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path, {}, free_port(), lambda: False),
+        pytest.raises(ServerFailedError, match="it ended: no such model"),
+        process_tree(
+            [sys.executable, "-c", "raise SystemExit('no such model')"], tmp_path, {}, free_port(), lambda: False
+        ),
     ):
         pass
 
@@ -74,7 +78,9 @@ def test_only_what_lies_between_the_marks_is_rewritten(tmp_path: Path) -> None:
     page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nbetween\n<!-- b -->\n<!-- /b -->\nafter\n")
     document_sections.rewrite(page, "a", "new \\1\n")
     document_sections.rewrite(page, "b", "too")
-    assert page.read_text() == "before\n<!-- a -->\nnew \\1\n<!-- /a -->\nbetween\n<!-- b -->\ntoo\n<!-- /b -->\nafter\n"
+    assert (
+        page.read_text() == "before\n<!-- a -->\nnew \\1\n<!-- /a -->\nbetween\n<!-- b -->\ntoo\n<!-- /b -->\nafter\n"
+    )
     (tmp_path / "drawn.svg").write_text("<svg/>")
     document_sections.publish(page, "a", "table", tmp_path / "drawn.svg")
     assert "<!-- a -->\n![a](page-a.svg)\n\ntable\n<!-- /a -->" in page.read_text()
@@ -94,7 +100,7 @@ def service_row(rate: float, errors: int = 0) -> ServiceRow:
 
 
 def test_a_comparison_gives_medians_between_the_least_and_the_most_and_says_who_was_left_out() -> None:
-    found = Compared("tiny", "--rounds 3", 3, 1.0, right=[1, 2], left_out={"ray": "it has no virtual environment"})
+    found = Compared("tiny", "--rounds 3", 3, 1.0, right=[1, 2], skipped={"ray": "it has no virtual environment"})
     found.services = [Measured("plain", "plain FastAPI", 3.0, 2, service_row(rate)) for rate in (30, 10, 20)]
     found.services += [Measured("lit", "LitServe", 9.0, 1, service_row(50, errors=2))]
     row = found.rows()[0]
@@ -107,22 +113,25 @@ def test_a_comparison_gives_medians_between_the_least_and_the_most_and_says_who_
 
 
 def test_steps_gains_are_medians_of_the_rounds_own_ratios() -> None:
-    from vitserve.bench.engine import Spells
+    from vitserve.bench.engine import Intervals
 
-    results = {(0, 1): Spells([10.0, 20.0, 40.0]), (1, 1): Spells([20.0, 30.0, 80.0])}  # a machine that speeds up gains nothing by it
+    results = {
+        (0, 1): Intervals([10.0, 20.0, 40.0]),
+        (1, 1): Intervals([20.0, 30.0, 80.0]),
+    }  # a machine that speeds up gains nothing by it
     first, second = steps(["plain", "more"], [1], results)
     assert (first.gain, first.in_all, second.gain, second.least_gain, second.most_gain) == (None, 1.0, 2.0, 1.5, 2.0)
 
 
 def test_a_server_without_its_environment_is_left_out_with_the_reason(bundle: Bundle, tmp_path: Path) -> None:
     setup = Setup(bundle, tmp_path / "plain.onnx", 16, tmp_path, tmp_path, 1)
-    taken = {name: contender(name, setup) for name in NAMES}
-    assert taken["litserve"] == "it has no virtual environment: litserve in the folder of --work"
+    taken = {name: server_under_test(name, setup) for name in NAMES}
+    assert taken["litserve"] == "it has no virtual environment: litserve in the directory of --work"
     assert taken["vitserve-int8"] == "the bundle has no int8"
     assert not isinstance(taken["vitserve-fp32"], str)
     assert not isinstance(taken["plain"], str)
     with pytest.raises(ValueError, match="there is no server 'torchserve'"):
-        contender("torchserve", setup)
+        server_under_test("torchserve", setup)
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
@@ -136,7 +145,9 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
 
 
-def test_a_lone_caller_is_told_when_it_is_ready_what_memory_it_takes_and_where_time_goes(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_lone_caller_is_told_when_it_is_ready_what_memory_it_takes_and_where_time_goes(
+    bundle: Bundle, tmp_path: Path
+) -> None:
     (tmp_path / "picture.jpg").write_bytes(encoded(picture()))
     command = [
         sys.executable,
@@ -151,7 +162,11 @@ def test_a_lone_caller_is_told_when_it_is_ready_what_memory_it_takes_and_where_t
         f"--serve=--bundle {bundle.path}",
     ]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    figures = r"ready after (#) s, (#) MB; p50 of 5 answers: (#) ms = engine (#) \+ decoding (#), and (#) between\n".replace("#", r"[\d.]+")
+    figures = (
+        r"ready after (#) s, (#) MB; p50 of 5 answers: (#) ms = engine (#) \+ decoding (#), and (#) between\n".replace(
+            "#", r"[\d.]+"
+        )
+    )
     found = re.fullmatch(figures, said)
     assert found is not None, said
     ready, memory, whole, *parts = (float(each) for each in found.groups())

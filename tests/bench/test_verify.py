@@ -17,14 +17,14 @@ from tests.conftest import ROOT, TINY, encoded, picture
 from tests.service.engines.test_tensorrt_service import environment as environment
 from vitserve.bench.verify import verify
 from vitserve.cli.main import app
-from vitserve.model.bundle.bundle import AttentionProof, Bundle
+from vitserve.model.bundle.bundle import AttentionKernels, Bundle
 from vitserve.model.bundle.evaluation import Images
-from vitserve.service.engines.engine import EngineUnavailable
-from vitserve.service.engines.selection import EngineOptions, NoEngine
+from vitserve.service.engines.engine import EngineUnavailableError
+from vitserve.service.engines.selection import EngineOptions, NoEngineError
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     made = tmp_path / "images"
     made.mkdir()
     for seed in range(6):
@@ -32,10 +32,23 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_the_report_has_all_that_was_found(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+def test_the_report_has_all_that_was_found(bundle: Bundle, directory: Path, tmp_path: Path) -> None:
     written = tmp_path / "report.json"
-    options = ("--engine", "openvino", "--precision", "fp32", "--batch-sizes", "1,3", "--seconds", "0.01", "--rounds", "2")
-    result = CliRunner().invoke(app, ["verify", str(bundle.path), *options, "--images", str(folder), "--json", str(written)])
+    options = (
+        "--engine",
+        "openvino",
+        "--precision",
+        "fp32",
+        "--batch-sizes",
+        "1,3",
+        "--seconds",
+        "0.01",
+        "--rounds",
+        "2",
+    )
+    result = CliRunner().invoke(
+        app, ["verify", str(bundle.path), *options, "--images", str(directory), "--json", str(written)]
+    )
     assert result.exit_code == 0, result.output
     report = json.loads(written.read_text())
     assert (report["engine"], report["precision"], report["failures"]) == ("openvino", "fp32", [])
@@ -47,28 +60,37 @@ def test_the_report_has_all_that_was_found(bundle: Bundle, folder: Path, tmp_pat
 
 
 def test_attention_that_is_not_fused_is_said_and_fails_only_a_plan(bundle: Bundle) -> None:
-    openvino = next(each for each in bundle.manifest.artefacts if (each.engine, each.precision) == ("openvino", "fp32"))
-    apart = replace(bundle, manifest=replace(bundle.manifest, artefacts=(replace(openvino, attention=AttentionProof({}, 2)),)))
+    openvino = next(each for each in bundle.manifest.artifacts if (each.engine, each.precision) == ("openvino", "fp32"))
+    apart = replace(
+        bundle, manifest=replace(bundle.manifest, artifacts=(replace(openvino, attention=AttentionKernels({}, 2)),))
+    )
     report = verify(apart, EngineOptions(), None, [1], 0.01, 1)
     assert report.attention is not None
-    assert (report.attention.said, report.attention.fused) == ("fused when the bundle was made: none; 2 softmax layers beside", False)
+    assert (report.attention.said, report.attention.fused) == (
+        "fused when the bundle was made: none; 2 softmax layers beside",
+        False,
+    )
     assert not report.failures
 
 
-def test_what_is_wrong_with_an_engine_is_its_report_and_not_hidden_behind_the_next(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_an_engine_is_its_report_and_not_hidden_behind_the_next(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Wrong:
-        name, precision, lanes, max_batch = "openvino", "fp32", 1, 4
+        name, precision, streams, max_batch = "openvino", "fp32", 1, 4
 
-        def run(self, lane: int, pixels: np.ndarray, rows: None = None) -> object:
+        def run(self, stream: int, pixels: np.ndarray, rows: None = None) -> object:
             from vitserve.model.arrays import Outputs
 
-            return Outputs(np.ones((len(pixels), TINY.classes), np.float32), np.ones((len(pixels), TINY.width), np.float32))
+            return Outputs(
+                np.ones((len(pixels), TINY.classes), np.float32), np.ones((len(pixels), TINY.width), np.float32)
+            )
 
         def share(self, pixels: np.ndarray) -> None: ...
 
         def close(self) -> None: ...
 
-    monkeypatch.setattr("vitserve.bench.verify.open_artefact", lambda *_: Wrong())
+    monkeypatch.setattr("vitserve.bench.verify.open_artifact", lambda *_: Wrong())
     images = Images(np.stack([np.asarray(picture(16, 16, seed)) for seed in range(30)]), None)
     report = verify(bundle, EngineOptions(), images, [1], 0.01, 1)
     assert report.parity is None
@@ -77,15 +99,17 @@ def test_what_is_wrong_with_an_engine_is_its_report_and_not_hidden_behind_the_ne
 
 
 def test_nothing_to_open_names_every_reason(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> object:
-        raise EngineUnavailable("no such device")
+    def reject(*_: object) -> object:
+        raise EngineUnavailableError("no such device")
 
-    monkeypatch.setattr("vitserve.bench.verify.open_artefact", refuse)
-    with pytest.raises(NoEngine, match=r"openvino in bf16: no such device; .*onnxruntime in fp32: no such device"):
+    monkeypatch.setattr("vitserve.bench.verify.open_artifact", reject)
+    with pytest.raises(NoEngineError, match=r"openvino in bf16: no such device; .*onnxruntime in fp32: no such device"):
         verify(bundle, EngineOptions(), None, [1], 0.01, 1)
 
 
-def test_on_a_gpu_it_builds_the_plan_and_says_what_attention_became(bundle: Bundle, folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_on_a_gpu_it_builds_the_plan_and_says_what_attention_became(
+    bundle: Bundle, directory: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
     command = [
         sys.executable,
         "-m",
@@ -101,7 +125,7 @@ def test_on_a_gpu_it_builds_the_plan_and_says_what_attention_became(bundle: Bund
         "--rounds",
         "1",
     ]
-    command += ["--images", str(folder), "--json", str(tmp_path / "report.json")]
+    command += ["--images", str(directory), "--json", str(tmp_path / "report.json")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())

@@ -23,7 +23,10 @@ def test_answers_are_read_whole_however_they_are_cut(bodies: list[bytes], data: 
         if data.draw(st.booleans()):
             parts = (body[:7], body[7:]) if len(body) > 7 else (body,)
             wire += b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-            wire += b"".join(b"%x;note=1\r\n%b\r\n" % (len(part), part) for part in parts if part) + b"0\r\nTrailer: 1\r\n\r\n"
+            wire += (
+                b"".join(b"%x;note=1\r\n%b\r\n" % (len(part), part) for part in parts if part)
+                + b"0\r\nTrailer: 1\r\n\r\n"
+            )
         else:
             wire += b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=8)))

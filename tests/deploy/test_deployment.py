@@ -43,7 +43,9 @@ def container(deployment: dict[str, Any], name: str = "vitserve") -> dict[str, A
 
 
 def settings_env() -> dict[str, str]:
-    lines = [line for line in (K8S / "base" / "settings.env").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line for line in (K8S / "base" / "settings.env").read_text().splitlines() if line and not line.startswith("#")
+    ]
     return dict(line.split("=", 1) for line in lines)
 
 
@@ -90,13 +92,20 @@ def test_one_port_everywhere() -> None:
     for rule in one("components/gateway/route.yaml")["spec"]["rules"]:
         assert all((each["name"], str(each["port"])) == ("vitserve", port) for each in rule["backendRefs"])
     for rule in one("components/ingress/ingress.yaml")["spec"]["rules"]:
-        assert all(each["backend"]["service"] == {"name": "vitserve", "port": {"name": "http"}} for each in rule["http"]["paths"])
+        assert all(
+            each["backend"]["service"] == {"name": "vitserve", "port": {"name": "http"}}
+            for each in rule["http"]["paths"]
+        )
 
 
 def test_probes_ask_what_the_service_answers(client: httpx.Client) -> None:
     served = container(one("base/deployment.yaml"))
     probes = {name: served[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
-    assert {name: each["path"] for name, each in probes.items()} == {"startup": "/livez", "readiness": "/readyz", "liveness": "/livez"}
+    assert {name: each["path"] for name, each in probes.items()} == {
+        "startup": "/livez",
+        "readiness": "/readyz",
+        "liveness": "/livez",
+    }
     (health,) = re.findall(r"HEALTHCHECK .*?(/\w+)'", DOCKERFILE, re.DOTALL)
     for path in {each["path"] for each in probes.values()} | {health}:
         assert client.get(path).status_code == 200
@@ -104,8 +113,16 @@ def test_probes_ask_what_the_service_answers(client: httpx.Client) -> None:
 
 
 def test_the_outside_is_offered_routes_that_exist_and_no_others(client: httpx.Client) -> None:
-    ingress = {each["path"] for rule in one("components/ingress/ingress.yaml")["spec"]["rules"] for each in rule["http"]["paths"]}
-    route = {each["path"]["value"] for rule in one("components/gateway/route.yaml")["spec"]["rules"] for each in rule["matches"]}
+    ingress = {
+        each["path"]
+        for rule in one("components/ingress/ingress.yaml")["spec"]["rules"]
+        for each in rule["http"]["paths"]
+    }
+    route = {
+        each["path"]["value"]
+        for rule in one("components/gateway/route.yaml")["spec"]["rules"]
+        for each in rule["matches"]
+    }
     assert ingress == route == {"/v1/classify", "/v1/model"}
     assert client.get("/v1/model").status_code == 200
     assert client.post("/v1/classify").status_code != 404
@@ -119,7 +136,10 @@ def test_whoever_ends_the_service_gives_it_the_time_to_drain() -> None:
     assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > until_sigterm + drain
     for name in ("vitserve", "vitserve-gpu"):
         service = COMPOSE["services"][name]
-        assert float(service["stop_grace_period"].removesuffix("s")) > float(service["environment"]["VITSERVE_DRAIN_SECONDS"]) + _GOODBYE_SECONDS
+        assert (
+            float(service["stop_grace_period"].removesuffix("s"))
+            > float(service["environment"]["VITSERVE_DRAIN_SECONDS"]) + _GOODBYE_SECONDS
+        )
 
 
 def test_the_links_of_a_service_called_vitserve_cannot_become_settings() -> None:
@@ -133,7 +153,10 @@ def test_bodies_that_the_service_takes_pass_the_ingress() -> None:
 
 
 def test_nobody_runs_as_root_or_writes_outside_the_cache() -> None:
-    user, cache = re.findall(r"^USER (\d+):", DOCKERFILE, re.MULTILINE), re.findall(r"^VOLUME (\S+)$", DOCKERFILE, re.MULTILINE)
+    user, cache = (
+        re.findall(r"^USER (\d+):", DOCKERFILE, re.MULTILINE),
+        re.findall(r"^VOLUME (\S+)$", DOCKERFILE, re.MULTILINE),
+    )
     assert (user, cache) == (["10001"], ["/var/cache/vitserve"])
     pod = one("base/deployment.yaml")["spec"]["template"]["spec"]
     assert (pod["securityContext"]["runAsUser"], pod["securityContext"]["fsGroup"]) == (10001, 10001)
@@ -141,10 +164,15 @@ def test_nobody_runs_as_root_or_writes_outside_the_cache() -> None:
     for deployment in (one("base/deployment.yaml"), one("components/model-volume/deployment.yaml")):
         for each in deployment["spec"]["template"]["spec"]["containers"]:
             hardened = each.get("securityContext")
-            assert hardened is None or (hardened["readOnlyRootFilesystem"], hardened["capabilities"]) == (True, {"drop": ["ALL"]})
+            assert hardened is None or (hardened["readOnlyRootFilesystem"], hardened["capabilities"]) == (
+                True,
+                {"drop": ["ALL"]},
+            )
     assert container(one("components/model-volume/deployment.yaml"), "reload")["securityContext"]
     for name, service in COMPOSE["services"].items():
-        assert (service["read_only"], service["cap_drop"], service["restart"]) == (True, ["ALL"], "unless-stopped"), name
+        assert (service["read_only"], service["cap_drop"], service["restart"]) == (True, ["ALL"], "unless-stopped"), (
+            name
+        )
         assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory"}, name
         assert not any("docker.sock" in each for each in service["volumes"]), name
     for name in ("vitserve", "vitserve-gpu"):
@@ -162,10 +190,15 @@ def test_as_many_threads_as_the_pod_has_cpus() -> None:
 def test_images_are_of_this_version() -> None:
     assert f"ARG VERSION={__version__}\n" in DOCKERFILE
     for overlay in ("cpu", "gpu"):
-        assert one(f"overlays/{overlay}/kustomization.yaml")["images"] == [{"name": "vitserve", "newTag": f"{__version__}-{overlay}"}]
+        assert one(f"overlays/{overlay}/kustomization.yaml")["images"] == [
+            {"name": "vitserve", "newTag": f"{__version__}-{overlay}"}
+        ]
     assert (ROOT / "docker" / "own-model.Dockerfile").read_text().startswith(f"FROM vitserve:{__version__}-cpu\n")
     images = {name: COMPOSE["services"][name]["image"] for name in COMPOSE["services"]}
-    assert (images["vitserve"], images["vitserve-gpu"]) == (f"vitserve:{__version__}-cpu", f"vitserve:{__version__}-gpu")
+    assert (images["vitserve"], images["vitserve-gpu"]) == (
+        f"vitserve:{__version__}-cpu",
+        f"vitserve:{__version__}-gpu",
+    )
     labels = one("base/kustomization.yaml")["labels"]
     assert labels[1]["pairs"]["app.kubernetes.io/version"] == __version__
     for image in [*images.values(), *re.findall(r"^ARG BASE=(\S+)", DOCKERFILE, re.MULTILINE)]:
@@ -185,9 +218,15 @@ def test_compose_serves_on_a_cpu_unless_told() -> None:
 
 
 def test_what_the_dockerfile_copies_is_there_and_not_ignored() -> None:
-    *rules, last = [line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith(("!", "*"))]
+    *rules, last = [
+        line.removeprefix("!")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith(("!", "*"))
+    ]
     assert (rules[0], last) == ("*", "**/__pycache__")
-    copied = {each for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE) for each in line.split()[:-1]}
+    copied = {
+        each for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE) for each in line.split()[:-1]
+    }
     assert {"service", "model", "vitserve"} <= copied
     for each in copied:
         assert (ROOT / each).exists(), each
@@ -210,29 +249,43 @@ def lock(name: str) -> dict[str, Requirement]:
 
 def wanted(*extras: str) -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [Requirement(each) for each in [*project["dependencies"], *(each for extra in extras for each in project["optional-dependencies"][extra])]]
+    return [
+        Requirement(each)
+        for each in [
+            *project["dependencies"],
+            *(each for extra in extras for each in project["optional-dependencies"][extra]),
+        ]
+    ]
 
 
 @pytest.mark.parametrize(
-    ("target", "extras", "files", "left_out"),
+    ("target", "extras", "files", "skipped"),
     [
         ("cpu", (), (), {"openvino-telemetry"}),
         ("gpu", ("gpu", "tensorrt"), ("requirements-tensorrt.txt",), {"onnxruntime", "openvino", "openvino-telemetry"}),
         ("export", ("export", "int8", "train"), ("torch.txt",), {"openvino-telemetry"}),
     ],
 )
-def test_the_locks_hold_what_the_project_asks_for(target: str, extras: tuple[str, ...], files: tuple[str, ...], left_out: set[str]) -> None:
+def test_the_locks_hold_what_the_project_asks_for(
+    target: str, extras: tuple[str, ...], files: tuple[str, ...], skipped: set[str]
+) -> None:
     locked = {name: pin for file in (f"requirements-{target}.txt", *files) for name, pin in lock(file).items()}
-    excluded = {line for line in (ROOT / "docker" / f"excludes-{target}.txt").read_text().splitlines() if not line.startswith("#")}
-    assert left_out <= excluded
+    excluded = {
+        line
+        for line in (ROOT / "docker" / f"excludes-{target}.txt").read_text().splitlines()
+        if not line.startswith("#")
+    }
+    assert skipped <= excluded
     assert not locked.keys() & excluded
     assert "dumb-init" in locked
     for each in wanted(*extras):
         name = canonicalize_name(each.name)
-        if name not in left_out:
+        if name not in skipped:
             assert name in locked, f"{target} lacks {each}: make lock"
             (pinned,) = locked[name].specifier
-            assert each.specifier.contains(pinned.version), f"{target} has {name} {pinned.version}, and {each} is asked for: make lock"
+            assert each.specifier.contains(pinned.version), (
+                f"{target} has {name} {pinned.version}, and {each} is asked for: make lock"
+            )
     for file in (f"requirements-{target}.txt", *files):
         assert f"COPY docker/{file} " in DOCKERFILE
         assert re.search(rf"--require-hashes .*-r /src/docker/{file}$", DOCKERFILE, re.MULTILINE)
@@ -245,7 +298,10 @@ def test_the_image_to_serve_with_holds_no_torch() -> None:
 
 def test_one_onnxruntime_in_each_image() -> None:
     """Both packages install `onnxruntime`; the last one unpacked would win."""
-    assert {target: sorted(each for each in lock(f"requirements-{target}.txt") if each.startswith("onnxruntime")) for target in TARGETS} == {
+    assert {
+        target: sorted(each for each in lock(f"requirements-{target}.txt") if each.startswith("onnxruntime"))
+        for target in TARGETS
+    } == {
         "cpu": ["onnxruntime"],
         "gpu": ["onnxruntime-gpu"],
         "export": ["onnxruntime"],
@@ -255,8 +311,16 @@ def test_one_onnxruntime_in_each_image() -> None:
 def test_every_part_of_k8s_is_used_by_somebody() -> None:
     for path in K8S.rglob("kustomization.yaml"):
         said = documents(path)[0]
-        named = [*said.get("resources", []), *said.get("components", []), *(each["path"] for each in said.get("patches", []) if "path" in each)]
-        named += [each for generator in said.get("configMapGenerator", []) for each in (*generator.get("files", []), *generator.get("envs", []))]
+        named = [
+            *said.get("resources", []),
+            *said.get("components", []),
+            *(each["path"] for each in said.get("patches", []) if "path" in each),
+        ]
+        named += [
+            each
+            for generator in said.get("configMapGenerator", [])
+            for each in (*generator.get("files", []), *generator.get("envs", []))
+        ]
         for each in named:
             assert (path.parent / each).exists(), f"{path} names {each}"
         mine = {each.name for each in path.parent.iterdir() if each.is_file()} - {"kustomization.yaml"}

@@ -64,13 +64,26 @@ class Container(Server):
     pid: int = 0  # of its pid 1, as this machine counts
 
     def inside(self, *command: str) -> subprocess.CompletedProcess[str]:
-        entered = ["nsenter", "--target", str(self.pid), "--mount", "--pid", "--root", "--setuid", "10001", "--setgid", "10001"]
-        environment = dict(each.split("=", 1) for each in Path(f"/proc/{self.pid}/environ").read_text().rstrip("\0").split("\0"))
+        entered = [
+            "nsenter",
+            "--target",
+            str(self.pid),
+            "--mount",
+            "--pid",
+            "--root",
+            "--setuid",
+            "10001",
+            "--setgid",
+            "10001",
+        ]
+        environment = dict(
+            each.split("=", 1) for each in Path(f"/proc/{self.pid}/environ").read_text().rstrip("\0").split("\0")
+        )
         return subprocess.run([*entered, *command], env=environment, capture_output=True, text=True, check=False)
 
 
-def names(folder: Path) -> set[str]:
-    return {each.name for each in folder.iterdir()}
+def names(directory: Path) -> set[str]:
+    return {each.name for each in directory.iterdir()}
 
 
 def children(pid: int) -> list[int]:
@@ -104,8 +117,19 @@ def test_it_is_small_and_holds_what_serving_needs_and_no_more(image: Image) -> N
     assert image.size() < MAX_BYTES
     (packages,) = (image.root / "opt" / "vitserve" / "lib").glob("python3*/site-packages")
     assert {"service", "model", "onnxruntime", "openvino", "PIL"} <= names(packages)
-    assert not names(packages) & {"torch", "onnx", "transformers", "timm", "openvino_telemetry", "pip", "setuptools", "tests"}
-    programs = {name for folder in ("opt/vitserve/bin", "usr/bin", "usr/local/bin") for name in names(image.root / folder)}
+    assert not names(packages) & {
+        "torch",
+        "onnx",
+        "transformers",
+        "timm",
+        "openvino_telemetry",
+        "pip",
+        "setuptools",
+        "tests",
+    }
+    programs = {
+        name for directory in ("opt/vitserve/bin", "usr/bin", "usr/local/bin") for name in names(image.root / directory)
+    }
     assert {"vitserve", "dumb-init"} <= programs
     assert not programs & {"gcc", "cc", "g++", "make", "ld", "pip"}
     assert not (image.root / "src").exists()
@@ -120,8 +144,15 @@ def test_it_says_what_it_is(image: Image) -> None:
     assert list(image.said["Volumes"]) == ["/var/cache/vitserve"]
 
 
-def test_it_answers_without_root_on_a_root_that_is_read_only_and_ends_with_status_0(image: Image, container: Container) -> None:
-    answer = httpx.post(f"{container.url}/v1/classify", content=encoded(picture(400, 300), "JPEG"), headers={"Content-Type": "image/jpeg"}, timeout=60)
+def test_it_answers_without_root_on_a_root_that_is_read_only_and_ends_with_status_0(
+    image: Image, container: Container
+) -> None:
+    answer = httpx.post(
+        f"{container.url}/v1/classify",
+        content=encoded(picture(400, 300), "JPEG"),
+        headers={"Content-Type": "image/jpeg"},
+        timeout=60,
+    )
     assert answer.status_code == 200
     assert len(answer.json()["results"][0]["predictions"]) == 5
     status = Path(f"/proc/{container.pid}/status").read_text()
@@ -129,8 +160,8 @@ def test_it_answers_without_root_on_a_root_that_is_read_only_and_ends_with_statu
     assert re.search(r"^NSpid:\t\d+\t1$", status, re.MULTILINE)
     assert re.search(r"^CapBnd:\t0+$", status, re.MULTILINE)
     assert Path(f"/proc/{container.pid}/cmdline").read_bytes().startswith(b"dumb-init\0")
-    refused = container.inside("python", "-c", "open('/opt/vitserve/mine', 'w')")
-    assert "Read-only file system" in refused.stderr
+    rejected = container.inside("python", "-c", "open('/opt/vitserve/mine', 'w')")
+    assert "Read-only file system" in rejected.stderr
     kept = container.inside("python", "-c", "import os; print(*os.listdir('/var/cache/vitserve'))")
     assert "compiled" in kept.stdout, f"engines did not keep what they compiled: {kept}"
     assert "engines are compiled at every start" not in "".join(container.log)

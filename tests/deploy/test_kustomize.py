@@ -35,12 +35,14 @@ def combinations() -> list[tuple[str, tuple[str, ...]]]:
     """Each overlay with no component, with each, and with as many as go together; each two components once, for a patch that hides another's."""
     most = tuple(each for each in COMPONENTS if each != "hpa")
     pairs = [each for each in itertools.combinations(COMPONENTS, 2) if set(each) not in APART]
-    return [(overlay, each) for overlay in OVERLAYS for each in [(), *((one,) for one in COMPONENTS), most]] + [(OVERLAYS[0], each) for each in pairs]
+    return [(overlay, each) for overlay in OVERLAYS for each in [(), *((one,) for one in COMPONENTS), most]] + [
+        (OVERLAYS[0], each) for each in pairs
+    ]
 
 
-def rendered(folder: Path, overlay: str, components: tuple[str, ...]) -> Objects:
+def rendered(directory: Path, overlay: str, components: tuple[str, ...]) -> Objects:
     def relative(part: str, name: str) -> str:
-        return os.path.relpath(K8S / part / name, folder.resolve())
+        return os.path.relpath(K8S / part / name, directory.resolve())
 
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -48,8 +50,8 @@ def rendered(folder: Path, overlay: str, components: tuple[str, ...]) -> Objects
         "resources": [relative("overlays", overlay)],
         "components": [relative("components", each) for each in components],
     }
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    made = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    made = subprocess.run(["kubectl", "kustomize", str(directory)], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     assert not made.stderr, made.stderr  # warnings of what is deprecated
     return list(yaml.safe_load_all(made.stdout))
@@ -66,8 +68,15 @@ def closed(schema: Any) -> Any:
         return [closed(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {name: {field: closed(each) for field, each in value.items()} if name == "properties" else closed(value) for name, value in schema.items()}
-    if "properties" in schema and "additionalProperties" not in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+    made = {
+        name: {field: closed(each) for field, each in value.items()} if name == "properties" else closed(value)
+        for name, value in schema.items()
+    }
+    if (
+        "properties" in schema
+        and "additionalProperties" not in schema
+        and not schema.get("x-kubernetes-preserve-unknown-fields")
+    ):
         made["additionalProperties"] = False
     return made
 
@@ -138,19 +147,26 @@ def test_whatever_is_referred_to_is_there(objects: Objects) -> None:
         assert (parent["name"], listener["hostname"]) == (gateway["metadata"]["name"], route["spec"]["hostnames"][0])
         assert (listener["protocol"], listener["tls"]["mode"]) == ("HTTPS", "Terminate")
     for ingress in of_kind(objects, "Ingress"):
-        assert {host for each in ingress["spec"]["tls"] for host in each["hosts"]} == {each["host"] for each in ingress["spec"]["rules"]}
+        assert {host for each in ingress["spec"]["tls"] for host in each["hosts"]} == {
+            each["host"] for each in ingress["spec"]["rules"]
+        }
 
 
 def test_selectors_select_our_pods_and_no_others(objects: Objects) -> None:
     (deployment,) = of_kind(objects, "Deployment")
     labels = deployment["spec"]["template"]["metadata"]["labels"].items()
-    (service,), (budget,), (policy,) = (of_kind(objects, kind) for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"))
+    (service,), (budget,), (policy,) = (
+        of_kind(objects, kind) for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy")
+    )
     selectors = [
         deployment["spec"]["selector"]["matchLabels"],
         service["spec"]["selector"],
         budget["spec"]["selector"].get("matchLabels"),
         policy["spec"]["podSelector"].get("matchLabels"),
-        *(each["labelSelector"]["matchLabels"] for each in deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]),
+        *(
+            each["labelSelector"]["matchLabels"]
+            for each in deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]
+        ),
     ]
     for each in selectors:
         assert each, "an empty selector is one that selects every pod of the namespace"
@@ -172,7 +188,9 @@ def test_every_pod_is_restricted(objects: Objects) -> None:
 
 @pytest.mark.parametrize("example", sorted(each.name for each in (K8S / "examples").iterdir()))
 def test_the_examples_render(example: str) -> None:
-    made = subprocess.run(["kubectl", "kustomize", str(K8S / "examples" / example)], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        ["kubectl", "kustomize", str(K8S / "examples" / example)], capture_output=True, text=True, check=False
+    )
     assert made.returncode == 0, made.stderr
     for each in yaml.safe_load_all(made.stdout):
         check(each)

@@ -22,7 +22,11 @@ DEPLOYMENT = {
     "apiVersion": "apps/v1",
     "kind": "Deployment",
     "metadata": {"name": "vitserve"},
-    "spec": {"replicas": 3, "selector": {"matchLabels": {"a": "b"}}, "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c"}]}}},
+    "spec": {
+        "replicas": 3,
+        "selector": {"matchLabels": {"a": "b"}},
+        "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c"}]}},
+    },
 }
 
 
@@ -39,7 +43,9 @@ def promtool(*arguments: str) -> str:
 
 def test_prometheus_accepts_its_configuration_and_the_rules() -> None:
     promtool("check", "config", "--lint=all", "--lint-fatal", str(CONFIGURATION))
-    assert f"{len(rules('record')) + len(rules('alert'))} rules found" in promtool("check", "rules", "--lint=all", "--lint-fatal", str(RULES))
+    assert f"{len(rules('record')) + len(rules('alert'))} rules found" in promtool(
+        "check", "rules", "--lint=all", "--lint-fatal", str(RULES)
+    )
 
 
 @pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
@@ -56,7 +62,9 @@ def test_each_alert_is_shown_firing_and_keeping_still(alert: str) -> None:
     seen = set()
     for group in (group for path in CASES for group in read(path)["tests"]):
         if looked_at <= {series["series"].split("{")[0] for series in group["input_series"]}:
-            seen |= {any(alert in sample["labels"] for sample in test["exp_samples"]) for test in group["promql_expr_test"]}
+            seen |= {
+                any(alert in sample["labels"] for sample in test["exp_samples"]) for test in group["promql_expr_test"]
+            }
     assert seen == {True, False}
 
 
@@ -100,7 +108,11 @@ def test_a_dashboard_is_one_that_grafana_takes(path: Path) -> None:
         assert all(target["datasource"] == source for target in panel["targets"])
         assert panel["type"] in {"timeseries", "stat", "table", "heatmap"}
         place = panel["gridPos"]
-        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
         assert not cells & taken, f"{panel['title']} lies over another"
         assert max(x for x, _ in cells) < 24
         taken |= cells
@@ -121,23 +133,35 @@ def test_grafana_is_told_of_both_and_of_prometheus() -> None:
 # -- the cluster's components
 
 
-def built(component: str, folder: Path) -> list[dict[str, Any]]:
+def built(component: str, directory: Path) -> list[dict[str, Any]]:
     """Of a deployment of three replicas with the component, as kustomize gives it."""
-    if shutil.which("kubectl") is None or "Kustomize Version" not in subprocess.run(["kubectl", "version", "--client"], capture_output=True, text=True).stdout:
+    if (
+        shutil.which("kubectl") is None
+        or "Kustomize Version"
+        not in subprocess.run(["kubectl", "version", "--client"], capture_output=True, text=True).stdout
+    ):
         pytest.skip("kubectl 1.21 or newer, which has a kustomize that knows components in it, is not installed")
-    shutil.copytree(COMPONENTS, folder / "components")
-    (folder / "deployment.yaml").write_text(yaml.safe_dump(DEPLOYMENT))
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump({"resources": ["deployment.yaml"], "components": [f"components/{component}"]}))
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    shutil.copytree(COMPONENTS, directory / "components")
+    (directory / "deployment.yaml").write_text(yaml.safe_dump(DEPLOYMENT))
+    (directory / "kustomization.yaml").write_text(
+        yaml.safe_dump({"resources": ["deployment.yaml"], "components": [f"components/{component}"]})
+    )
+    done = subprocess.run(["kubectl", "kustomize", str(directory)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
 
 @pytest.mark.parametrize(
     ("component", "kinds"),
-    [("monitoring", {"PodMonitor", "PrometheusRule"}), ("hpa", {"HorizontalPodAutoscaler"}), ("keda", {"ScaledObject"})],
+    [
+        ("monitoring", {"PodMonitor", "PrometheusRule"}),
+        ("hpa", {"HorizontalPodAutoscaler"}),
+        ("keda", {"ScaledObject"}),
+    ],
 )
-def test_a_component_adds_its_resources_and_leaves_replicas_to_the_autoscaler(component: str, kinds: set[str], tmp_path: Path) -> None:
+def test_a_component_adds_its_resources_and_leaves_replicas_to_the_autoscaler(
+    component: str, kinds: set[str], tmp_path: Path
+) -> None:
     resources = built(component, tmp_path)
     assert {each["kind"] for each in resources} == kinds | {"Deployment"}
     (deployment,) = (each for each in resources if each["kind"] == "Deployment")
@@ -154,7 +178,7 @@ def resources() -> list[Path]:
 
 @pytest.mark.parametrize("path", resources(), ids=lambda path: path.stem)
 def test_a_resource_fits_its_schema(path: Path) -> None:
-    """Kubernetes' own, or the custom resource's with unknown fields refused."""
+    """Kubernetes' own, or the custom resource's with unknown fields rejected."""
     resource = read(path)
     group, _, version = resource["apiVersion"].partition("/")
     schema = ROOT / "tests" / "crds" / f"{resource['kind'].lower()}_{version}.json"
@@ -177,7 +201,9 @@ def test_both_autoscalers_aim_at_the_same_and_scale_what_there_is() -> None:
     assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "700m"}
     assert (trigger["metricType"], trigger["metadata"]["threshold"]) == ("AverageValue", "0.7")
     assert hpa["behavior"] == scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
-    assert (hpa["minReplicas"], hpa["maxReplicas"]) == (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (1, 10), "not to zero"
+    assert (
+        (hpa["minReplicas"], hpa["maxReplicas"]) == (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (1, 10)
+    ), "not to zero"
     assert hpa["scaleTargetRef"]["name"] == scaled["scaleTargetRef"]["name"] == "vitserve"
 
 

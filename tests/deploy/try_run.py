@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 BUILDAH = ("buildah", "--storage-driver", "vfs")
-# Every path is an argument: $1 the root, $2 the user's id, $3 the folders that may be written to; what follows is run.
+# Every path is an argument: $1 the root, $2 the user's id, $3 the directories that may be written to; what follows is run.
 _INSIDE = """
 set -eu
 root=$1 user=$2 volumes=$3; shift 3
@@ -34,15 +34,21 @@ exec chroot "$root" /usr/bin/setpriv --reuid "$user" --regid "$user" --clear-gro
 
 def config(image: str) -> dict[str, Any]:
     """What the image says of how it wants to be run: User, Env, Entrypoint, Cmd, Volumes, Healthcheck, Labels. Raises CalledProcessError if there is none."""
-    inspected = subprocess.run([*BUILDAH, "inspect", "--type", "image", image], capture_output=True, text=True, check=True)
+    inspected = subprocess.run(
+        [*BUILDAH, "inspect", "--type", "image", image], capture_output=True, text=True, check=True
+    )
     found: dict[str, Any] = json.loads(inspected.stdout)["Docker"]["config"]
     return found
 
 
 def mounted(image: str) -> tuple[str, Path]:
-    """A container made of the image, and the folder where its files are; to be given to ``remove``."""
-    container = subprocess.run([*BUILDAH, "from", "--pull-never", image], capture_output=True, text=True, check=True).stdout.strip()
-    return container, Path(subprocess.run([*BUILDAH, "mount", container], capture_output=True, text=True, check=True).stdout.strip())
+    """A container made of the image, and the directory where its files are; to be given to ``remove``."""
+    container = subprocess.run(
+        [*BUILDAH, "from", "--pull-never", image], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return container, Path(
+        subprocess.run([*BUILDAH, "mount", container], capture_output=True, text=True, check=True).stdout.strip()
+    )
 
 
 def remove(container: str) -> None:
@@ -52,7 +58,15 @@ def remove(container: str) -> None:
 def command(root: Path, said: dict[str, Any], environment: list[str], arguments: list[str]) -> list[str]:
     """What to run for it. The process that it starts is `unshare`, whose one child is the container's pid 1."""
     user = said["User"].partition(":")[0]
-    inside = [str(root), user, " ".join(said["Volumes"]), *said["Env"], *environment, *said["Entrypoint"], *(arguments or said["Cmd"])]
+    inside = [
+        str(root),
+        user,
+        " ".join(said["Volumes"]),
+        *said["Env"],
+        *environment,
+        *said["Entrypoint"],
+        *(arguments or said["Cmd"]),
+    ]
     return ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "/bin/sh", "-c", _INSIDE, "inside", *inside]
 
 
@@ -63,7 +77,9 @@ def main() -> int:
     asked, arguments = parser.parse_known_args()
     container, root = mounted(asked.image)
     try:
-        return subprocess.run(command(root, config(asked.image), asked.env, arguments), env={"PATH": os.environ["PATH"]}, check=False).returncode
+        return subprocess.run(
+            command(root, config(asked.image), asked.env, arguments), env={"PATH": os.environ["PATH"]}, check=False
+        ).returncode
     finally:
         remove(container)
 

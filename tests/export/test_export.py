@@ -18,14 +18,14 @@ from tests.conftest import TINY, checkpoint, network
 from vitserve.cli.main import app
 from vitserve.export.build_bundle import ExportError, build_bundle
 from vitserve.export.checkpoint.load import Checkpoint, CheckpointError, load_checkpoint
-from vitserve.export.graph.optimize import Lean
+from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.model.arrays import Outputs
 from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.model.bundle.parity import TOLERANCE, compare
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig
 from vitserve.model.network.resnet import ResNet
-from vitserve.service.engines.engine import Engine, EngineUnavailable
+from vitserve.service.engines.engine import Engine, EngineUnavailableError
 
 
 def test_the_graph_is_canonical(bundle: Bundle) -> None:
@@ -38,22 +38,38 @@ def test_the_graph_is_canonical(bundle: Bundle) -> None:
         return [each.dim_param or each.dim_value for each in value.type.tensor_type.shape.dim]
 
     (pixels,), (logits, embedding) = graph.graph.input, graph.graph.output
-    assert (pixels.name, shape(pixels), pixels.type.tensor_type.elem_type) == ("pixels", ["n", 16, 16, 3], onnx.TensorProto.UINT8)
-    assert (logits.name, shape(logits), logits.type.tensor_type.elem_type) == ("logits", ["n", 7], onnx.TensorProto.FLOAT)
-    assert (embedding.name, shape(embedding), embedding.type.tensor_type.elem_type) == ("embedding", ["n", 32], onnx.TensorProto.FLOAT)
+    assert (pixels.name, shape(pixels), pixels.type.tensor_type.elem_type) == (
+        "pixels",
+        ["n", 16, 16, 3],
+        onnx.TensorProto.UINT8,
+    )
+    assert (logits.name, shape(logits), logits.type.tensor_type.elem_type) == (
+        "logits",
+        ["n", 7],
+        onnx.TensorProto.FLOAT,
+    )
+    assert (embedding.name, shape(embedding), embedding.type.tensor_type.elem_type) == (
+        "embedding",
+        ["n", 32],
+        onnx.TensorProto.FLOAT,
+    )
     assert [node.op_type for node in graph.graph.node].count("Attention") == TINY.depth
     assert not any(node.metadata_props for node in graph.graph.node), "it says nothing of where it was made"
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"pool": "mean", "class_token": False, "norm_after_pool": True}, {"representation_width": 24}, {"stem": (8, 16, 24)}],
+    [
+        {"pool": "mean", "class_token": False, "norm_after_pool": True},
+        {"representation_width": 24},
+        {"stem": (8, 16, 24)},
+    ],
     ids=["mean", "representation", "hybrid"],
 )
 def test_every_relative_exports_and_is_proven(change: dict[str, object], tmp_path: Path) -> None:
     made = build_bundle(checkpoint(replace(TINY, **change)), tmp_path / "bundle", name="relative")
-    for artefact in made.manifest.artefacts:
-        assert artefact.parity.logits <= TOLERANCE[artefact.precision]
+    for artifact in made.manifest.artifacts:
+        assert artifact.parity.logits <= TOLERANCE[artifact.precision]
 
 
 def test_a_resnet_exports_and_is_proven(tmp_path: Path) -> None:
@@ -72,23 +88,29 @@ def test_golden_outputs_are_the_torch_networks(bundle: Bundle) -> None:
         logits, embedding = source.network(images.permute(0, 3, 1, 2))
     parity = compare(Outputs(logits.numpy(), embedding.numpy()), golden.reference)
     assert parity.failure("fp32") is None
-    assert len(np.unique(golden.reference.logits.argmax(1))) > 1, "golden images that all look alike would prove little"
+    assert len(np.unique(golden.reference.logits.argmax(1))) > 1, (
+        "golden images that all look alike would verify little"
+    )
 
 
 def test_a_failed_proof_leaves_no_bundle_and_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def traces_another_network(network_: Lean, image_size: int, path: Path) -> None:
-        genuine(Lean(network(TINY, seed=1), checkpoint().preprocessing).eval(), image_size, path)
+    def traces_another_network(network_: OptimizedNetwork, image_size: int, path: Path) -> None:
+        genuine(OptimizedNetwork(network(TINY, seed=1), checkpoint().preprocessing).eval(), image_size, path)
 
     genuine = vitserve.export.build_bundle.trace
     monkeypatch.setattr(vitserve.export.build_bundle, "trace", traces_another_network)
-    with pytest.raises(ExportError, match=r"openvino in fp32 is not equal to its source: logits differ by .* fp32 allows 1e-04"):
+    with pytest.raises(
+        ExportError, match=r"openvino in fp32 is not equal to its source: logits differ by .* fp32 allows 1e-04"
+    ):
         build_bundle(checkpoint(), tmp_path / "bundle", name="wrong")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_any_engine_nothing_is_proven_and_no_bundle_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_engine_nothing_is_proven_and_no_bundle_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def absent(name: str, *_: object) -> Engine:
-        raise EngineUnavailable(f"{name} is not installed")
+        raise EngineUnavailableError(f"{name} is not installed")
 
     monkeypatch.setattr(vitserve.export.build_bundle, "open_one", absent)
     with pytest.raises(ExportError, match="openvino is not installed; onnxruntime is not installed"):
@@ -97,14 +119,22 @@ def test_without_any_engine_nothing_is_proven_and_no_bundle_written(tmp_path: Pa
 
 
 def save(path: Path, drop: str = "") -> Path:
-    metadata = {"config": json.dumps(TINY.__dict__), "labels": json.dumps(list("abcdefg")), "mean": "[0.5, 0.5, 0.5]", "std": "[0.5, 0.5, 0.5]"}
+    metadata = {
+        "config": json.dumps(TINY.__dict__),
+        "labels": json.dumps(list("abcdefg")),
+        "mean": "[0.5, 0.5, 0.5]",
+        "std": "[0.5, 0.5, 0.5]",
+    }
     weights = {name: tensor.contiguous() for name, tensor in network(TINY).state_dict().items() if name != drop}
     save_file(weights, path, metadata)
     return path
 
 
 def test_the_command_exports_a_checkpoint(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["export", str(save(tmp_path / "weights.safetensors")), "-o", str(tmp_path / "bundle"), "--name", "letters"])
+    result = CliRunner().invoke(
+        app,
+        ["export", str(save(tmp_path / "weights.safetensors")), "-o", str(tmp_path / "bundle"), "--name", "letters"],
+    )
     assert result.exit_code == 0, result.output
     made = open_bundle(tmp_path / "bundle")
     assert made.labels == tuple("abcdefg")
@@ -130,7 +160,9 @@ def test_engines_are_closed_when_their_proof_fails(tmp_path: Path, monkeypatch: 
     def opens(*arguments: object) -> Engine:
         engine = genuine(*arguments)  # type: ignore[arg-type]
         opened.append(engine.name)
-        monkeypatch.setattr(engine, "run", lambda lane, pixels: Outputs(np.zeros((16, 7), np.float32), np.zeros((16, 32), np.float32)))
+        monkeypatch.setattr(
+            engine, "run", lambda stream, pixels: Outputs(np.zeros((16, 7), np.float32), np.zeros((16, 32), np.float32))
+        )
         monkeypatch.setattr(engine, "close", lambda: closed.append(engine.name))
         return engine
 

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from tests.conftest import TINY, network
-from vitserve.export.graph.optimize import Lean, fold_layer_scale, fold_normalisation, fuse_attention, read_no_more_than_the_head
+from vitserve.export.graph.optimize import (
+    OptimizedNetwork,
+    fold_layer_scale,
+    fold_normalization,
+    fuse_attention,
+    read_no_more_than_the_head,
+)
 from vitserve.export.graph.trace import Servable, trace
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig
@@ -50,15 +56,18 @@ def difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> fl
 def test_it_computes_what_the_plain_network_does(name: str) -> None:
     plain, images = network(RELATIVES[name]), pixels(RELATIVES[name].image_size)
     expected = Servable(plain, PREPROCESSING)(images)
-    assert difference(Lean(plain, PREPROCESSING)(images), expected) < 1e-5
+    assert difference(OptimizedNetwork(plain, PREPROCESSING)(images), expected) < 1e-5
     assert difference(Servable(plain, PREPROCESSING)(images), expected) == 0, "the source network is left as it was"
 
 
-def normalisation(changed: ViT) -> None:
-    assert fold_normalisation(changed, torch.ones(3), torch.zeros(3))
+def normalization(changed: ViT) -> None:
+    assert fold_normalization(changed, torch.ones(3), torch.zeros(3))
 
 
-@pytest.mark.parametrize("saving", [fuse_attention, lambda n: (fuse_attention(n), read_no_more_than_the_head(n)), fold_layer_scale, normalisation])
+@pytest.mark.parametrize(
+    "saving",
+    [fuse_attention, lambda n: (fuse_attention(n), read_no_more_than_the_head(n)), fold_layer_scale, normalization],
+)
 @torch.inference_mode()
 def test_each_saving_alone_is_exact(saving: Callable[[ViT], object]) -> None:
     plain = network(RELATIVES["layer scale"])
@@ -68,23 +77,27 @@ def test_each_saving_alone_is_exact(saving: Callable[[ViT], object]) -> None:
     assert difference(changed(images), plain(images)) < 1e-5
 
 
-def test_normalisation_is_not_folded_where_padding_comes_between() -> None:
-    assert not fold_normalisation(network(RELATIVES["hybrid"]), torch.ones(3), torch.zeros(3))
+def test_normalization_is_not_folded_where_padding_comes_between() -> None:
+    assert not fold_normalization(network(RELATIVES["hybrid"]), torch.ones(3), torch.zeros(3))
 
 
 def test_what_is_left_out_is_left_out(tmp_path: Path) -> None:
     """One clean Attention a block, no arithmetic on pixels before the projection, and a last MLP that sees one token."""
-    trace(Lean(network(TINY), PREPROCESSING).eval(), 16, tmp_path / "model.onnx")
+    trace(OptimizedNetwork(network(TINY), PREPROCESSING).eval(), 16, tmp_path / "model.onnx")
     graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx")).graph
     made_by = {name: node for node in graph.node for name in node.output}
     attentions = [node for node in graph.node if node.op_type == "Attention"]
     assert len(attentions) == TINY.depth
     for node in attentions:
         assert len(node.output) == 1
-        assert {made_by[name].op_type for name in node.input} <= {"Split", "Add", "MatMul"}, "nothing between the projection and the operator"
+        assert {made_by[name].op_type for name in node.input} <= {"Split", "Add", "MatMul"}, (
+            "nothing between the projection and the operator"
+        )
     shapes = {each.name: [d.dim_value for d in each.type.tensor_type.shape.dim][1:] for each in graph.value_info}
     gelus = [node.output[0] for node in graph.node if node.op_type == "Gelu"]
-    assert [shapes[name] for name in gelus] == [[TINY.tokens, TINY.mlp_width]] * (TINY.depth - 1) + [[1, TINY.mlp_width]]
+    assert [shapes[name] for name in gelus] == [[TINY.tokens, TINY.mlp_width]] * (TINY.depth - 1) + [
+        [1, TINY.mlp_width]
+    ]
     first = next(node for node in graph.node if node.op_type == "Conv")
     before = []
     while first.input[0] in made_by:

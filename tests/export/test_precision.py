@@ -1,4 +1,4 @@
-"""Dialects and precisions: each proven, judged on images, and refused where it loses too much or was tampered with."""
+"""Dialects and precisions: each verified, judged on images, and rejected where it loses too much or was tampered with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conftest import TINY, checkpoint, encoded, network, picture, start_se
 from vitserve.cli.main import app
 from vitserve.export.build_bundle import ExportError, build_bundle
 from vitserve.export.checkpoint.load import Checkpoint
-from vitserve.export.graph.optimize import Lean
+from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.trace import Servable, trace
 from vitserve.export.quantize import int8
 from vitserve.export.quantize.bf16_simulation import simulated
@@ -41,7 +41,9 @@ def sure(config: ViTConfig = SMALL) -> Checkpoint:
     made = network(config)
     with torch.no_grad():
         made.head.weight.mul_(4)
-    return Checkpoint(made, tuple(f"class {index}" for index in range(config.classes)), Preprocessing(config.image_size))
+    return Checkpoint(
+        made, tuple(f"class {index}" for index in range(config.classes)), Preprocessing(config.image_size)
+    )
 
 
 def pictures(count: int, seed: int = 0) -> Images:
@@ -49,44 +51,63 @@ def pictures(count: int, seed: int = 0) -> Images:
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """With fp32 and calibrated int8, judged on a hundred pictures."""
     pytest.importorskip("nncf", reason="nncf is not installed")
     path = tmp_path_factory.mktemp("int8") / "bundle"
-    return build_bundle(sure(), path, name="small", precisions=["int8"], calibration=pictures(32), judged=pictures(100, 1000), max_loss=3)
+    return build_bundle(
+        sure(),
+        path,
+        name="small",
+        precisions=["int8"],
+        calibration=pictures(32),
+        evaluation_images=pictures(100, 1000),
+        max_loss=3,
+    )
 
 
 # -- dialects
 
 
 def test_onnxruntime_gets_its_own_attention_and_shares_the_weights(bundle: Bundle) -> None:
-    canonical, dialect = (onnx.load(bundle.path / name, load_external_data=False) for name in ("model.onnx", "model.onnxruntime.onnx"))
-    assert Counter(node.op_type for node in canonical.graph.node)["Attention"] == TINY.depth
-    kinds = Counter((node.domain, node.op_type) for node in dialect.graph.node)
+    reference_graph, onnxruntime_graph = (
+        onnx.load(bundle.path / name, load_external_data=False) for name in ("model.onnx", "model.onnxruntime.onnx")
+    )
+    assert Counter(node.op_type for node in reference_graph.graph.node)["Attention"] == TINY.depth
+    kinds = Counter((node.domain, node.op_type) for node in onnxruntime_graph.graph.node)
     assert kinds["com.microsoft", "MultiHeadAttention"] == TINY.depth
     assert kinds["", "Attention"] == 0
-    outside = [each for each in dialect.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL]
-    assert {entry.value for each in outside for entry in each.external_data if entry.key == "location"} == {"model.onnx.data"}
+    outside = [each for each in onnxruntime_graph.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL]
+    assert {entry.value for each in outside for entry in each.external_data if entry.key == "location"} == {
+        "model.onnx.data"
+    }
     assert (bundle.path / "model.onnxruntime.onnx").stat().st_size < 200_000
     pixels = bundle.golden().pixels
-    ours, theirs = (onnxruntime.InferenceSession(bundle.path / f).run(None, {"pixels": pixels}) for f in ("model.onnxruntime.onnx", "model.onnx"))
+    ours, theirs = (
+        onnxruntime.InferenceSession(bundle.path / f).run(None, {"pixels": pixels})
+        for f in ("model.onnxruntime.onnx", "model.onnx")
+    )
     assert compare(Outputs(*ours), Outputs(*theirs)).logits < 1e-5
 
 
 def test_attention_with_a_mask_stays_the_canonical_operator(tmp_path: Path) -> None:
-    """MultiHeadAttention takes no boolean mask; what is not rewritten is still proven."""
-    made = build_bundle(checkpoint(replace(TINY, image_size=32, attention="axial")), tmp_path / "bundle", name="axial", precisions=[])
-    kinds = Counter(node.op_type for node in onnx.load(made.path / "model.onnxruntime.onnx", load_external_data=False).graph.node)
+    """MultiHeadAttention takes no boolean mask; what is not rewritten is still verified."""
+    made = build_bundle(
+        checkpoint(replace(TINY, image_size=32, attention="axial")), tmp_path / "bundle", name="axial", precisions=[]
+    )
+    kinds = Counter(
+        node.op_type for node in onnx.load(made.path / "model.onnxruntime.onnx", load_external_data=False).graph.node
+    )
     assert (kinds["Attention"], kinds["MultiHeadAttention"]) == (TINY.depth, 0)
 
 
 def test_the_bundle_says_which_kernels_run_the_attention(bundle: Bundle) -> None:
-    for artefact in bundle.manifest.artefacts:
-        if artefact.simulated:
+    for artifact in bundle.manifest.artifacts:
+        if artifact.simulated:
             continue
-        assert artefact.attention is not None
-        assert artefact.attention.fused == TINY.depth, artefact
-        assert artefact.attention.softmax_layers == 0
+        assert artifact.attention is not None
+        assert artifact.attention.fused == TINY.depth, artifact
+        assert artifact.attention.softmax_layers == 0
 
 
 def test_attention_that_is_not_fused_is_not_counted(tmp_path: Path) -> None:
@@ -96,7 +117,9 @@ def test_attention_that_is_not_fused_is_not_counted(tmp_path: Path) -> None:
 
     x = ops.parameter([1, 2, 4, 8], np.float32)
     mixed = ops.matmul(ops.softmax(ops.matmul(x, x, False, True), 3), x, False, False)
-    compiled = openvino.Core().compile_model(openvino.Model([ops.relu(mixed)], [x]), "CPU", {"SNIPPETS_MODE": "DISABLE"})
+    compiled = openvino.Core().compile_model(
+        openvino.Model([ops.relu(mixed)], [x]), "CPU", {"SNIPPETS_MODE": "DISABLE"}
+    )
     assert (of_openvino(compiled).fused, of_openvino(compiled).softmax_layers) == (0, 1)
 
 
@@ -115,29 +138,34 @@ def test_simulated_bf16_rounds_and_no_more(tmp_path: Path) -> None:
 
 
 def test_bf16_is_in_the_bundle_wherever_it_was_made(bundle: Bundle) -> None:
-    artefact = next(each for each in bundle.manifest.artefacts if each.precision == "bf16")
-    assert artefact.simulated == ("BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-    assert 1e-5 < artefact.parity.logits < 6e-2
+    artifact = next(each for each in bundle.manifest.artifacts if each.precision == "bf16")
+    assert artifact.simulated == ("BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    assert 1e-5 < artifact.parity.logits < 6e-2
 
 
 # -- int8
 
 
-def test_calibrated_int8_is_int8_and_judged(quantised: Bundle) -> None:
-    artefact = next(each for each in quantised.manifest.artefacts if each.precision == "int8")
-    assert (artefact.engine, artefact.weights) == ("openvino", artefact.path.replace(".xml", ".bin"))
-    assert artefact.evaluation is not None
-    assert artefact.evaluation.images == 100
-    assert artefact.evaluation.accuracy is None
-    assert artefact.evaluation.loss <= 3
-    compiled = openvino.Core().compile_model(quantised.path / artefact.path, "CPU")
-    kinds = Counter((info["layerType"], info["runtimePrecision"]) for info in (node.get_rt_info() for node in compiled.get_runtime_model().get_ops()))
+def test_calibrated_int8_is_int8_and_judged(quantized: Bundle) -> None:
+    artifact = next(each for each in quantized.manifest.artifacts if each.precision == "int8")
+    assert (artifact.engine, artifact.weights) == ("openvino", artifact.path.replace(".xml", ".bin"))
+    assert artifact.evaluation is not None
+    assert artifact.evaluation.images == 100
+    assert artifact.evaluation.accuracy is None
+    assert artifact.evaluation.loss <= 3
+    compiled = openvino.Core().compile_model(quantized.path / artifact.path, "CPU")
+    kinds = Counter(
+        (info["layerType"], info["runtimePrecision"])
+        for info in (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
+    )
     assert kinds["FullyConnected", "i8"] + kinds["FullyConnected", "u8"] >= 4 * SMALL.depth - 2
-    assert {each.name for each in quantised.path.iterdir() if "int8" in each.name} == set(artefact.files), "the loser of SmoothQuant on and off is gone"
+    assert {each.name for each in quantized.path.iterdir() if "int8" in each.name} == set(artifact.files), (
+        "the loser of SmoothQuant on and off is gone"
+    )
 
 
 def test_biases_behind_a_convolution_survive_int8(tmp_path: Path) -> None:
-    """Those that batch norms become: quantised, OpenVINO loses them unless they are constants of the right rank, and 6 % of the classes changed."""
+    """Those that batch norms become: quantized, OpenVINO loses them unless they are constants of the right rank, and 6 % of the classes changed."""
     pytest.importorskip("nncf", reason="nncf is not installed")
     config = replace(SMALL, patch_size=4, stem=(16, 32, 64))
     made = network(config)
@@ -146,7 +174,7 @@ def test_biases_behind_a_convolution_survive_int8(tmp_path: Path) -> None:
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.uniform_(-1, 1)  # type: ignore[union-attr]  # it has statistics
                 module.bias.uniform_(-1, 1)
-    trace(Lean(made, Preprocessing(32)).eval(), 32, tmp_path / "model.onnx")
+    trace(OptimizedNetwork(made, Preprocessing(32)).eval(), 32, tmp_path / "model.onnx")
     images = pictures(48).pixels
     model = int8.calibrated(tmp_path / "model.onnx", images[:32], smooth=True)
     run, source = openvino.compile_model(model, "CPU"), onnxruntime.InferenceSession(tmp_path / "model.onnx")
@@ -157,12 +185,14 @@ def test_biases_behind_a_convolution_survive_int8(tmp_path: Path) -> None:
 
 def test_smoothing_becomes_part_of_the_norm_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nncf", reason="nncf is not installed")
-    trace(Lean(network(SMALL), Preprocessing(32)).eval(), 32, tmp_path / "model.onnx")
+    trace(OptimizedNetwork(network(SMALL), Preprocessing(32)).eval(), 32, tmp_path / "model.onnx")
     images, folded = pictures(24).pixels, list[int]()
     fold, outputs = int8.fold_smoothing, []
     for each in (fold, lambda model: 0):
         monkeypatch.setattr(int8, "fold_smoothing", lambda model, each=each: folded.append(each(model)))
-        compiled = openvino.compile_model(int8.calibrated(tmp_path / "model.onnx", images, smooth=True), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino.compile_model(
+            int8.calibrated(tmp_path / "model.onnx", images, smooth=True), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
         outputs.append(compiled(images)["logits"].copy())
     assert folded[0] >= 2 * SMALL.depth - 2, "of each block's two norms, less those that more than one product reads"
     assert np.abs(outputs[0] - outputs[1]).max() <= 1e-5 * np.abs(outputs[1]).max()
@@ -170,9 +200,9 @@ def test_smoothing_becomes_part_of_the_norm_before_it(tmp_path: Path, monkeypatc
 
 def test_int8_without_calibration(tmp_path: Path) -> None:
     made = build_bundle(sure(), tmp_path / "bundle", name="small", precisions=["int8"], max_loss=10)
-    artefact = next(each for each in made.manifest.artefacts if each.precision == "int8")
-    assert artefact.engine == "onnxruntime"
-    kinds = Counter(node.op_type for node in onnx.load(made.path / artefact.path).graph.node)
+    artifact = next(each for each in made.manifest.artifacts if each.precision == "int8")
+    assert artifact.engine == "onnxruntime"
+    kinds = Counter(node.op_type for node in onnx.load(made.path / artifact.path).graph.node)
     assert kinds["MatMulInteger"] + kinds["DynamicQuantizeMatMul"] >= 4 * SMALL.depth
     opened = open_engine(made, EngineOptions(precision="int8"))
     opened.engine.close()
@@ -185,23 +215,39 @@ def test_what_loses_too_much_is_refused_and_said(tmp_path: Path) -> None:
         build_bundle(checkpoint(), tmp_path / "asked", name="tiny", precisions=["int8"], max_loss=-1)
     assert not (tmp_path / "asked").exists()
     made = build_bundle(checkpoint(), tmp_path / "unasked", name="tiny", max_loss=-1, progress=said.append)
-    assert {each.precision for each in made.manifest.artefacts} == {"fp32"}
+    assert {each.precision for each in made.manifest.artifacts} == {"fp32"}
     assert any("in bf16 loses" in each for each in said)
 
 
 @pytest.mark.slow
 def test_layers_that_cost_too_much_stay_in_float(tmp_path: Path) -> None:
     pytest.importorskip("nncf", reason="nncf is not installed")
-    judged = pictures(1000, 1000)
-    plain = build_bundle(sure(), tmp_path / "plain", name="small", precisions=["int8"], calibration=pictures(32), judged=judged, max_loss=100)
-    lost = next(each for each in plain.manifest.artefacts if each.precision == "int8").evaluation
+    evaluation_images = pictures(1000, 1000)
+    plain = build_bundle(
+        sure(),
+        tmp_path / "plain",
+        name="small",
+        precisions=["int8"],
+        calibration=pictures(32),
+        evaluation_images=evaluation_images,
+        max_loss=100,
+    )
+    lost = next(each for each in plain.manifest.artifacts if each.precision == "int8").evaluation
     assert lost is not None
     assert lost.loss > 0
-    made = build_bundle(sure(), tmp_path / "less", name="small", precisions=["int8"], calibration=pictures(32), judged=judged, max_loss=lost.loss / 2)
-    artefact = next(each for each in made.manifest.artefacts if each.precision == "int8")
-    assert artefact.path == "int8-partial.xml"
-    assert artefact.evaluation is not None
-    assert artefact.evaluation.loss <= lost.loss / 2
+    made = build_bundle(
+        sure(),
+        tmp_path / "less",
+        name="small",
+        precisions=["int8"],
+        calibration=pictures(32),
+        evaluation_images=evaluation_images,
+        max_loss=lost.loss / 2,
+    )
+    artifact = next(each for each in made.manifest.artifacts if each.precision == "int8")
+    assert artifact.path == "int8-partial.xml"
+    assert artifact.evaluation is not None
+    assert artifact.evaluation.loss <= lost.loss / 2
 
 
 def test_smoothquant_that_is_refused_leaves_the_plain_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,23 +255,36 @@ def test_smoothquant_that_is_refused_leaves_the_plain_form(tmp_path: Path, monke
     genuine, another = int8.calibrated, sure()
     with torch.no_grad():
         another.network.head.weight.neg_()  # type: ignore[operator, union-attr]
-    trace(Lean(another.network, another.preprocessing).eval(), SMALL.image_size, tmp_path / "another.onnx")
+    trace(OptimizedNetwork(another.network, another.preprocessing).eval(), SMALL.image_size, tmp_path / "another.onnx")
     monkeypatch.setattr(
-        "vitserve.export.quantize.int8.calibrated", lambda graph, images, smooth: genuine(tmp_path / "another.onnx" if smooth else graph, images, smooth=smooth)
+        "vitserve.export.quantize.int8.calibrated",
+        lambda graph, images, smooth: genuine(tmp_path / "another.onnx" if smooth else graph, images, smooth=smooth),
     )
-    made = build_bundle(sure(), tmp_path / "bundle", name="small", precisions=["int8"], calibration=pictures(32), judged=pictures(40, 1), max_loss=100)
-    assert [each.path for each in made.manifest.artefacts if each.precision == "int8"] == ["int8-plain.xml"]
+    made = build_bundle(
+        sure(),
+        tmp_path / "bundle",
+        name="small",
+        precisions=["int8"],
+        calibration=pictures(32),
+        evaluation_images=pictures(40, 1),
+        max_loss=100,
+    )
+    assert [each.path for each in made.manifest.artifacts if each.precision == "int8"] == ["int8-plain.xml"]
     assert not (made.path / "int8-smooth.xml").exists()
 
 
-def tampered(quantised: Bundle, path: Path, row: int) -> Path:
-    """The bundle with one quantised layer's scales doubled, and a manifest that vouches for it."""
+def tampered(quantized: Bundle, path: Path, row: int) -> Path:
+    """The bundle with one quantized layer's scales doubled, and a manifest that vouches for it."""
     import shutil
 
-    copy = Path(shutil.copytree(quantised.path, path))
-    artefact = next(each for each in quantised.manifest.artefacts if each.precision == "int8")
-    model = openvino.Core().read_model(copy / artefact.path)
-    layers = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul" and len(node.input_value(1).get_shape()) == 2]
+    copy = Path(shutil.copytree(quantized.path, path))
+    artifact = next(each for each in quantized.manifest.artifacts if each.precision == "int8")
+    model = openvino.Core().read_model(copy / artifact.path)
+    layers = [
+        node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "MatMul" and len(node.input_value(1).get_shape()) == 2
+    ]
     node = layers[row].input_value(1).get_node()
     while node.get_type_name() != "Multiply":
         node = node.input_value(0).get_node()
@@ -233,39 +292,46 @@ def tampered(quantised: Bundle, path: Path, row: int) -> Path:
     doubled = openvino.op.Constant(scale.get_data() * 2)
     node.input(1).replace_source_output(doubled.output(0))
     for name in ("xml", "bin"):
-        (copy / artefact.path).with_suffix(f".{name}").unlink()
-    openvino.save_model(model, copy / artefact.path, compress_to_fp16=False)
+        (copy / artifact.path).with_suffix(f".{name}").unlink()
+    openvino.save_model(model, copy / artifact.path, compress_to_fp16=False)
     manifest = json.loads((copy / "bundle.json").read_text())
-    for name in artefact.files:
+    for name in artifact.files:
         manifest["files"][name] = sha256(copy / name)
     (copy / "bundle.json").write_text(json.dumps(manifest))
     return copy
 
 
-def test_a_layer_whose_scale_is_doubled_is_refused(quantised: Bundle, tmp_path: Path) -> None:
+def test_a_layer_whose_scale_is_doubled_is_refused(quantized: Bundle, tmp_path: Path) -> None:
     """First and last, attention and MLP; not the last block's query, which one token asks once: doubling it changes less than int8 itself does."""
-    opened = open_engine(quantised, EngineOptions(precision="int8"))
+    opened = open_engine(quantized, EngineOptions(precision="int8"))
     opened.engine.close()
     for row in (0, 3, 5, 4 * SMALL.depth - 3, 4 * SMALL.depth - 1):
-        broken = open_bundle(tampered(quantised, tmp_path / str(row), row))
+        broken = open_bundle(tampered(quantized, tmp_path / str(row), row))
         assert broken.damaged == {}
         opened = open_engine(broken, EngineOptions(), first=("openvino", "int8"))
         opened.engine.close()
         assert opened.engine.precision != "int8", f"layer {row}"
-        assert opened.refused[0].cause == "golden_gate"
+        assert opened.rejected[0].cause == "golden_check"
 
 
-def test_the_service_starts_with_the_next_engine_and_says_so(quantised: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_starts_with_the_next_engine_and_says_so(
+    quantized: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    broken = tampered(quantised, tmp_path / "broken", 5)
+    broken = tampered(quantized, tmp_path / "broken", 5)
     tune_to("openvino", "int8", broken)
     running = start_server("--bundle", str(broken))
     with httpx.Client(base_url=running.url) as client:
         ready = client.get("/readyz")
         assert ready.status_code == 200
-        assert {"engine": "openvino", "precision": "int8", "cause": "golden_gate"}.items() <= ready.json()["refused"][0].items()
-        assert "golden images" in ready.json()["refused"][0]["reason"]
-        assert 'vitserve_engine_refused{cause="golden_gate",engine="openvino",precision="int8"} 1.0' in client.get("/metrics").text
+        assert {"engine": "openvino", "precision": "int8", "cause": "golden_check"}.items() <= ready.json()["rejected"][
+            0
+        ].items()
+        assert "golden images" in ready.json()["rejected"][0]["reason"]
+        assert (
+            'vitserve_engine_rejected{cause="golden_check",engine="openvino",precision="int8"} 1.0'
+            in client.get("/metrics").text
+        )
         assert client.post("/v1/classify", content=encoded(picture())).status_code == 200
         assert client.get("/v1/model").json()["serving"]["precision"] == "fp32"
     assert running.stop() == 0
@@ -276,16 +342,24 @@ def test_the_service_starts_with_the_next_engine_and_says_so(quantised: Bundle, 
 
 def test_images_of_a_folder_with_classes(tmp_path: Path) -> None:
     for index in range(20):
-        folder = tmp_path / ("cat" if index % 2 else "dog")
-        folder.mkdir(exist_ok=True)
-        (folder / f"{index}.png").write_bytes(encoded(picture(seed=index)))
-    calibration, judged = read_images(tmp_path, Preprocessing(16), ["cat", "dog"], calibration=5, evaluation=100)
-    assert (calibration.pixels.shape, judged.pixels.shape) == ((5, 16, 16, 3), (15, 16, 16, 3))
+        directory = tmp_path / ("cat" if index % 2 else "dog")
+        directory.mkdir(exist_ok=True)
+        (directory / f"{index}.png").write_bytes(encoded(picture(seed=index)))
+    calibration, evaluation_images = read_images(
+        tmp_path, Preprocessing(16), ["cat", "dog"], calibration=5, evaluation=100
+    )
+    assert (calibration.pixels.shape, evaluation_images.pixels.shape) == ((5, 16, 16, 3), (15, 16, 16, 3))
     assert calibration.classes is not None
-    assert judged.classes is not None
-    assert Counter([*calibration.classes, *judged.classes]) == {0: 10, 1: 10}
-    decoded = {Decoder(Preprocessing(16)).decode(each.read_bytes()).tobytes(): each.parent.name for each in tmp_path.rglob("*.png")}
-    assert all(decoded[pixels.tobytes()] == ["cat", "dog"][label] for pixels, label in zip(judged.pixels, judged.classes, strict=True))
+    assert evaluation_images.classes is not None
+    assert Counter([*calibration.classes, *evaluation_images.classes]) == {0: 10, 1: 10}
+    decoded = {
+        Decoder(Preprocessing(16)).decode(each.read_bytes()).tobytes(): each.parent.name
+        for each in tmp_path.rglob("*.png")
+    }
+    assert all(
+        decoded[pixels.tobytes()] == ["cat", "dog"][label]
+        for pixels, label in zip(evaluation_images.pixels, evaluation_images.classes, strict=True)
+    )
     assert read_images(tmp_path, Preprocessing(16), ["cat", "mouse"], 5, 100)[1].classes is None
 
 
@@ -306,7 +380,9 @@ def test_loss_counts_points() -> None:
     said = evaluate(lambda _: changed, reference, images)
     assert (said.top1_agreement, said.accuracy, said.source_accuracy) == (0.8, 0.8, 1.0)
     assert said.loss == pytest.approx(20)
-    assert evaluate(lambda _: changed, reference, replace(images, classes=None)).loss == pytest.approx(10), "half of 20 points of disagreement"
+    assert evaluate(lambda _: changed, reference, replace(images, classes=None)).loss == pytest.approx(10), (
+        "half of 20 points of disagreement"
+    )
     assert Evaluation(1, 1.0, 0.0).loss == 0
 
 
@@ -314,18 +390,20 @@ def test_loss_counts_points() -> None:
 
 
 def tune_to(engine: str, precision: str, path: Path) -> None:
-    from vitserve.service.engine_worker.tuning_cache import Choice, remember
+    from vitserve.service.engine_worker.tuning_cache import TuningResult, save_tuning_result
 
-    remember(sha256(path / "bundle.json"), Choice(engine, precision, 1, 1, 1.0))  # type: ignore[arg-type]
+    save_tuning_result(sha256(path / "bundle.json"), TuningResult(engine, precision, 1, 1, 1.0))  # type: ignore[arg-type]
 
 
 def test_tune_measures_remembers_and_is_heeded(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    result = CliRunner().invoke(app, ["tune", str(bundle.path), "--max-batch", "2", "--seconds", "0.02"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(
+        app, ["tune", str(bundle.path), "--max-batch", "2", "--seconds", "0.02"], env={"COLUMNS": "200"}
+    )
     assert result.exit_code == 0, result.output
     (written,) = (tmp_path / "vitserve" / "tuned").iterdir()
     choice = json.loads(written.read_text())
-    assert f"fastest: {choice['engine']} in {choice['precision']}, {choice['lanes']} ×" in result.output
+    assert f"fastest: {choice['engine']} in {choice['precision']}, {choice['streams']} ×" in result.output
     tune_to("onnxruntime", "fp32", bundle.path)
     running = start_server("--bundle", str(bundle.path))
     assert httpx.get(f"{running.url}/v1/model").json()["serving"]["engine"] == "onnxruntime"
@@ -339,13 +417,13 @@ def test_tune_measures_remembers_and_is_heeded(bundle: Bundle, tmp_path: Path, m
 def test_the_choice_is_the_fastest_and_among_equals_the_simplest() -> None:
     from vitserve.bench.tune import Measurement, choose, sizes, splits
 
-    def measured(engine: str, lanes: int, rate: float, size: int = 1) -> Measurement:
-        return Measurement(engine, "fp32", lanes, 4 // lanes, size, rate, 0.1)
+    def measured(engine: str, streams: int, rate: float, size: int = 1) -> Measurement:
+        return Measurement(engine, "fp32", streams, 4 // streams, size, rate, 0.1)
 
     near = choose([measured("a", 1, 99), measured("a", 4, 100), measured("b", 2, 99.5), measured("c", 1, 50)])
-    assert (near.engine, near.lanes) == ("a", 1)
+    assert (near.engine, near.streams) == ("a", 1)
     far = choose([measured("a", 1, 50, 1), measured("a", 1, 80, 8), measured("b", 2, 100, 8)])
-    assert (far.engine, far.lanes, far.images_per_second) == ("b", 2, 100)
+    assert (far.engine, far.streams, far.images_per_second) == ("b", 2, 100)
     with pytest.raises(ValueError, match="nothing to choose"):
         choose([])
     assert (splits(1), splits(6), splits(8)) == ([1], [1, 2, 6], [1, 2, 4, 8])

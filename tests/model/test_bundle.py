@@ -20,7 +20,10 @@ def test_a_bundle_opens_as_it_was_written(bundle: Bundle) -> None:
     again = open_bundle(bundle.path)
     assert again == bundle
     assert again.manifest.config.classes == len(again.labels) == 7
-    assert {(each.engine, each.precision) for each in again.manifest.artefacts} >= {("onnxruntime", "fp32"), ("openvino", "fp32")}
+    assert {(each.engine, each.precision) for each in again.manifest.artifacts} >= {
+        ("onnxruntime", "fp32"),
+        ("openvino", "fp32"),
+    }
 
 
 @pytest.mark.parametrize("name", ["labels.txt", "golden.npz"])
@@ -33,7 +36,7 @@ def test_a_changed_byte_is_refused(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "model.onnxruntime.onnx"])
-def test_a_changed_byte_of_an_artefact_is_noted(copy: Path, name: str) -> None:
+def test_a_changed_byte_of_an_artifact_is_noted(copy: Path, name: str) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).write_bytes(data)

@@ -1,4 +1,4 @@
-"""Image bytes → pixels: equal to timm's evaluation transform, upright, over white, and refused before it costs anything."""
+"""Image bytes → pixels: equal to timm's evaluation transform, upright, over white, and rejected before it costs anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from PIL import Image
 
 from tests.conftest import encoded, picture
 from vitserve.export.checkpoint.formats import huggingface
-from vitserve.model.bundle.preprocess import DamagedImage, Decoder, Interpolation, NotAnImage, Preprocessing, TooManyPixels
+from vitserve.model.bundle.preprocess import (
+    DamagedImageError,
+    Decoder,
+    Interpolation,
+    NotAnImageError,
+    Preprocessing,
+    TooManyPixelsError,
+)
 
 EXACT = Decoder(Preprocessing(32), jpeg_draft=False)
 # The greatest mean difference, in levels of 255, that decoding JPEGs at a reduced scale may make to a photo, by image size.
@@ -25,23 +32,39 @@ DRAFT_MEAN_DIFFERENCE = {32: 3.0, 224: 0.3}
 @pytest.mark.parametrize("size", [32, 224, 384])
 @pytest.mark.parametrize("crop", [0.875, 0.9, 1.0])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_pixels_equal_timms_evaluation_transform_to_the_bit(size: int, crop: float, interpolation: Interpolation, timm: ModuleType) -> None:
+def test_pixels_equal_timms_evaluation_transform_to_the_bit(
+    size: int, crop: float, interpolation: Interpolation, timm: ModuleType
+) -> None:
     decoder = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
-    transform = timm.data.create_transform((3, size, size), crop_pct=crop, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1))
+    transform = timm.data.create_transform(
+        (3, size, size), crop_pct=crop, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1)
+    )
     for seed, shape in enumerate([(500, 333), (333, 500), (224, 224), (225, 448), (640, 427), (31, 77)]):
         image = encoded(picture(*shape, seed=seed), "JPEG")
         assert np.array_equal(decoder.decode(image), timm_pixels(transform, image))
 
 
 # In the suite, two of the combinations; all of them take a minute.
-COMBINATIONS = [(size, crop, interpolation) for size in (224, 384) for crop in (0.875, 0.9, 0.95, 1.0) for interpolation in ("bicubic", "bilinear")]
-SOME = [each if each in ((224, 0.9, "bicubic"), (384, 1.0, "bilinear")) else pytest.param(*each, marks=pytest.mark.slow) for each in COMBINATIONS]
+COMBINATIONS = [
+    (size, crop, interpolation)
+    for size in (224, 384)
+    for crop in (0.875, 0.9, 0.95, 1.0)
+    for interpolation in ("bicubic", "bilinear")
+]
+SOME = [
+    each if each in ((224, 0.9, "bicubic"), (384, 1.0, "bilinear")) else pytest.param(*each, marks=pytest.mark.slow)
+    for each in COMBINATIONS
+]
 
 
 @pytest.mark.parametrize(("size", "crop", "interpolation"), SOME)
-def test_photos_equal_timms_evaluation_transform_to_the_bit(size: int, crop: float, interpolation: Interpolation, photos: list[Path], timm: ModuleType) -> None:
+def test_photos_equal_timms_evaluation_transform_to_the_bit(
+    size: int, crop: float, interpolation: Interpolation, photos: list[Path], timm: ModuleType
+) -> None:
     decoder = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
-    transform = timm.data.create_transform((3, size, size), crop_pct=crop, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1))
+    transform = timm.data.create_transform(
+        (3, size, size), crop_pct=crop, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1)
+    )
     for photo in photos:
         image = photo.read_bytes()
         assert np.array_equal(decoder.decode(image), timm_pixels(transform, image)), photo.name
@@ -52,16 +75,39 @@ PROCESSORS = {
     "ViT, bicubic, 384": ("ViTImageProcessorPil", {"size": {"height": 384, "width": 384}, "resample": 3}),
     "DeiT": (
         "DeiTImageProcessorPil",
-        {"size": {"height": 256, "width": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "resample": 3},
+        {
+            "size": {"height": 256, "width": 256},
+            "crop_size": {"height": 224, "width": 224},
+            "do_center_crop": True,
+            "resample": 3,
+        },
     ),
-    "DINOv2": ("BitImageProcessorPil", {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "resample": 3}),
-    "odd": ("BitImageProcessorPil", {"size": {"shortest_edge": 403}, "crop_size": {"height": 384, "width": 384}, "do_center_crop": True, "resample": 2}),
+    "DINOv2": (
+        "BitImageProcessorPil",
+        {
+            "size": {"shortest_edge": 256},
+            "crop_size": {"height": 224, "width": 224},
+            "do_center_crop": True,
+            "resample": 3,
+        },
+    ),
+    "odd": (
+        "BitImageProcessorPil",
+        {
+            "size": {"shortest_edge": 403},
+            "crop_size": {"height": 384, "width": 384},
+            "do_center_crop": True,
+            "resample": 2,
+        },
+    ),
 }
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 @pytest.mark.parametrize(("processor", "settings"), PROCESSORS.values(), ids=PROCESSORS.keys())
-def test_photos_equal_transformers_image_processors_to_the_bit(processor: str, settings: dict[str, Any], photos: list[Path], transformers: ModuleType) -> None:
+def test_photos_equal_transformers_image_processors_to_the_bit(
+    processor: str, settings: dict[str, Any], photos: list[Path], transformers: ModuleType
+) -> None:
     """Those that work with Pillow, as ours does; the ones that work with torch round otherwise."""
     theirs = getattr(transformers, processor)(do_rescale=False, do_normalize=False, **settings)
     full = settings | {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -115,14 +161,14 @@ def test_broken_exif_is_ignored() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "I;16"])
 def test_every_opaque_mode_becomes_its_rgb(mode: str) -> None:
-    grey = picture(64, 64, seed=1).convert("L")
-    stored = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
-    expected = EXACT.decode(encoded(stored.convert("L") if mode == "1" else grey))
+    gray = picture(64, 64, seed=1).convert("L")
+    stored = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257) if mode == "I;16" else gray.convert(mode)
+    expected = EXACT.decode(encoded(stored.convert("L") if mode == "1" else gray))
     decoded = EXACT.decode(encoded(stored, "TIFF"))
     assert np.abs(decoded.astype(int) - expected).max() <= 2, mode  # YCbCr and CMYK round once more
 
 
-@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "L with a transparent grey"])
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "L with a transparent gray"])
 def test_transparency_is_laid_over_white(kind: str) -> None:
     image = Image.new("RGBA", (40, 40), (200, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 20, 40))
@@ -140,7 +186,7 @@ def test_transparency_is_laid_over_white(kind: str) -> None:
 
 
 def test_the_first_frame_of_an_animation_is_taken() -> None:
-    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "green", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
         animated = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
         assert np.abs(EXACT.decode(animated)[16, 16].astype(int) - [255, 0, 0]).max() <= 3, kind
@@ -151,33 +197,50 @@ def test_a_single_pixel_is_an_image() -> None:
 
 
 def test_nothing_and_noise_are_not_images() -> None:
-    for data in (b"", b"\0", b"GIF89a", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
-        with pytest.raises((NotAnImage, DamagedImage)):
+    for data in (
+        b"",
+        b"\0",
+        b"GIF89a",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ):
+        with pytest.raises((NotAnImageError, DamagedImageError)):
             EXACT.decode(data)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_a_truncated_image_is_refused(kind: str) -> None:
     whole = encoded(picture(200, 150), kind)
-    with pytest.raises((DamagedImage, NotAnImage)):
+    with pytest.raises((DamagedImageError, NotAnImageError)):
         EXACT.decode(whole[: len(whole) * 2 // 3])
 
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds no pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + struct.pack(">I", 0) + b"IDAT" + b"\0" * 4
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + struct.pack(">I", 0)
+        + b"IDAT"
+        + b"\0" * 4
+    )
 
 
 def test_too_many_pixels_are_refused_from_the_header() -> None:
-    with pytest.raises(TooManyPixels, match=r"400000000 pixels.*limit here is 50,000,000|20000 × 20000 pixels; the limit is 50,000,000"):
+    with pytest.raises(
+        TooManyPixelsError,
+        match=r"400000000 pixels.*limit here is 50,000,000|20000 × 20000 pixels; the limit is 50,000,000",
+    ):
         EXACT.decode(png_header(20000, 20000))
-    with pytest.raises(TooManyPixels, match="8000 × 8000 pixels; the limit is 50,000,000"):
+    with pytest.raises(TooManyPixelsError, match="8000 × 8000 pixels; the limit is 50,000,000"):
         EXACT.decode(png_header(8000, 8000))
 
 
 def test_a_sliver_that_the_resize_would_blow_up_is_refused() -> None:
-    with pytest.raises(TooManyPixels, match="1 × 2000000 pixels becomes 32 × 64000000"):
+    with pytest.raises(TooManyPixelsError, match="1 × 2000000 pixels becomes 32 × 64000000"):
         EXACT.decode(png_header(1, 2_000_000))
 
 

@@ -17,7 +17,7 @@ from tests.conftest import encoded
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.model.config import ResNetConfig, ViTConfig
-from vitserve.model.training.data import ImageArchive, Labelled, augment, cutmix, mixup, recolour, warp
+from vitserve.model.training.data import ImageArchive, Labeled, augment, cutmix, mixup, recolor, warp
 from vitserve.model.training.train import LONG, Recipe, device_called, evaluate, hold_out, train
 from vitserve.service.engines.selection import EngineOptions, open_engine
 
@@ -43,7 +43,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"{split}_offsets": np.cumsum([0] + [len(each) for each in images]),
             f"{split}_labels": labels,
         }
-    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    path = tmp_path_factory.mktemp("data") / "colors.npz"
     np.savez(path, **arrays)
     return path
 
@@ -60,7 +60,9 @@ def test_it_learns_and_what_is_stored_is_what_was_tested(archive: Path, tmp_path
     assert evaluate(stored.network, ImageArchive(archive).split("test"), RECIPE)[0] == report["test_accuracy"]
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Interrupted(Exception):
         pass
 
@@ -84,13 +86,17 @@ def test_the_test_set_is_read_only_at_the_end(archive: Path, tmp_path: Path, mon
     order: list[str] = []
     genuine_split, genuine_epoch = ImageArchive.split, vitserve.model.training.train.one_epoch
     monkeypatch.setattr(ImageArchive, "split", lambda self, name: (order.append(name), genuine_split(self, name))[1])
-    monkeypatch.setattr(vitserve.model.training.train, "one_epoch", lambda *arguments: (order.append("epoch"), genuine_epoch(*arguments))[1])
+    monkeypatch.setattr(
+        vitserve.model.training.train,
+        "one_epoch",
+        lambda *arguments: (order.append("epoch"), genuine_epoch(*arguments))[1],
+    )
     train(CONFIG, RECIPE, archive, tmp_path)
     assert order == ["train", "epoch", "epoch", "epoch", "test"]
 
 
 def test_validation_images_are_held_out() -> None:
-    everything = Labelled(torch.arange(100).view(100, 1, 1, 1), torch.arange(100))
+    everything = Labeled(torch.arange(100).view(100, 1, 1, 1), torch.arange(100))
     training, validation = hold_out(everything, Recipe(validation_images=30))
     assert len(training) == 70
     assert len(validation) == 30
@@ -102,7 +108,7 @@ def test_augmenting_moves_and_mirrors_whole_images() -> None:
     moved = augment(image, 2, torch.Generator().manual_seed(0))
     assert moved.shape == image.shape
     centres = {(int(each[0, 4, 3]), int(each[0, 4, 4])) for each in moved}
-    assert {abs(left - right) for left, right in centres} == {1}, "neighbours stay neighbours"
+    assert {abs(left - right) for left, right in centres} == {1}, "neighbors stay neighbors"
     assert {left < right for left, right in centres} == {True, False}, "half are mirrored"
     assert len(centres) == 2 * 5 * 5
     assert torch.equal(augment(image, 0, torch.Generator().manual_seed(0))[0].sort().values, image[0].sort().values)
@@ -116,7 +122,7 @@ def test_mixup_blends_images_and_targets_alike() -> None:
 
 
 def test_cutmix_takes_the_targets_in_the_shares_of_the_area() -> None:
-    """Of one-coloured images, by whose colour a pixel tells where it came from."""
+    """Of one-colored images, by whose color a pixel tells where it came from."""
     images, targets = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8), torch.eye(4)
     for seed in range(20):
         mixed, blended = cutmix(images, targets, torch.Generator().manual_seed(seed))
@@ -125,8 +131,10 @@ def test_cutmix_takes_the_targets_in_the_shares_of_the_area() -> None:
     assert torch.equal(images, torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)), "the batch itself is left alone"
 
 
-@pytest.mark.parametrize("change", [warp, recolour])
-def test_images_change_by_as_much_as_is_asked_for(change: Callable[[torch.Tensor, float, torch.Generator], torch.Tensor]) -> None:
+@pytest.mark.parametrize("change", [warp, recolor])
+def test_images_change_by_as_much_as_is_asked_for(
+    change: Callable[[torch.Tensor, float, torch.Generator], torch.Tensor],
+) -> None:
     smooth = torch.linspace(-1, 1, 16).view(1, 1, 1, 16) * torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1, 1)
     images = smooth.expand(50, 3, 16, 16)
 
@@ -150,7 +158,9 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 def test_the_long_recipe_learns(archive: Path, tmp_path: Path) -> None:
     """With all that is done to images, in as few steps as there are."""
-    recipe = replace(LONG, epochs=12, batch_size=16, validation_images=16, ema_decay=0.9, bf16=False, optimizer="adamw", recolour=0.05)
+    recipe = replace(
+        LONG, epochs=12, batch_size=16, validation_images=16, ema_decay=0.9, bf16=False, optimizer="adamw", recolor=0.05
+    )
     assert train(CONFIG, recipe, archive, tmp_path)["test_accuracy"] > 0.8
 
 
@@ -173,7 +183,9 @@ FAMILIES = {
 def test_every_family_trains_exports_and_runs(config: ViTConfig | ResNetConfig, archive: Path, tmp_path: Path) -> None:
     """With what it learned: the exported bundle, opened as the service opens it, is right about the test images."""
     train(config, replace(RECIPE, epochs=4, mixup_share=0.0), archive, tmp_path)
-    bundle = build_bundle(load_checkpoint(tmp_path / "weights.safetensors"), tmp_path / "bundle", name="family", precisions=[])
+    bundle = build_bundle(
+        load_checkpoint(tmp_path / "weights.safetensors"), tmp_path / "bundle", name="family", precisions=[]
+    )
     assert bundle.manifest.config == config
     test = ImageArchive(archive).split("test")
     pixels = np.ascontiguousarray(test.pixels.numpy().transpose(0, 2, 3, 1))
@@ -185,7 +197,9 @@ def test_every_family_trains_exports_and_runs(config: ViTConfig | ResNetConfig, 
 
 def test_a_smaller_share_is_a_part_of_a_greater_one_and_validates_on_the_same(archive: Path) -> None:
     everything = ImageArchive(archive).split("train")
-    (tenth, validation), (half, same_validation) = (hold_out(everything, replace(RECIPE, share=share)) for share in (0.1, 0.5))
+    (tenth, validation), (half, same_validation) = (
+        hold_out(everything, replace(RECIPE, share=share)) for share in (0.1, 0.5)
+    )
     assert (len(tenth), len(half)) == (16, 80)
     assert torch.equal(tenth.pixels, half.pixels[:16])
     assert torch.equal(validation.pixels, same_validation.pixels)
@@ -196,7 +210,7 @@ def test_either_optimizer_moves_every_weight(optimizer: Literal["muon", "adamw"]
     recipe = replace(RECIPE, optimizer=optimizer)
     state = vitserve.model.training.train.begin(CONFIG, recipe, steps=10)
     before = {name: weight.detach().clone() for name, weight in state.network.named_parameters()}
-    batch = Labelled(torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.randint(0, 2, (16,)))
+    batch = Labeled(torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.randint(0, 2, (16,)))
     for _ in range(2):  # the head begins at zero, so that the first step moves nothing before it
         vitserve.model.training.train.one_step(state, state.network, batch, recipe, mix=False)
     assert [name for name, weight in state.network.named_parameters() if torch.equal(weight, before[name])] == []

@@ -46,7 +46,9 @@ def test_a_batch_of_n_equals_n_batches_of_one(config: ViTConfig) -> None:
         ("local", 1, 1, {(1, 2)}),
     ],
 )
-def test_a_patch_sees_what_is_within_its_reach_and_the_class_token_sees_all(attention: str, window: int, blocks: int, near: set[tuple[int, int]]) -> None:
+def test_a_patch_sees_what_is_within_its_reach_and_the_class_token_sees_all(
+    attention: str, window: int, blocks: int, near: set[tuple[int, int]]
+) -> None:
     """By what moves when one patch of the image changes; the class token is cut off, since through it everything reaches everything in two blocks."""
     config = replace(TINY, image_size=32, depth=blocks, attention=attention, window=window)
     made, without = network(config), network(replace(config, class_token=False, pool="mean"))
@@ -67,7 +69,10 @@ def test_a_patch_sees_what_is_within_its_reach_and_the_class_token_sees_all(atte
 
 
 def test_without_positions_the_order_of_patches_does_not_matter() -> None:
-    made, image = network(replace(TINY, pool="mean", class_token=False, norm_after_pool=True)), torch.randn(1, 3, 16, 16)
+    made, image = (
+        network(replace(TINY, pool="mean", class_token=False, norm_after_pool=True)),
+        torch.randn(1, 3, 16, 16),
+    )
     swapped = torch.cat([image[..., 8:], image[..., :8]], dim=-1)
     with torch.inference_mode():
         assert not torch.allclose(made(image)[0], made(swapped)[0], atol=1e-4)
@@ -89,7 +94,9 @@ def test_named_intermediates_are_returned_when_asked_for() -> None:
     assert all(each.shape == (2, TINY.tokens, TINY.width) for each in seen.values())
 
 
-@pytest.mark.parametrize(("name", "millions"), [("Ti/16", 5.7), ("S/16", 22.1), ("B/16", 86.6), ("L/16", 304.3), ("H/14", 632.0)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("Ti/16", 5.7), ("S/16", 22.1), ("B/16", 86.6), ("L/16", 304.3), ("H/14", 632.0)]
+)
 def test_variants_have_the_sizes_of_the_papers(name: str, millions: float) -> None:
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in ViT(variant(name)).parameters())
@@ -125,7 +132,9 @@ def test_a_configuration_finds_its_own_name() -> None:
 @pytest.mark.parametrize("pool", ["token", "mean"])
 def test_timms_state_dict_loads_strictly_and_gives_its_logits(pool: str, timm: ModuleType) -> None:
     tokens = {"global_pool": "token"} if pool == "token" else {"global_pool": "avg", "class_token": False}
-    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=5, **tokens).eval()
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=5, **tokens
+    ).eval()
     without = {"class_token": False, "norm_after_pool": True} if pool == "mean" else {}
     ours = ViT(variant("Ti/16", image_size=32, patch_size=8, depth=2, classes=5, pool=pool, **without)).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)

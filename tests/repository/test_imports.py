@@ -24,7 +24,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/metrics.py": {"service.ipc.control_channel"},
     "service/settings.py": {"service.engines.catalog"},
     "service/engines/catalog.py": set(),
-    "service/engines": {"model.arrays", "model.bundle", "model.config", "service.engines", "service.machine", "service.python_process"},
+    "service/engines": {
+        "model.arrays",
+        "model.bundle",
+        "model.config",
+        "service.engines",
+        "service.machine",
+        "service.python_process",
+    },
     "service/ipc": {"model.arrays", "model.bundle.preprocess", "service.ipc", "service.scheduler"},
     "service/supervisor": {
         "service.engines.catalog",
@@ -75,11 +82,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benchmarks": {"bench", "export", "model", "service"},
 }
 TORCH = {"torch", "onnx", "onnxscript", "safetensors", "timm"}
-MAY_USE_TORCH = ("export/", "model/network/", "model/training/", "service/engines/torch/", "service/http_worker/gpu_decoder.py", "benchmarks/")
+MAY_USE_TORCH = (
+    "export/",
+    "model/network/",
+    "model/training/",
+    "service/engines/torch/",
+    "service/http_worker/gpu_decoder.py",
+    "benchmarks/",
+)
 
 
 def sources() -> list[Path]:
-    return [path for folder in ("model", "export", "service", "bench", "benchmarks", "vitserve/cli") for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [
+        path
+        for directory in ("model", "export", "service", "bench", "benchmarks", "vitserve/cli")
+        for path in sorted((ROOT / directory).rglob("*.py"))
+    ]
 
 
 def imported(path: Path) -> set[str]:
@@ -89,7 +107,9 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            modules = {f"{node.module}.{alias.name}" for alias in node.names if is_module(f"{node.module}.{alias.name}")}
+            modules = {
+                f"{node.module}.{alias.name}" for alias in node.names if is_module(f"{node.module}.{alias.name}")
+            }
             names |= modules or {node.module}
     return names
 
@@ -102,7 +122,9 @@ def is_module(name: str) -> bool:
 
 def rule_of(path: Path) -> set[str]:
     relative = str(path.relative_to(ROOT))
-    return MAY_IMPORT[max((part for part in MAY_IMPORT if relative == part or relative.startswith(f"{part}/")), key=len)]
+    return MAY_IMPORT[
+        max((part for part in MAY_IMPORT if relative == part or relative.startswith(f"{part}/")), key=len)
+    ]
 
 
 def forbidden(path: Path, names: set[str]) -> set[str]:
@@ -129,7 +151,10 @@ def test_only_some_directories_use_torch(path: Path) -> None:
 
 
 def test_there_are_no_import_cycles() -> None:
-    graph = {module_name(path): {name for name in imported(path) if name.startswith(("vitserve.", "benchmarks."))} for path in sources()}
+    graph = {
+        module_name(path): {name for name in imported(path) if name.startswith(("vitserve.", "benchmarks."))}
+        for path in sources()
+    }
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:

@@ -18,7 +18,11 @@ from vitserve.service.settings import Settings, SettingsError
 
 def modules_after(statement: str) -> set[str]:
     script = f"import sys\n{statement}\nprint(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 def test_help_imports_no_stage() -> None:
@@ -57,7 +61,18 @@ def test_measuring_imports_no_torch() -> None:
 
 def test_the_supervisor_imports_nothing_heavy() -> None:
     loaded = modules_after("import vitserve.service.supervisor.supervisor")
-    assert not loaded & {"numpy", "torch", "fastapi", "uvicorn", "onnxruntime", "openvino", "PIL", "pydantic", "prometheus_client", "typer"}
+    assert not loaded & {
+        "numpy",
+        "torch",
+        "fastapi",
+        "uvicorn",
+        "onnxruntime",
+        "openvino",
+        "PIL",
+        "pydantic",
+        "prometheus_client",
+        "typer",
+    }
 
 
 def test_a_front_imports_no_engine() -> None:
@@ -84,15 +99,18 @@ def test_settings_are_options_and_environment_variables() -> None:
         ({"slots": 0}, "slots is 0; it must be at least 1"),
         ({"threads": -1}, "threads is -1"),
         ({"port": 65536}, "port is 65536; it must be from 0 to 65535"),
-        ({"engine": "tpu"}, "engine is 'tpu'; it must be one of auto, tensorrt, onnxruntime-cuda, torch, openvino, onnxruntime"),
+        (
+            {"engine": "tpu"},
+            "engine is 'tpu'; it must be one of auto, tensorrt, onnxruntime-cuda, torch, openvino, onnxruntime",
+        ),
         ({"engine": "onnxruntime", "precision": "bf16"}, "engine onnxruntime has no bf16; it has fp32, int8"),
         ({"engine": "tensorrt", "precision": "int8"}, "engine tensorrt has no int8; it has bf16, fp16, fp8"),
-        ({"engine": "onnxruntime-cuda", "plan_folder": "none"}, "engine onnxruntime-cuda needs a plan_folder, which is none"),
+        ({"engine": "onnxruntime-cuda", "plan_dir": "none"}, "engine onnxruntime-cuda needs a plan_dir, which is none"),
         ({"engine": "openvino", "torch_compile": True}, "torch_compile is of engine torch, and engine is openvino"),
         ({"engine": "openvino", "precision": "fp16"}, "engine openvino has no fp16; it has fp32, bf16, int8"),
-        ({"slots": 4, "max_images": 4}, "4 slots cannot fill 1 lanes with batches of 8"),
-        ({"slots": 32}, "max_images is 64, but each of 1 fronts has only 32 slots for them"),
-        ({"workers": 8}, "max_images is 64, but each of 8 fronts has only 32 slots for them"),
+        ({"slots": 4, "max_images": 4}, "4 slots cannot fill 1 streams with batches of 8"),
+        ({"slots": 32}, "max_images is 64, but each of 1 HTTP workers has only 32 slots for them"),
+        ({"workers": 8}, "max_images is 64, but each of 8 HTTP workers has only 32 slots for them"),
         ({"engines": -1}, "engines is -1; it must be 0 (choose for me) or more"),
         ({"hang_seconds": 0.0}, "hang_seconds is 0.0; it must be above 0"),
     ],
@@ -105,7 +123,7 @@ def test_contradictions_refuse_to_start(values: dict[str, object], message: str)
 def test_the_command_line_refuses_them_with_a_clear_line() -> None:
     result = CliRunner().invoke(app, ["serve", "--slots", "4", "--max-images", "4"])
     assert result.exit_code == 2
-    assert "vitserve: 4 slots cannot fill 1 lanes with batches of 8" in result.output
+    assert "vitserve: 4 slots cannot fill 1 streams with batches of 8" in result.output
 
 
 def test_the_changelog_speaks_of_this_version() -> None:
@@ -127,4 +145,6 @@ def test_nothing_tracked_names_a_machine_or_a_registry() -> None:
     for name in listed.stdout.split():
         path = ROOT / name
         if path.suffix in {".py", ".md", ".toml", ".lua", ".json"} or path.name in {"Makefile", "run"}:
-            assert not re.search(r"/(work|root|home)/\w|https?://(?!127\.0\.0\.1|localhost)[\w.-]*(pypi|npm)[\w.-]*", path.read_text()), name
+            assert not re.search(
+                r"/(work|root|home)/\w|https?://(?!127\.0\.0\.1|localhost)[\w.-]*(pypi|npm)[\w.-]*", path.read_text()
+            ), name

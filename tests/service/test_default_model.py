@@ -14,13 +14,13 @@ from tests.conftest import ROOT, SHARED, Server, start_server
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.model.bundle.preprocess import Decoder
-from vitserve.service.engine_worker.startup import EMBEDDED
-from vitserve.service.engines.selection import EngineOptions, NoEngine, open_engine
+from vitserve.service.engine_worker.startup import DEFAULT_BUNDLE
+from vitserve.service.engines.selection import EngineOptions, NoEngineError, open_engine
 
 
 @pytest.fixture(scope="module")
 def default() -> Bundle:
-    return open_bundle(EMBEDDED)
+    return open_bundle(DEFAULT_BUNDLE)
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,17 @@ def test_it_is_small_and_meets_its_floor(default: Bundle) -> None:
     assert default.manifest.training is not None
     assert default.manifest.training["test_accuracy"] >= 0.9
     assert np.sum(default.manifest.training["confusion"]) == default.manifest.training["test_images"]
-    assert {"onnxruntime", "openvino"} == {each.engine for each in default.manifest.artefacts}
+    assert {"onnxruntime", "openvino"} == {each.engine for each in default.manifest.artifacts}
 
 
 def test_its_card_says_what_its_record_says(default: Bundle) -> None:
     card, record = (default.path / "MODEL_CARD.md").read_text(), default.manifest.training
     assert record is not None
     assert f"Test accuracy **{record['test_accuracy']:.2%}**" in card
-    assert all(f"| **{label}** | {' | '.join(map(str, row))} |" in card for label, row in zip(record["labels"], record["confusion"], strict=True))
+    assert all(
+        f"| **{label}** | {' | '.join(map(str, row))} |" in card
+        for label, row in zip(record["labels"], record["confusion"], strict=True)
+    )
 
 
 def test_its_checkpoint_is_in_the_repository_and_is_its_source(default: Bundle) -> None:
@@ -52,7 +55,9 @@ def test_its_checkpoint_is_in_the_repository_and_is_its_source(default: Bundle) 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize(("images", "tolerance"), [(1_000, 0.035), pytest.param(10_000, 1e-3, marks=pytest.mark.slow)])
-def test_served_accuracy_is_the_trained_accuracy(default: Bundle, images: int, tolerance: float, precision: Precision) -> None:
+def test_served_accuracy_is_the_trained_accuracy(
+    default: Bundle, images: int, tolerance: float, precision: Precision
+) -> None:
     """Test images through decoder and engine: of all, within one in a thousand of what torch counted (fp32) or the export did, which lost at most half a point;
     of a part, within three standard deviations."""
     path = SHARED / "data" / "cifar10_jpeg.npz"
@@ -62,7 +67,7 @@ def test_served_accuracy_is_the_trained_accuracy(default: Bundle, images: int, t
         encoded, offsets, classes = (arrays[f"test_{name}"] for name in ("jpeg", "offsets", "labels"))
     try:
         engine = open_engine(default, EngineOptions(precision=precision, max_batch=64)).engine
-    except NoEngine as error:  # bf16, on a CPU without it
+    except NoEngineError as error:  # bf16, on a CPU without it
         pytest.skip(str(error))
     decoder = Decoder(default.manifest.preprocessing)
     pixels = np.stack([decoder.decode(encoded[a:b].tobytes()) for a, b in itertools.pairwise(offsets[: images + 1])])
@@ -71,12 +76,12 @@ def test_served_accuracy_is_the_trained_accuracy(default: Bundle, images: int, t
     assert default.manifest.training is not None
     expected = default.manifest.training["test_accuracy"]
     if precision != "fp32":
-        judged = next(each.evaluation for each in default.manifest.artefacts if each.precision == precision)
-        assert judged is not None
-        assert judged.accuracy is not None
-        assert judged.images == 10_000
-        assert judged.loss <= 0.5
-        expected = judged.accuracy
+        evaluation_images = next(each.evaluation for each in default.manifest.artifacts if each.precision == precision)
+        assert evaluation_images is not None
+        assert evaluation_images.accuracy is not None
+        assert evaluation_images.images == 10_000
+        assert evaluation_images.loss <= 0.5
+        expected = evaluation_images.accuracy
     assert (predicted == classes[:images]).mean() == pytest.approx(expected, abs=tolerance)
 
 

@@ -13,14 +13,14 @@ from vitserve.bench.simulation import SECONDS
 from vitserve.service.scheduler import Batch, Request, Scheduler
 
 
-def request(deadline: float, identity: int, rank: int = 4, alone: bool = False) -> Request:
-    return Request(rank, deadline, identity, alone)
+def request(deadline: float, identity: int, priority_level: int = 4, alone: bool = False) -> Request:
+    return Request(priority_level, deadline, identity, alone)
 
 
 def test_the_knee_is_the_smallest_batch_near_the_best_throughput() -> None:
-    assert Scheduler(SECONDS).knee == 4
-    assert Scheduler({size: 0.1 * size for size in range(1, 9)}).knee == 1
-    assert Scheduler(dict.fromkeys(range(1, 9), 0.1)).knee == 8
+    assert Scheduler(SECONDS).preferred_batch_size == 4
+    assert Scheduler({size: 0.1 * size for size in range(1, 9)}).preferred_batch_size == 1
+    assert Scheduler(dict.fromkeys(range(1, 9), 0.1)).preferred_batch_size == 8
 
 
 def test_the_most_urgent_run_first() -> None:
@@ -37,9 +37,9 @@ def test_the_most_urgent_run_first() -> None:
 def test_one_that_would_make_an_admitted_one_late_is_shed() -> None:
     scheduler = Scheduler({1: 1.0})
     assert scheduler.admit(request(1.5, 0), 0.0) is None
-    shed = scheduler.admit(request(1.2, 1), 0.0)
-    assert shed is not None
-    assert shed.reason == "deadline"
+    rejection = scheduler.admit(request(1.2, 1), 0.0)
+    assert rejection is not None
+    assert rejection.reason == "deadline"
     assert scheduler.admit(request(2.5, 2), 0.0) is None
 
 
@@ -51,10 +51,10 @@ def test_retry_after_is_the_truth() -> None:
         for identity in range(5):
             assert scheduler.admit(request(timeout, identity), 0.0) is None
         running = scheduler.next_batch(0, 0.0)
-        shed = scheduler.admit(request(timeout, 9), 0.0)
+        rejection = scheduler.admit(request(timeout, 9), 0.0)
         assert running is not None
-        assert shed is not None
-        later = shed.retry_after_seconds + wait
+        assert rejection is not None
+        later = rejection.retry_after_seconds + wait
         for end in range(1, int(later) + 1):
             scheduler.done(running, float(end))
             running = scheduler.next_batch(0, float(end))
@@ -65,9 +65,9 @@ def test_retry_after_is_the_truth() -> None:
 def test_a_full_queue_sheds_and_says_when_a_place_is_free() -> None:
     scheduler = Scheduler({1: 0.5}, capacity=2)
     assert [scheduler.admit(request(99.0, identity), 0.0) for identity in range(2)] == [None, None]
-    shed = scheduler.admit(request(99.0, 2), 0.0)
-    assert shed is not None
-    assert (shed.reason, shed.retry_after_seconds) == ("full", 0.5)
+    rejection = scheduler.admit(request(99.0, 2), 0.0)
+    assert rejection is not None
+    assert (rejection.reason, rejection.retry_after_seconds) == ("full", 0.5)
 
 
 def test_measured_seconds_follow_what_batches_take() -> None:
@@ -82,12 +82,15 @@ def test_measured_seconds_follow_what_batches_take() -> None:
 
 @given(batches=st.lists(st.tuples(st.integers(1, 4), st.floats(0.2, 5.0)), max_size=200))
 def test_the_knee_stays_whatever_batches_take_under_load(batches: list[tuple[int, float]]) -> None:
-    """What is run then does not compare: the larger batches when there is much to do, the smaller at ease, those above the knee never."""
+    """What is run then does not compare: the larger batches when there is much to do, the smaller at ease, those above the preferred batch size never."""
     scheduler = Scheduler(SECONDS)
     for number, (size, times) in enumerate(batches):
         started = 10.0 * number
-        scheduler.done(Batch(0, tuple(request(1e9, identity) for identity in range(size)), started), started + times * SECONDS[size])
-        assert scheduler.knee == 4
+        scheduler.done(
+            Batch(0, tuple(request(1e9, identity) for identity in range(size)), started),
+            started + times * SECONDS[size],
+        )
+        assert scheduler.preferred_batch_size == 4
 
 
 def test_one_that_does_not_wait_cannot_be_withdrawn() -> None:
@@ -106,7 +109,7 @@ def test_a_failed_batch_frees_its_lane_and_teaches_nothing() -> None:
     scheduler.admit(request(9.0, 0), 0.0)
     batch = scheduler.next_batch(0, 0.0)
     assert batch is not None
-    with pytest.raises(ValueError, match="lane 0 is still running"):
+    with pytest.raises(ValueError, match="stream 0 is still running"):
         scheduler.next_batch(0, 0.0)
     scheduler.abandon(batch, 5.0)
     assert scheduler.measured == [0.1]
@@ -123,35 +126,37 @@ ACTIONS = st.sampled_from(["admit", "restore", "run", "done", "abandon", "withdr
 
 @settings(max_examples=200)
 @given(st.lists(st.tuples(ACTIONS, st.integers(0, 20)), max_size=60), st.integers(1, 3))
-def test_whatever_happens_every_request_is_accounted_for_once(actions: list[tuple[str, int]], lanes: int) -> None:
-    scheduler = Scheduler(SECONDS, lanes=lanes, capacity=6)
+def test_whatever_happens_every_request_is_accounted_for_once(actions: list[tuple[str, int]], streams: int) -> None:
+    scheduler = Scheduler(SECONDS, streams=streams, capacity=6)
     waiting: set[Request] = set()
     running: dict[int, Batch] = {}
     for identity, (action, number) in enumerate(actions):
         now = 0.002 * (identity + 1)
-        new = request(now + 0.01 * number, identity, rank=number % 3, alone=number % 4 == 0)
+        new = request(now + 0.01 * number, identity, priority_level=number % 3, alone=number % 4 == 0)
         if action == "admit":
             if scheduler.admit(new, now) is None:
                 waiting.add(new)
         elif action == "restore":
             scheduler.restore(new)
             waiting.add(new)
-        elif action == "run" and number % lanes not in running:
-            batch = scheduler.next_batch(number % lanes, now)
+        elif action == "run" and number % streams not in running:
+            batch = scheduler.next_batch(number % streams, now)
             assert (batch is None) is (not waiting)
             if batch is not None:
-                running[number % lanes] = batch
+                running[number % streams] = batch
                 assert set(batch.requests) <= waiting
                 assert max(batch.requests) <= min(waiting - set(batch.requests), default=max(batch.requests))
                 assert len(batch.requests) == 1 or not any(each.alone for each in batch.requests)
                 waiting -= set(batch.requests)
-        elif action in ("done", "abandon") and number % lanes in running:
-            (scheduler.done if action == "done" else scheduler.abandon)(running.pop(number % lanes), now)
+        elif action in ("done", "abandon") and number % streams in running:
+            (scheduler.done if action == "done" else scheduler.abandon)(running.pop(number % streams), now)
         elif action == "withdraw":
             gone = min(waiting, default=new)
             assert scheduler.withdraw(gone) is (gone in waiting)
             waiting.discard(gone)
-            assert not any(scheduler.withdraw(each) for batch in running.values() for each in batch.requests), "those that run, run"
+            assert not any(scheduler.withdraw(each) for batch in running.values() for each in batch.requests), (
+                "those that run, run"
+            )
         elif action == "expire":
             expired = scheduler.expire(now)
             assert set(expired) == {each for each in waiting if each.deadline < now}
@@ -161,7 +166,11 @@ def test_whatever_happens_every_request_is_accounted_for_once(actions: list[tupl
 
 def test_an_urgent_one_runs_before_an_earlier_deadline() -> None:
     scheduler = Scheduler({1: 0.1})
-    for each in (request(1.0, 0, rank=9), request(8.0, 1, rank=0), request(2.0, 2, rank=4)):
+    for each in (
+        request(1.0, 0, priority_level=9),
+        request(8.0, 1, priority_level=0),
+        request(2.0, 2, priority_level=4),
+    ):
         assert scheduler.admit(each, 0.0) is None
     order = []
     while (batch := scheduler.next_batch(0, 0.0)) is not None:
@@ -175,11 +184,13 @@ def test_room_is_left_for_the_urgent_that_have_come_of_late_and_only_then() -> N
         """Of a hundred unimportant ones that could all be done in time, after so many urgent ones in the second before."""
         scheduler = Scheduler({1: 0.01})
         for number in range(urgent):
-            assert scheduler.admit(request(number / urgent + 9, number, rank=0), number / urgent) is None
+            assert scheduler.admit(request(number / urgent + 9, number, priority_level=0), number / urgent) is None
             batch = scheduler.next_batch(0, number / urgent)
             assert batch is not None
             scheduler.done(batch, number / urgent + 0.01)
-        return sum(scheduler.admit(request(2.0 + 1e-9, 1000 + number, rank=9), 1.0) is None for number in range(100))
+        return sum(
+            scheduler.admit(request(2.0 + 1e-9, 1000 + number, priority_level=9), 1.0) is None for number in range(100)
+        )
 
     assert accepted(urgent=0) == 100
     assert 85 < accepted(urgent=50) < 95, "fifty in a second, of five seconds' average: a tenth of the time"
@@ -222,11 +233,11 @@ def test_promises_grow_until_those_that_are_late_are_few() -> None:
         ended.append(now <= batch.requests[0].deadline)
     assert ended.count(False) / len(ended) < 0.01
     assert time_running / (now - began) > 0.95
-    assert scheduler.margin > 0
+    assert scheduler.safety_margin > 0
 
 
 def test_an_idle_engine_is_tried_however_cautious_it_has_become() -> None:
-    scheduler = Scheduler({1: 0.03}, margin=1.0)
+    scheduler = Scheduler({1: 0.03}, safety_margin=1.0)
     assert scheduler.admit(request(0.05, 0), 0.0) is None
     assert scheduler.admit(request(0.10, 1), 0.0) is not None, "behind another, caution counts"
 
@@ -236,11 +247,11 @@ def test_those_who_are_late_together_count_as_a_few_and_those_of_a_dead_engine_n
     for identity in range(60):
         scheduler.restore(Request(4, 1.0, identity, restored=True))
     assert len(scheduler.expire(2.0)) == 60
-    assert scheduler.margin == 0.0
+    assert scheduler.safety_margin == 0.0
     for identity in range(60):
         assert scheduler.admit(request(9.0, identity), 2.0) is None
     assert len(scheduler.expire(10.0)) == 60
-    assert 0.0 < scheduler.margin < 0.1
+    assert 0.0 < scheduler.safety_margin < 0.1
 
 
 def test_a_batch_that_was_stopped_for_a_minute_says_little_about_the_next() -> None:
@@ -255,7 +266,7 @@ def test_a_batch_that_was_stopped_for_a_minute_says_little_about_the_next() -> N
 def test_an_urgent_one_is_not_refused_for_the_sake_of_those_who_are_late_anyway() -> None:
     scheduler = Scheduler({1: 0.1})
     for identity in range(5):
-        assert scheduler.admit(request(0.55, identity, rank=9), 0.0) is None
+        assert scheduler.admit(request(0.55, identity, priority_level=9), 0.0) is None
     assert scheduler.next_batch(0, 0.0) is not None
-    scheduler.margin = 9.0  # as if it had been learned since that batches take ten times as long
-    assert scheduler.admit(request(50.0, 9, rank=0), 0.0) is None
+    scheduler.safety_margin = 9.0  # as if it had been learned since that batches take ten times as long
+    assert scheduler.admit(request(50.0, 9, priority_level=0), 0.0) is None

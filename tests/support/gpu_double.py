@@ -1,7 +1,7 @@
 """A GPU and TensorRT that are not there: the control flow of our code runs against them, and so do its numbers, slowly, by ONNX's own reference evaluator.
 
-As strict as the real ones where code goes wrong: nothing happens on a stream until it is synchronised, memory that is not pinned is read at the call, a graph
-replays addresses, a shape outside of the active profile is refused, the first run of a shape cannot be captured. test_tensorrt_contract.py checks that every
+As strict as the real ones where code goes wrong: nothing happens on a stream until it is synchronized, memory that is not pinned is read at the call, a graph
+replays addresses, a shape outside of the active profile is rejected, the first run of a shape cannot be captured. test_tensorrt_contract.py checks that every
 name and argument here is one of the genuine bindings'.
 """
 
@@ -90,7 +90,9 @@ class Device:
         return (self.dead or cudaError_t.cudaSuccess,)
 
     def cudaDeviceSynchronize(self) -> tuple[Any, ...]:
-        return (self.dead or (cudaError_t.cudaErrorStreamCaptureUnsupported if self.capturing else cudaError_t.cudaSuccess),)
+        return (
+            self.dead or (cudaError_t.cudaErrorStreamCaptureUnsupported if self.capturing else cudaError_t.cudaSuccess),
+        )
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         if sum(len(each) for each in self.allocated.values()) + size > self.memory_bytes:
@@ -114,7 +116,9 @@ class Device:
 
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: int) -> tuple[Any, ...]:
         of_device, of_host = (dst, src) if kind is cudaMemcpyKind.cudaMemcpyHostToDevice else (src, dst)
-        assert any(start <= of_device and of_device + count <= start + len(memory) for start, memory in self.allocated.items()), "not the device's memory"
+        assert any(
+            start <= of_device and of_device + count <= start + len(memory) for start, memory in self.allocated.items()
+        ), "not the device's memory"
         pinned = any(start <= of_host and of_host + count <= start + size for start, size in self.pinned.items())
         if kind is cudaMemcpyKind.cudaMemcpyHostToDevice and not pinned:
             staged = ctypes.string_at(src, count)
@@ -191,14 +195,25 @@ def runtime_of(device: Device) -> types.ModuleType:
     """``cuda.bindings.runtime`` for that device."""
     module: Any = types.ModuleType("cuda.bindings.runtime")
     module.cudaStreamNonBlocking, module.cudaHostRegisterDefault = 1, 0
-    module.cudaError_t, module.cudaMemcpyKind, module.cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
+    module.cudaError_t, module.cudaMemcpyKind, module.cudaStreamCaptureMode = (
+        cudaError_t,
+        cudaMemcpyKind,
+        cudaStreamCaptureMode,
+    )
     for name in CALLS:
         setattr(module, name, _failing(device, name, getattr(device, name)))
     return module  # type: ignore[no-any-return]
 
 
 CALLS = [name for name in vars(Device) if name.startswith("cuda")]
-VALUED = {"cudaGetDeviceCount", "cudaGetDeviceProperties", "cudaMalloc", "cudaStreamCreateWithFlags", "cudaStreamEndCapture", "cudaGraphInstantiate"}
+VALUED = {
+    "cudaGetDeviceCount",
+    "cudaGetDeviceProperties",
+    "cudaMalloc",
+    "cudaStreamCreateWithFlags",
+    "cudaStreamEndCapture",
+    "cudaGraphInstantiate",
+}
 
 
 def _failing(device: Device, name: str, call: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -290,7 +305,9 @@ class OnnxParser:
 
     def parse(self, model: bytes, path: str | None = None) -> bool:
         self._network.graph = model
-        self._wrong = [ParserError(node.op_type) for node in onnx.load_from_string(model).graph.node if node.op_type == "NonZero"]
+        self._wrong = [
+            ParserError(node.op_type) for node in onnx.load_from_string(model).graph.node if node.op_type == "NonZero"
+        ]
         return not self._wrong
 
     @property
@@ -370,7 +387,9 @@ class Builder:
             config.progress_monitor.phase_start("timing", "", 2)
             if not all(config.progress_monitor.step_complete("timing", step) for step in range(2)):
                 return None
-            gate = os.environ.get("DOUBLE_GATE")  # a pipe, which blocks until the test has seen what it wants and writes
+            gate = os.environ.get(
+                "DOUBLE_GATE"
+            )  # a pipe, which blocks until the test has seen what it wants and writes
             if gate is not None:
                 Path(gate).read_bytes()
             config.progress_monitor.phase_finish("timing")
@@ -378,7 +397,11 @@ class Builder:
             self._logger.log(Severity.ERROR, self.impossible)
             return None
         profiles = [profile.shapes["pixels"] for profile in config.profiles]
-        header = {"profiles": profiles, "unfused": self.unfused, "detailed": config.profiling_verbosity is ProfilingVerbosity.DETAILED}
+        header = {
+            "profiles": profiles,
+            "unfused": self.unfused,
+            "detailed": config.profiling_verbosity is ProfilingVerbosity.DETAILED,
+        }
         return IHostMemory(b"PLAN" + json.dumps(header).encode() + b"\n" + network.graph)
 
 
@@ -390,8 +413,16 @@ class EngineInspector:
         assert format is LayerInformationFormat.JSON
         header, layers = self._engine.header, list[Any]()
         for node in self._engine.model.graph.node:
-            layer = {"Name": node.name, "LayerType": "myelin", "TacticName": "", "Inputs": [{"Format/Datatype": "BFloat16"}]}
-            if node.op_type == "Attention" and len([each for each in layers if "softmax" in each["Name"]]) < header["unfused"]:
+            layer = {
+                "Name": node.name,
+                "LayerType": "myelin",
+                "TacticName": "",
+                "Inputs": [{"Format/Datatype": "BFloat16"}],
+            }
+            if (
+                node.op_type == "Attention"
+                and len([each for each in layers if "softmax" in each["Name"]]) < header["unfused"]
+            ):
                 layer["Name"] = f"__myl_softmax_{node.name}"
             elif node.op_type == "Attention":
                 layer["TacticName"] = "_gemm_mha_v2_0x1f"
@@ -405,7 +436,8 @@ class ICudaEngine:
         self.device, self.header, self.model = device, json.loads(header), onnx.load_from_string(graph)
         self.evaluator = ReferenceEvaluator(self.model)
         self.shapes = {
-            each.name: tuple(dim.dim_value or -1 for dim in each.type.tensor_type.shape.dim) for each in [*self.model.graph.input, *self.model.graph.output]
+            each.name: tuple(dim.dim_value or -1 for dim in each.type.tensor_type.shape.dim)
+            for each in [*self.model.graph.input, *self.model.graph.output]
         }
 
     @property
@@ -477,7 +509,9 @@ class IExecutionContext:
 
         def run() -> None:
             pixels = np.frombuffer(ctypes.string_at(addresses["pixels"], int(np.prod(shape))), np.uint8).reshape(shape)
-            for name, values in zip(("logits", "embedding"), self._engine.evaluator.run(None, {"pixels": pixels}), strict=True):
+            for name, values in zip(
+                ("logits", "embedding"), self._engine.evaluator.run(None, {"pixels": pixels}), strict=True
+            ):
                 content = np.asarray(values, np.float32).tobytes()
                 ctypes.memmove(addresses[name], content, len(content))
             if self.profiler is not None:
@@ -507,17 +541,23 @@ class Binding:
     def __init__(self, session: Any, device: Device) -> None:
         self.genuine, self._device = session.io_binding(), device
 
-    def bind_input(self, name: str, device_type: str, device_id: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
+    def bind_input(
+        self, name: str, device_type: str, device_id: int, element_type: Any, shape: Any, buffer_ptr: int
+    ) -> None:
         self._check(device_type, device_id, element_type, shape, buffer_ptr)
         self.genuine.bind_input(name, "cpu", 0, element_type, shape, buffer_ptr)
 
-    def bind_output(self, name: str, device_type: str, device_id: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
+    def bind_output(
+        self, name: str, device_type: str, device_id: int, element_type: Any, shape: Any, buffer_ptr: int
+    ) -> None:
         self._check(device_type, device_id, element_type, shape, buffer_ptr)
         self.genuine.bind_output(name, "cpu", 0, element_type, shape, buffer_ptr)
 
     def _check(self, device_type: str, device_id: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
         assert (device_type, device_id) == ("cuda", 0)
-        assert np.prod(shape) * np.dtype(element_type).itemsize <= len(self._device.allocated[buffer_ptr]), "beyond the memory that was allocated"
+        assert np.prod(shape) * np.dtype(element_type).itemsize <= len(self._device.allocated[buffer_ptr]), (
+            "beyond the memory that was allocated"
+        )
 
 
 def onnxruntime_of(device: Device, *, unplaced: str = "", loads: bool = True) -> types.ModuleType:
@@ -527,12 +567,18 @@ def onnxruntime_of(device: Device, *, unplaced: str = "", loads: bool = True) ->
     """
 
     class InferenceSession:
-        def __init__(self, path: Path, sess_options: Any, providers: list[tuple[str, dict[str, str]]], enable_fallback: int) -> None:
+        def __init__(
+            self, path: Path, sess_options: Any, providers: list[tuple[str, dict[str, str]]], enable_fallback: int
+        ) -> None:
             ((name, self._options),) = providers
             assert (name, enable_fallback) == ("CUDAExecutionProvider", 0)
             assert sess_options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
-            if not loads or any(node.op_type == unplaced for node in onnx.load(path, load_external_data=False).graph.node):
-                raise RuntimeError("This session contains graph nodes that are assigned to the default CPU EP, but fallback to CPU EP has been disabled")
+            if not loads or any(
+                node.op_type == unplaced for node in onnx.load(path, load_external_data=False).graph.node
+            ):
+                raise RuntimeError(
+                    "This session contains graph nodes that are assigned to the default CPU EP, but fallback to CPU EP has been disabled"
+                )
             self._session = genuine.InferenceSession(path, providers=["CPUExecutionProvider"])
             self._thread: int | None = None
 
@@ -543,13 +589,22 @@ def onnxruntime_of(device: Device, *, unplaced: str = "", loads: bool = True) ->
             assert run_options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
             assert run_options.get_run_config_entry("gpu_graph_id")
             self._thread = self._thread or threading.get_ident()
-            assert self._thread == threading.get_ident(), "another thread would capture its graphs anew, while the device is at work"
+            assert self._thread == threading.get_ident(), (
+                "another thread would capture its graphs again, while the device is at work"
+            )
             if device.dead:
                 raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
-            device.enqueue(int(self._options["user_compute_stream"]), lambda: self._session.run_with_iobinding(iobinding.genuine))
+            device.enqueue(
+                int(self._options["user_compute_stream"]), lambda: self._session.run_with_iobinding(iobinding.genuine)
+            )
 
     module: Any = types.ModuleType("onnxruntime")
-    module.SessionOptions, module.RunOptions, module.IOBinding, module.InferenceSession = genuine.SessionOptions, genuine.RunOptions, Binding, InferenceSession
+    module.SessionOptions, module.RunOptions, module.IOBinding, module.InferenceSession = (
+        genuine.SessionOptions,
+        genuine.RunOptions,
+        Binding,
+        InferenceSession,
+    )
     module.preload_dlls = lambda: None
     module.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     return module  # type: ignore[no-any-return]

@@ -56,7 +56,9 @@ class HubServer:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -64,14 +66,20 @@ class HubServer:
     def commit(self, repository: str, files: dict[str, bytes], branch: str = "main") -> str:
         """Makes these files what the branch stands for. Returns the commit's sha."""
         into = self.repositories.setdefault(repository, Repository())
-        sha = hashlib.sha1(repr((sorted(into.commits), sorted((name, _etag(body)) for name, body in files.items()))).encode()).hexdigest()
+        sha = hashlib.sha1(
+            repr((sorted(into.commits), sorted((name, _etag(body)) for name, body in files.items()))).encode()
+        ).hexdigest()
         into.commits[sha] = files
         into.branches[branch] = sha
         return sha
 
     def downloaded(self) -> list[str]:
         """Names of the files of which a body was asked for, each as often as it was."""
-        return [RESOLVE.fullmatch(each.path)[3] for each in self.requests if each.method == "GET" and RESOLVE.fullmatch(each.path)]  # type: ignore[index]
+        return [
+            RESOLVE.fullmatch(each.path)[3]
+            for each in self.requests
+            if each.method == "GET" and RESOLVE.fullmatch(each.path)
+        ]  # type: ignore[index]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -100,7 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         files = self.hub.repositories[name].commits[sha]
         if kind == "tree":
-            tree = [{"type": "file", "path": each, "size": len(body), "oid": hashlib.sha1(body).hexdigest()} for each, body in files.items()]
+            tree = [
+                {"type": "file", "path": each, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                for each, body in files.items()
+            ]
             self._answer(200, json.dumps(tree).encode())
         else:
             model = {"id": name, "modelId": name, "sha": sha, "siblings": [{"rfilename": each} for each in files]}
@@ -111,9 +122,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         repository = self.hub.repositories[name]
         if repository.token is not None and (said := self.headers["Authorization"]) != f"Bearer {repository.token}":
-            return self._refuse(403 if said else 401, "GatedRepo", "Access to model is restricted")
+            return self._rejection(403 if said else 401, "GatedRepo", "Access to model is restricted")
         if file not in repository.commits[sha]:
-            return self._refuse(404, "EntryNotFound", "Entry not found")
+            return self._rejection(404, "EntryNotFound", "Entry not found")
         self._file(file, repository.commits[sha][file], {"X-Repo-Commit": sha})
 
     def _file(self, file: str, body: bytes, headers: dict[str, str]) -> None:
@@ -128,19 +139,23 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get(name)
         sha = repository and repository.branches.get(revision, revision)
         if repository is None:
-            self._refuse(404, "RepoNotFound", "Repository not found")
+            self._rejection(404, "RepoNotFound", "Repository not found")
         elif sha not in repository.commits:
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            self._rejection(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         else:
             return sha
         return None
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
-        self._answer(status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message})
+    def _rejection(self, status: int, code: str, message: str) -> None:
+        self._answer(
+            status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message}
+        )
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, file: str | None = None) -> None:
         self.send_response(status)
-        for key, value in ({"Content-Type": "application/octet-stream" if file else "application/json"} | (headers or {})).items():
+        for key, value in (
+            {"Content-Type": "application/octet-stream" if file else "application/json"} | (headers or {})
+        ).items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -52,7 +52,9 @@ class Load:
     def __enter__(self) -> Load:
         self._stop = threading.Event()
         self._changed = threading.Condition()
-        self._threads = [threading.Thread(target=self._ask, args=(number,), daemon=True) for number in range(self.connections)]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(number,), daemon=True) for number in range(self.connections)
+        ]
         for thread in self._threads:
             thread.start()
         return self
@@ -70,7 +72,9 @@ class Load:
         """Until so many further requests have been answered 200."""
         with self._changed:
             target = self.counts["200"] + more
-            assert self._changed.wait_for(lambda: self.counts["200"] >= target, 60), f"nothing moves: {self.counts} {self.complaints[:3]}"
+            assert self._changed.wait_for(lambda: self.counts["200"] >= target, 60), (
+                f"nothing moves: {self.counts} {self.complaints[:3]}"
+            )
 
     def _ask(self, number: int) -> None:
         host = self.url.removeprefix("http://")
@@ -107,7 +111,10 @@ class Load:
         right = self.expected[version][index]
         predictions = answer["results"][0]["predictions"]
         order = np.argsort(-right, kind="stable")[: len(predictions)]
-        if any(abs(each["probability"] - right[each["index"]]) > TOLERANCE or each["label"] != f"class {each['index']}" for each in predictions):
+        if any(
+            abs(each["probability"] - right[each["index"]]) > TOLERANCE or each["label"] != f"class {each['index']}"
+            for each in predictions
+        ):
             return f"image {index} of {version} was answered {predictions}; right is {right}"
         if abs(predictions[0]["probability"] - right[order[0]]) > TOLERANCE:
             return f"image {index} of {version}: the most probable class is missing"

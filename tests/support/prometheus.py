@@ -40,18 +40,26 @@ class Prometheus:
         ends = time.monotonic() + 60
         while not self.query(expression):
             assert time.monotonic() < ends, f"within a minute nothing for {expression}"
-            time.sleep(0.1)  # it announces itself nowhere, and who asks without pause takes the time of what is being watched
+            time.sleep(
+                0.1
+            )  # it announces itself nowhere, and who asks without pause takes the time of what is being watched
 
 
 @contextmanager
-def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
+def prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
     """Scrapes ``target`` (host:port) in the place of the one that the configuration names."""
-    shutil.copytree(CONFIGURATION.parent, folder / "etc")
+    shutil.copytree(CONFIGURATION.parent, directory / "etc")
     configuration = CONFIGURATION.read_text()
     assert configuration.count("vitserve:8000") == 1
-    (folder / "etc" / CONFIGURATION.name).write_text(configuration.replace("vitserve:8000", target).replace("15s", INTERVAL))
+    (directory / "etc" / CONFIGURATION.name).write_text(
+        configuration.replace("vitserve:8000", target).replace("15s", INTERVAL)
+    )
     address = f"127.0.0.1:{free_port()}"
-    options = [f"--config.file={folder}/etc/{CONFIGURATION.name}", f"--storage.tsdb.path={folder}/data", f"--web.listen-address={address}"]
+    options = [
+        f"--config.file={directory}/etc/{CONFIGURATION.name}",
+        f"--storage.tsdb.path={directory}/data",
+        f"--web.listen-address={address}",
+    ]
     process = subprocess.Popen(["prometheus", *options], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

@@ -52,7 +52,9 @@ def panels() -> list[Panel]:
     for path in DASHBOARDS:
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel["targets"]:
-                query = target["expr"].replace("$__rate_interval", "1m").replace("$job", ".*").replace("$instance", ".*")
+                query = (
+                    target["expr"].replace("$__rate_interval", "1m").replace("$job", ".*").replace("$instance", ".*")
+                )
                 found.append(Panel(path.stem, panel["title"], panel["description"], query))
     return found
 

@@ -39,18 +39,28 @@ class Missing(RuntimeError):
     """This machine cannot make the stubs; the message says what it lacks."""
 
 
-def make_stubs(folder: Path) -> Path:
-    """A folder for MYPYPATH that holds ``tensorrt``, ``cuda.bindings.runtime`` and ``pynvml``. Raises Missing."""
-    bindings, stubs = folder / "bindings", folder / "stubs"
+def make_stubs(directory: Path) -> Path:
+    """A directory for MYPYPATH that holds ``tensorrt``, ``cuda.bindings.runtime`` and ``pynvml``. Raises Missing."""
+    bindings, stubs = directory / "bindings", directory / "stubs"
     _install(bindings)
     (stubs / "tensorrt").mkdir(parents=True)
     _run(
-        [sys.executable, "-m", "pybind11_stubgen", "--ignore-all-errors", "-o", str(folder / "made"), "tensorrt_bindings.tensorrt"],
+        [
+            sys.executable,
+            "-m",
+            "pybind11_stubgen",
+            "--ignore-all-errors",
+            "-o",
+            str(directory / "made"),
+            "tensorrt_bindings.tensorrt",
+        ],
         os.environ | {"PYTHONPATH": str(bindings)},
     )
-    text = (folder / "made" / "tensorrt_bindings" / "tensorrt.pyi").read_text()
+    text = (directory / "made" / "tensorrt_bindings" / "tensorrt.pyi").read_text()
     version = f'\n__version__: str  # "{VERSION}": of the package around it\n'
-    (stubs / "tensorrt" / "__init__.pyi").write_text(_readable(text.replace("tensorrt_bindings.tensorrt.", "")) + version)
+    (stubs / "tensorrt" / "__init__.pyi").write_text(
+        _readable(text.replace("tensorrt_bindings.tensorrt.", "")) + version
+    )
     (stubs / "cuda" / "bindings").mkdir(parents=True)
     for package in (stubs / "cuda", stubs / "cuda" / "bindings"):
         (package / "__init__.pyi").touch()
@@ -65,7 +75,19 @@ def _install(bindings: Path) -> None:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise Missing("no C compiler is installed")
-    _run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(bindings), f"tensorrt_cu13_bindings=={VERSION}"])
+    _run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            str(bindings),
+            f"tensorrt_cu13_bindings=={VERSION}",
+        ]
+    )
     source = bindings / "factories.c"
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in FACTORIES))
     for library in LIBRARIES:
@@ -74,8 +96,11 @@ def _install(bindings: Path) -> None:
 
 
 def _readable(text: str) -> str:
-    """A few signatures are not Python (an argument called ``in``, one without a default behind one that has it): whoever uses those is refused."""
-    lines = ["import builtins", *re.sub(r"(-> |[(,] ?\w+: )bool\b", r"\1builtins.bool", text).splitlines()]  # ``bool`` is one of TensorRT's types there
+    """A few signatures are not Python (an argument called ``in``, one without a default behind one that has it): whoever uses those is rejected."""
+    lines = [
+        "import builtins",
+        *re.sub(r"(-> |[(,] ?\w+: )bool\b", r"\1builtins.bool", text).splitlines(),
+    ]  # ``bool`` is one of TensorRT's types there
     while (wrong := _wrong_line(lines)) is not None:
         lines[wrong - 1], replaced = re.subn(r"\(.*\)", "(self, *, unreadable: typing.Never)", lines[wrong - 1])
         if not replaced:

@@ -1,6 +1,5 @@
 """The .npz of Google's release (github.com/google-research/vision_transformer): ViT and R+ViT, with and without representation layer.
-
-Imported by export/checkpoint/load.py. Expected, in JAX's order of axes (a kernel is [in, out], a convolution's [height, width, in, out]):
+ Expected, in JAX's order of axes (a kernel is [in, out], a convolution's [height, width, in, out]):
 cls, embedding/{kernel,bias}, Transformer/posembed_input/pos_embedding, Transformer/encoder_norm/{scale,bias}, head/*, (pre_logits/*), of each block
 Transformer/encoderblock_N: LayerNorm_0, MultiHeadDotProductAttention_1/{query,key,value,out}, LayerNorm_2, MlpBlock_3/{Dense_0,Dense_1};
 of a hybrid's ResNet conv_root, gn_root, and of each unit blockN/unitM: conv1…3, gn1…3, (conv_proj, gn_proj).
@@ -40,7 +39,10 @@ def read(tensors: Tensors) -> Source:
         resnet=resnet or None,
     )
     weights = {"cls_token": tensors.take("cls"), "pos_embed": tensors.take(MARK)}
-    weights |= {"patch_embed.proj.weight": _filters(tensors.take("embedding/kernel")), "patch_embed.proj.bias": tensors.take("embedding/bias")}
+    weights |= {
+        "patch_embed.proj.weight": _filters(tensors.take("embedding/kernel")),
+        "patch_embed.proj.bias": tensors.take("embedding/bias"),
+    }
     weights |= _norm(tensors, "Transformer/encoder_norm", "norm") | _dense(tensors, "head", "head")
     if config.representation_width is not None:
         weights |= _dense(tensors, "pre_logits", "pre_logits.fc")
@@ -48,7 +50,9 @@ def read(tensors: Tensors) -> Source:
         weights |= _block(tensors, _BLOCK.format(index), f"blocks.{index}")
     for stage, units in enumerate(resnet):
         for unit in range(units):
-            weights |= _unit(tensors, f"block{stage + 1}/unit{unit + 1}", f"patch_embed.backbone.stages.{stage}.blocks.{unit}")
+            weights |= _unit(
+                tensors, f"block{stage + 1}/unit{unit + 1}", f"patch_embed.backbone.stages.{stage}.blocks.{unit}"
+            )
     if resnet:
         weights["patch_embed.backbone.stem.conv.weight"] = _filters(tensors.take("conv_root/kernel"))
         weights |= _norm(tensors, "gn_root", "patch_embed.backbone.stem.norm")
@@ -78,8 +82,14 @@ def _block(tensors: Tensors, theirs: str, ours: str) -> dict[str, Tensor]:
         f"{ours}.attn.proj.weight": out.flatten(0, 1).T.contiguous(),
         f"{ours}.attn.proj.bias": tensors.take(f"{theirs}/{_ATTENTION}/out/bias"),
     }
-    parts |= _norm(tensors, f"{theirs}/LayerNorm_0", f"{ours}.norm1") | _norm(tensors, f"{theirs}/LayerNorm_2", f"{ours}.norm2")
-    return parts | _dense(tensors, f"{theirs}/MlpBlock_3/Dense_0", f"{ours}.mlp.fc1") | _dense(tensors, f"{theirs}/MlpBlock_3/Dense_1", f"{ours}.mlp.fc2")
+    parts |= _norm(tensors, f"{theirs}/LayerNorm_0", f"{ours}.norm1") | _norm(
+        tensors, f"{theirs}/LayerNorm_2", f"{ours}.norm2"
+    )
+    return (
+        parts
+        | _dense(tensors, f"{theirs}/MlpBlock_3/Dense_0", f"{ours}.mlp.fc1")
+        | _dense(tensors, f"{theirs}/MlpBlock_3/Dense_1", f"{ours}.mlp.fc2")
+    )
 
 
 def _unit(tensors: Tensors, theirs: str, ours: str) -> dict[str, Tensor]:
@@ -99,8 +109,14 @@ def _filters(kernel: Tensor) -> Tensor:
 
 
 def _norm(tensors: Tensors, theirs: str, ours: str) -> dict[str, Tensor]:
-    return {f"{ours}.weight": tensors.take(f"{theirs}/scale").flatten(), f"{ours}.bias": tensors.take(f"{theirs}/bias").flatten()}
+    return {
+        f"{ours}.weight": tensors.take(f"{theirs}/scale").flatten(),
+        f"{ours}.bias": tensors.take(f"{theirs}/bias").flatten(),
+    }
 
 
 def _dense(tensors: Tensors, theirs: str, ours: str) -> dict[str, Tensor]:
-    return {f"{ours}.weight": tensors.take(f"{theirs}/kernel").T.contiguous(), f"{ours}.bias": tensors.take(f"{theirs}/bias")}
+    return {
+        f"{ours}.weight": tensors.take(f"{theirs}/kernel").T.contiguous(),
+        f"{ours}.bias": tensors.take(f"{theirs}/bias"),
+    }

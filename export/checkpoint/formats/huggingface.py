@@ -1,4 +1,4 @@
-"""Classifiers of Hugging Face's transformers: ViT, DeiT (with and without teacher), DINOv2 with and without registers. Imported by export/checkpoint/load.py.
+"""Classifiers of Hugging Face's transformers: ViT, DeiT (with and without teacher), DINOv2 with and without registers.
 
 Expected, under the prefix vit., deit., dinov2. or dinov2_with_registers.: embeddings.{cls_token, position_embeddings,
 patch_embeddings.projection.*} (distillation_token, register_tokens), encoder.layer.N.{attention.attention.{query,key,value}.*,
@@ -30,7 +30,12 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 _RESAMPLE: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
-_VIT_BLOCK = {"layernorm_before": "norm1", "layernorm_after": "norm2", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
+_VIT_BLOCK = {
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
 _DINO_BLOCK = {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 _SWIGLU_BLOCK = {"norm1": "norm1", "norm2": "norm2", "mlp.weights_in": "mlp.fc1", "mlp.weights_out": "mlp.fc2"}
 
@@ -76,7 +81,10 @@ def _shape(tensors: Tensors, config: Mapping[str, Any], kind: str) -> ViTConfig:
 def _weights(tensors: Tensors, shape: ViTConfig, kind: str) -> dict[str, Tensor]:
     prefix, dino = _PREFIXES[kind], kind.startswith("dinov2")
     embeddings = f"{prefix}.embeddings"
-    weights = {"cls_token": tensors.take(f"{embeddings}.cls_token"), "pos_embed": tensors.take(f"{embeddings}.position_embeddings")}
+    weights = {
+        "cls_token": tensors.take(f"{embeddings}.cls_token"),
+        "pos_embed": tensors.take(f"{embeddings}.position_embeddings"),
+    }
     if dino:  # the class token's position is added to it before the registers come between: the same sum, taken here
         weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
@@ -85,8 +93,15 @@ def _weights(tensors: Tensors, shape: ViTConfig, kind: str) -> dict[str, Tensor]
     if shape.registers:
         weights["reg_token"] = tensors.take(f"{embeddings}.register_tokens")
     tensors.ignore(f"{embeddings}.mask_token")
-    heads = {"cls_classifier": "head", "distillation_classifier": "head_dist"} if shape.distillation_head else {"classifier": "head"}
-    weights |= _pairs(tensors, {f"{embeddings}.patch_embeddings.projection": "patch_embed.proj", f"{prefix}.layernorm": "norm"} | heads)
+    heads = (
+        {"cls_classifier": "head", "distillation_classifier": "head_dist"}
+        if shape.distillation_head
+        else {"classifier": "head"}
+    )
+    weights |= _pairs(
+        tensors,
+        {f"{embeddings}.patch_embeddings.projection": "patch_embed.proj", f"{prefix}.layernorm": "norm"} | heads,
+    )
     names = _SWIGLU_BLOCK if shape.swiglu else _DINO_BLOCK if dino else _VIT_BLOCK
     for index in range(shape.depth):
         theirs, ours = f"{prefix}.encoder.layer.{index}", f"blocks.{index}"
@@ -96,13 +111,19 @@ def _weights(tensors: Tensors, shape: ViTConfig, kind: str) -> dict[str, Tensor]
             three = [tensors.take(f"{theirs}.attention.attention.{name}.{part}") for name in ("query", "key", "value")]
             weights[f"{ours}.attn.qkv.{part}"] = torch.cat(three)
         if shape.layer_scale:
-            weights |= {f"{ours}.ls{number}.gamma": tensors.take(f"{theirs}.layer_scale{number}.lambda1") for number in (1, 2)}
+            weights |= {
+                f"{ours}.ls{number}.gamma": tensors.take(f"{theirs}.layer_scale{number}.lambda1") for number in (1, 2)
+            }
     tensors.expect_nothing_more()
     return weights
 
 
 def _pairs(tensors: Tensors, names: Mapping[str, str]) -> dict[str, Tensor]:
-    return {f"{ours}.{part}": tensors.take(f"{theirs}.{part}") for theirs, ours in names.items() for part in ("weight", "bias")}
+    return {
+        f"{ours}.{part}": tensors.take(f"{theirs}.{part}")
+        for theirs, ours in names.items()
+        for part in ("weight", "bias")
+    }
 
 
 def _labels(config: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
@@ -113,7 +134,9 @@ def _labels(config: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
     try:
         return tuple(str(named[str(index)]) for index in range(classes))
     except KeyError as error:
-        raise CheckpointError(f"id2label has {len(named)} labels and lacks {error}; the head has {classes} classes") from error
+        raise CheckpointError(
+            f"id2label has {len(named)} labels and lacks {error}; the head has {classes} classes"
+        ) from error
 
 
 def preprocessing(preprocessor: Mapping[str, Any]) -> Preprocessing:
@@ -128,11 +151,16 @@ def preprocessing(preprocessor: Mapping[str, Any]) -> Preprocessing:
     if resample not in _RESAMPLE:
         raise CheckpointError(f"resample is {resample!r}; known are {_RESAMPLE}")
     if not squash and cut is None:
-        raise CheckpointError("the preprocessor resizes the shorter side and cuts nothing out: what the network sees would not be square")
+        raise CheckpointError(
+            "the preprocessor resizes the shorter side and cuts nothing out: what the network sees would not be square"
+        )
     if cut is not None and cut > resized:
         raise CheckpointError(f"crop_size is {cut}, more than the {resized} pixels that the image is resized to")
     normal = bool(preprocessor.get("do_normalize", True))
-    mean, std = (_triple(preprocessor, name) if normal else default for name, default in (("image_mean", (0.0,) * 3), ("image_std", (1.0,) * 3)))
+    mean, std = (
+        _triple(preprocessor, name) if normal else default
+        for name, default in (("image_mean", (0.0,) * 3), ("image_std", (1.0,) * 3))
+    )
     image_size = cut or resized
     crop = image_size / resized
     if math.floor(image_size / crop) != resized:  # a float's last digit; half a pixel more is the same size

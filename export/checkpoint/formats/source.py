@@ -1,4 +1,4 @@
-"""What every source makes of its checkpoint: the shape, the weights under our names, labels and preprocessing. Imported by its neighbours and checkpoint.py."""
+"""What every source makes of its checkpoint: the shape, the weights under our names, labels and preprocessing."""
 
 from __future__ import annotations
 
@@ -25,5 +25,7 @@ class Source:
 def heads_of(width: int) -> int:
     """Raises CheckpointError for a width that is none of the published sizes."""
     if width not in _HEADS:
-        raise CheckpointError(f"how many heads a width of {width} has cannot be told from weights alone; known are {_HEADS}")
+        raise CheckpointError(
+            f"how many heads a width of {width} has cannot be told from weights alone; known are {_HEADS}"
+        )
     return _HEADS[width]

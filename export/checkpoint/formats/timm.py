@@ -1,8 +1,8 @@
-"""timm's ViT, DeiT and BiT ResNetV2: a state dict, with the architecture's name and pretrained_cfg as timm's hub folders hold them in config.json.
+"""timm's ViT, DeiT and BiT ResNetV2: a state dict, with the architecture's name and pretrained_cfg as timm's hub directories hold them in config.json.
 
 Our parameters carry timm's names, so nothing is renamed. The shape is read from the tensors; what they do not show (heads, activation, pooling)
-follows from the architecture's name, and a name with a part that is not known is refused: it may compute something else with the same tensors.
-Expected: see model/network/vit.py and model/network/resnet.py. Imported by export/checkpoint/load.py.
+follows from the architecture's name, and a name with a part that is not known is rejected: it may compute something else with the same tensors.
+Expected: see model/network/vit.py and model/network/resnet.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _KNOWN_PARTS = re.compile(r"patch\d+|r\d+|s\d+|\d+|gap|reg\d|clip|quickgelu|dino
 _BIT = re.compile(r"resnetv2_\d+x(\d)_bit\w*")
 
 
-def read(tensors: Tensors, architecture: str, pretrained: dict[str, Any], pool: str | None = None, heads: int | None = None) -> Source:
+def read(
+    tensors: Tensors, architecture: str, pretrained: dict[str, Any], pool: str | None = None, heads: int | None = None
+) -> Source:
     """``pretrained`` is timm's pretrained_cfg. Raises CheckpointError."""
     name = architecture.partition(".")[0]
     preprocessing = _preprocessing(pretrained)
@@ -39,7 +41,9 @@ def read(tensors: Tensors, architecture: str, pretrained: dict[str, Any], pool: 
     else:
         config = _vit_config(tensors, name, pool, heads)
         if config.image_size != preprocessing.image_size:
-            raise CheckpointError(f"positions are of {config.image_size} pixels, but the configuration says {preprocessing.image_size}")
+            raise CheckpointError(
+                f"positions are of {config.image_size} pixels, but the configuration says {preprocessing.image_size}"
+            )
     weights: dict[str, Tensor] = tensors.rest()
     labels = pretrained.get("label_names")
     return Source(config, weights, preprocessing, tuple(labels) if labels else None)
@@ -49,7 +53,9 @@ def _vit_config(tensors: Tensors, name: str, pool: str | None, heads: int | None
     parts = _NAME.fullmatch(name)
     unknown = [part for part in (parts[2].split("_")[1:] if parts else [name]) if not _KNOWN_PARTS.fullmatch(part)]
     if parts is None or parts[1] not in _HEADS or unknown:
-        raise CheckpointError(f"architecture {name!r} is not one that is known to compute what ours does: {', '.join(unknown) or (parts and parts[1])}")
+        raise CheckpointError(
+            f"architecture {name!r} is not one that is known to compute what ours does: {', '.join(unknown) or (parts and parts[1])}"
+        )
     known = parts[2].split("_")
     width, _, patch, _ = tensors.shape(MARK)
     resnet = _stages(tensors)
@@ -121,7 +127,11 @@ def _is_square(number: int) -> bool:
 def _preprocessing(pretrained: dict[str, Any]) -> Preprocessing:
     try:
         _, height, width = pretrained["input_size"]
-        crop, mode, interpolation = pretrained["crop_pct"], pretrained.get("crop_mode", "center"), pretrained["interpolation"]
+        crop, mode, interpolation = (
+            pretrained["crop_pct"],
+            pretrained.get("crop_mode", "center"),
+            pretrained["interpolation"],
+        )
         mean, std = tuple(pretrained["mean"]), tuple(pretrained["std"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the configuration's pretrained_cfg lacks {error}") from error

@@ -1,4 +1,4 @@
-"""torchvision's vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14: a state dict. Imported by export/checkpoint/load.py.
+"""torchvision's vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14: a state dict.
 
 Expected: class_token, conv_proj.{weight,bias}, encoder.pos_embedding, encoder.ln.*, heads.head.* (heads.pre_logits.*), and of each block
 encoder.layers.encoder_layer_N: ln_1.*, self_attention.in_proj_{weight,bias}, self_attention.out_proj.*, ln_2.*, mlp.{0,3}.* or mlp.linear_{1,2}.*
@@ -23,7 +23,9 @@ def read(tensors: Tensors) -> Source:
     """Raises CheckpointError."""
     width, _, patch, _ = tensors.shape("conv_proj.weight")
     block = "encoder.layers.encoder_layer_{}"
-    first, second = ("mlp.0", "mlp.3") if f"{block.format(0)}.mlp.0.weight" in tensors else ("mlp.linear_1", "mlp.linear_2")
+    first, second = (
+        ("mlp.0", "mlp.3") if f"{block.format(0)}.mlp.0.weight" in tensors else ("mlp.linear_1", "mlp.linear_2")
+    )
     representation = tensors.shape("heads.pre_logits.weight")[0] if "heads.pre_logits.weight" in tensors else None
     config = ViTConfig(
         image_size=square_side(tensors.shape(MARK)[1] - 1) * patch,
@@ -44,14 +46,20 @@ def read(tensors: Tensors) -> Source:
         second: "mlp.fc2",
     }
     weights: dict[str, Tensor] = {"cls_token": tensors.take("class_token"), "pos_embed": tensors.take(MARK)}
-    top = {"conv_proj": "patch_embed.proj", "encoder.ln": "norm", "heads.head": "head"} | ({"heads.pre_logits": "pre_logits.fc"} if representation else {})
+    top = {"conv_proj": "patch_embed.proj", "encoder.ln": "norm", "heads.head": "head"} | (
+        {"heads.pre_logits": "pre_logits.fc"} if representation else {}
+    )
     for part in ("weight", "bias"):
         weights |= {f"{ours}.{part}": tensors.take(f"{theirs}.{part}") for theirs, ours in top.items()}
         for index in range(config.depth):
             for theirs, ours in names.items():
                 dot = "" if theirs.endswith("_") else "."
-                weights[f"blocks.{index}.{ours.removesuffix('.')}.{part}"] = tensors.take(f"{block.format(index)}.{theirs}{dot}{part}")
+                weights[f"blocks.{index}.{ours.removesuffix('.')}.{part}"] = tensors.take(
+                    f"{block.format(index)}.{theirs}{dot}{part}"
+                )
     tensors.expect_nothing_more()
     # What torchvision publishes beside these weights: ImageClassification(crop_size=224, resize_size=256), bilinear.
-    preprocessing = Preprocessing(config.image_size, crop=0.875, interpolation="bilinear", mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+    preprocessing = Preprocessing(
+        config.image_size, crop=0.875, interpolation="bilinear", mean=_IMAGENET_MEAN, std=_IMAGENET_STD
+    )
     return Source(config, weights, preprocessing)

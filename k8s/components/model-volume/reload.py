@@ -1,6 +1,6 @@
-"""Has the service beside it open the bundle anew when its manifest changes: `reload.py [seconds between looks]`. Run by the pod's container `reload`.
+"""Has the service beside it open the bundle again when its manifest changes: `reload.py [seconds between looks]`. Run by the pod's container `reload`.
 
-Of the standard library alone. What the service refuses is not asked for again until the manifest changes once more; its reason goes to the log.
+Of the standard library alone. What the service rejects is not asked for again until the manifest changes once more; its reason goes to the log.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Watch:
     manifest: Path
     port: int
     key: str
-    settled: bytes = b""  # the manifest that the service has opened or refused, as far as is known
+    settled: bytes = b""  # the manifest that the service has opened or rejected, as far as is known
     compared: bool = False  # whether what it served at first has been held against the manifest
 
     def look(self) -> None:
@@ -38,7 +38,13 @@ class Watch:
                     self.settled = b"another"  # it changed before this container first looked
         if found != self.settled:
             status, answer = self._ask("POST", "/v1/admin/reload")
-            log.log(logging.INFO if status == 200 else logging.ERROR, "%s changed; the service answers %d: %s", self.manifest, status, json.dumps(answer))
+            log.log(
+                logging.INFO if status == 200 else logging.ERROR,
+                "%s changed; the service answers %d: %s",
+                self.manifest,
+                status,
+                json.dumps(answer),
+            )
             if status in (200, 409):
                 self.settled = found
 
@@ -55,8 +61,14 @@ class Watch:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # pid 1 has no default for it: it is waited for instead, between two looks
-    watch = Watch(Path(os.environ["VITSERVE_BUNDLE"]) / "bundle.json", int(os.environ["VITSERVE_PORT"]), os.environ["VITSERVE_ADMIN_KEY"])
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTERM}
+    )  # pid 1 has no default for it: it is waited for instead, between two looks
+    watch = Watch(
+        Path(os.environ["VITSERVE_BUNDLE"]) / "bundle.json",
+        int(os.environ["VITSERVE_PORT"]),
+        os.environ["VITSERVE_ADMIN_KEY"],
+    )
     while signal.sigtimedwait({signal.SIGTERM}, seconds) is None:
         try:
             watch.look()

@@ -1,4 +1,4 @@
-"""Which batch sizes deserve kernels of their own. Imported by gpu.py and the engines made of it."""
+"""Which batch sizes deserve kernels of their own."""
 
 from __future__ import annotations
 

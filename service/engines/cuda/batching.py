@@ -1,10 +1,9 @@
 """What the engines on a GPU have in common: memory that stays where it is, padding to sizes that are worth it, images that go from slots to the device.
 
-    Buffers   a lane's memory, on the device and pinned on the host, with its stream
-    Program   a network that runs on one lane's buffers; TensorRT's, ONNX Runtime's, torch's
-    GpuEngine an Engine (engine.py) made of them
+Buffers   a stream's memory, on the device and pinned on the host, with its stream
+Program   a network that runs on one stream's buffers; TensorRT's, ONNX Runtime's, torch's
+GpuEngine an Engine (engine.py) made of them
 
-Imported by those three.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.model.bundle.parity import compare
 from vitserve.service.engines.cuda import runtime
 from vitserve.service.engines.cuda.batch_sizes import worthwhile
-from vitserve.service.engines.engine import EngineUnavailable
+from vitserve.service.engines.engine import EngineUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class Buffers:
             memory.read_into(self.host[name].array[:size], self.stream)
 
     def outputs(self, count: int) -> Outputs:
-        """The caller's own, of a stream that has run."""
+        """The client's own, of a stream that has run."""
         return Outputs(*(self.host[name].array[:count].copy() for name in ("logits", "embedding")))
 
     def close(self) -> None:
@@ -66,7 +65,7 @@ class Buffers:
 
 
 class Program(Protocol):
-    """A network on one lane's buffers."""
+    """A network on one stream's buffers."""
 
     def prepare(self, size: int) -> None:
         """Whatever makes each later run of this batch size quick. What the outputs are then means nothing."""
@@ -89,21 +88,27 @@ class GpuEngine:
     name: str
 
     def __init__(
-        self, precision: Precision, lanes: int, max_batch: int, sizes: Sequence[int], buffers: Callable[[], Buffers], program: Callable[[Buffers], Program]
+        self,
+        precision: Precision,
+        streams: int,
+        max_batch: int,
+        sizes: Sequence[int],
+        buffers: Callable[[], Buffers],
+        program: Callable[[Buffers], Program],
     ) -> None:
         """Raises what ``buffers`` and ``program`` raise; then nothing is kept on the device."""
-        self.precision, self.lanes, self.max_batch = precision, lanes, max_batch
-        self._lanes = list[tuple[Buffers, Program]]()
+        self.precision, self.streams, self.max_batch = precision, streams, max_batch
+        self._streams = list[tuple[Buffers, Program]]()
         self._shared: runtime.Pinned | None = None
         with ExitStack() as undo:
             undo.callback(self.close)
-            for lane in range(lanes):
-                self._open_lane(buffers, program)
-                if lane == 0:
+            for stream in range(streams):
+                self._open_stream(buffers, program)
+                if stream == 0:
                     self._sizes = self._worthwhile(sizes)
                 else:
-                    self._prepare(lane, self._sizes)
-                self._prove_sizes(lane)
+                    self._prepare(stream, self._sizes)
+                self._check_sizes(stream)
             undo.pop_all()
 
     def share(self, pixels: Pixels) -> None:
@@ -111,14 +116,18 @@ class GpuEngine:
         try:
             self._shared = runtime.Pinned(pixels)
         except runtime.CudaError as error:
-            log.warning("images are copied to the GPU by way of the host, because the slots cannot be pinned: %s", error)
+            log.warning(
+                "images are copied to the GPU by way of the host, because the slots cannot be pinned: %s", error
+            )
 
-    def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
+    def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
         images = [pixels] if rows is None else [pixels[row] for row in rows]
         count = len(pixels) if rows is None else len(rows)
-        buffers, program = self._lanes[lane]
+        buffers, program = self._streams[stream]
         try:
-            buffers.fill(images)  # the rest, up to the prepared size, is whatever was there before, and is not looked at
+            buffers.fill(
+                images
+            )  # the rest, up to the prepared size, is whatever was there before, and is not looked at
             program.enqueue(next(size for size in self._sizes if size >= count))
             buffers.stream.synchronize()
         except Exception as error:
@@ -127,46 +136,46 @@ class GpuEngine:
         return buffers.outputs(count)
 
     def close(self) -> None:
-        for buffers, program in self._lanes:
+        for buffers, program in self._streams:
             program.close()
             buffers.close()
-        self._lanes.clear()
+        self._streams.clear()
         if self._shared is not None:
             self._shared.close()
             self._shared = None
 
-    def _open_lane(self, buffers: Callable[[], Buffers], program: Callable[[Buffers], Program]) -> None:
+    def _open_stream(self, buffers: Callable[[], Buffers], program: Callable[[Buffers], Program]) -> None:
         memory = buffers()
         with ExitStack() as undo:
             undo.callback(memory.close)
-            self._lanes.append((memory, program(memory)))
+            self._streams.append((memory, program(memory)))
             undo.pop_all()
 
-    def _prove_sizes(self, lane: int) -> None:
-        """Each prepared size computes what the largest does: the golden gate sees only one of them. Raises EngineUnavailable."""
+    def _check_sizes(self, stream: int) -> None:
+        """Each prepared size computes what the largest does: the golden check sees only one of them. Raises EngineUnavailable."""
         largest = self._sizes[-1]
-        pixels = np.random.default_rng(0).integers(0, 256, (largest, *self._lanes[lane][0].image_shape), np.uint8)
-        expected = self.run(lane, pixels)
+        pixels = np.random.default_rng(0).integers(0, 256, (largest, *self._streams[stream][0].image_shape), np.uint8)
+        expected = self.run(stream, pixels)
         for size in self._sizes[:-1]:
-            parity = compare(self.run(lane, pixels[:size]), Outputs(*(each[:size] for each in expected)))
+            parity = compare(self.run(stream, pixels[:size]), Outputs(*(each[:size] for each in expected)))
             failure = parity.failure(self.precision)
             if failure is not None:
-                raise EngineUnavailable(f"batches of {size} come out otherwise than those of {largest}: {failure}")
+                raise EngineUnavailableError(f"batches of {size} come out otherwise than those of {largest}: {failure}")
 
     def _worthwhile(self, sizes: Sequence[int]) -> list[int]:
         self._prepare(0, sizes)
         kept = worthwhile({size: self._seconds(size) for size in sizes})
         for size in set(sizes) - set(kept):
-            self._lanes[0][1].forget(size)
+            self._streams[0][1].forget(size)
         return kept
 
-    def _prepare(self, lane: int, sizes: Sequence[int]) -> None:
+    def _prepare(self, stream: int, sizes: Sequence[int]) -> None:
         for size in sorted(sizes, reverse=True):  # largest first: the memory that it takes is there for the smaller
-            self._lanes[lane][1].prepare(size)
+            self._streams[stream][1].prepare(size)
 
     def _seconds(self, size: int) -> float:
         """Of a run, the best of three after one that does not count."""
-        (buffers, program), times = self._lanes[0], list[float]()
+        (buffers, program), times = self._streams[0], list[float]()
         for _ in range(4):
             began = time.monotonic()
             program.enqueue(size)

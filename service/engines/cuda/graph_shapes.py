@@ -1,4 +1,4 @@
-"""What a bundle's graph takes and gives, read without its weights. Imported by the engines that are given a graph and memory of ours."""
+"""What a bundle's graph takes and gives, read without its weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""CUDA's runtime without torch: memory, streams and graphs, the error of every call checked. Imported by gpu.py and the engines made of it.
+"""CUDA's runtime without torch: memory, streams and graphs, the error of every call checked.
 
 Calls, flags and their meaning: the CUDA runtime API, https://docs.nvidia.com/cuda/cuda-runtime-api.
-An engine process sees one device (CUDA_VISIBLE_DEVICES), so that none of its threads has to choose one.
+An engine worker sees one device (CUDA_VISIBLE_DEVICES), so that none of its threads has to choose one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from cuda.bindings import runtime
 
-from vitserve.service.engines.engine import DeviceLost, EngineUnavailable
+from vitserve.service.engines.engine import DeviceLostError, EngineUnavailableError
 
-_OF_CAPTURE = range(900, 910)  # cudaErrorStreamCaptureUnsupported … cudaErrorGraphExecUpdateFailure and its neighbours: of a stream, not of the device
+_OF_CAPTURE = range(
+    900, 910
+)  # cudaErrorStreamCaptureUnsupported … cudaErrorGraphExecUpdateFailure and its neighbors: of a stream, not of the device
 _LOST = "; the device answers every further call so, until the process ends"
 
 
@@ -37,13 +39,13 @@ def _failure(error: Any) -> BaseException:
     _, text = runtime.cudaGetErrorString(error)
     message = f"{name.decode()}: {text.decode()}"
     runtime.cudaGetLastError()  # forgets what can be forgotten
-    return DeviceLost(f"{message}{_LOST}") if _is_lost() else CudaError(message)
+    return DeviceLostError(f"{message}{_LOST}") if _is_lost() else CudaError(message)
 
 
 def raise_if_lost(error: Exception) -> None:
     """For what other libraries raise of the device's errors: raises DeviceLost where the error stays."""
     if _is_lost():
-        raise DeviceLost(f"{error}{_LOST}") from error
+        raise DeviceLostError(f"{error}{_LOST}") from error
 
 
 def _is_lost() -> bool:
@@ -57,7 +59,7 @@ def count_devices() -> int:
     error, count = runtime.cudaGetDeviceCount()
     if error != runtime.cudaError_t.cudaSuccess or not count:
         _, text = runtime.cudaGetErrorString(error)
-        raise EngineUnavailable(f"CUDA finds no device: {text.decode()}")
+        raise EngineUnavailableError(f"CUDA finds no device: {text.decode()}")
     return int(count)
 
 
@@ -78,7 +80,9 @@ class Stream:
     def captured(self) -> Iterator[Graph]:
         """What is enqueued inside is not run, but becomes the graph."""
         graph = Graph()
-        checked(runtime.cudaStreamBeginCapture(self.handle, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        checked(
+            runtime.cudaStreamBeginCapture(self.handle, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        )
         try:
             yield graph
         except BaseException:
@@ -111,7 +115,11 @@ class DeviceMemory:
     def fill(self, offset_bytes: int, array: npt.NDArray[Any], stream: Stream) -> None:
         """From ``array``, contiguous. Without a stop on the host where the array lies in pinned memory; it must then stay as it is until the stream has run."""
         to_device = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        checked(runtime.cudaMemcpyAsync(self.address + offset_bytes, array.ctypes.data, array.nbytes, to_device, stream.handle))
+        checked(
+            runtime.cudaMemcpyAsync(
+                self.address + offset_bytes, array.ctypes.data, array.nbytes, to_device, stream.handle
+            )
+        )
 
     def read_into(self, array: npt.NDArray[Any], stream: Stream) -> None:
         to_host = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost

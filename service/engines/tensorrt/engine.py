@@ -1,4 +1,4 @@
-"""TensorRT on one GPU, from a plan made by export/build_plan.py. Imported by engines/open.py alone.
+"""TensorRT on one GPU, from a plan made by export/build_plan.py.
 
 Calls: TensorRT 11's Python API, https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api.
 """
@@ -14,7 +14,7 @@ import tensorrt as trt
 from vitserve.model.arrays import Precision
 from vitserve.service.engines.cuda import runtime
 from vitserve.service.engines.cuda.batching import Buffers, GpuEngine
-from vitserve.service.engines.engine import EngineUnavailable
+from vitserve.service.engines.engine import EngineUnavailableError
 from vitserve.service.engines.gpu_artifacts import Target
 
 log = logging.getLogger(__name__)
@@ -43,31 +43,36 @@ def target() -> Target:
 
 
 class TensorRtEngine(GpuEngine):
-    """One plan, whose weights exist once; contexts and CUDA graphs for each lane and batch size."""
+    """One plan, whose weights exist once; contexts and CUDA graphs for each stream and batch size."""
 
     name = "tensorrt"
 
-    def __init__(self, plan: Path, precision: Precision, lanes: int, max_batch: int) -> None:
+    def __init__(self, plan: Path, precision: Precision, streams: int, max_batch: int) -> None:
         """Raises EngineUnavailable without a device, or where the plan is of another GPU or TensorRT, or for smaller batches."""
         runtime.count_devices()
         logger = TensorRtLogger()
         self._runtime = trt.Runtime(logger)
         engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if engine is None:
-            raise EngineUnavailable(f"{plan} cannot be used here: {'; '.join(logger.errors)}")
+            raise EngineUnavailableError(f"{plan} cannot be used here: {'; '.join(logger.errors)}")
         largest = _largest_batch(engine)
         if largest < max_batch:
-            raise EngineUnavailable(f"{plan} takes batches of at most {largest}; {max_batch} are wanted")
+            raise EngineUnavailableError(f"{plan} takes batches of at most {largest}; {max_batch} are wanted")
         image = shape_of(engine.get_tensor_shape("pixels"))[1:]
         classes, width = (int(engine.get_tensor_shape(name)[1]) for name in ("logits", "embedding"))
         self.plan, self._engine = plan, engine
         super().__init__(
-            precision, lanes, max_batch, range(1, max_batch + 1), lambda: Buffers(image, classes, width, max_batch), lambda buffers: _Program(engine, buffers)
+            precision,
+            streams,
+            max_batch,
+            range(1, max_batch + 1),
+            lambda: Buffers(image, classes, width, max_batch),
+            lambda buffers: _Program(engine, buffers),
         )
 
     def layer_milliseconds(self, size: int) -> dict[str, float]:
-        """Of one batch, by TensorRT's profiler, which runs each layer alone: their shares are what is meant, not their sum. No lane may run meanwhile."""
-        buffers, _ = self._lanes[0]
+        """Of one batch, by TensorRT's profiler, which runs each layer alone: their shares are what is meant, not their sum. No stream may run meanwhile."""
+        buffers, _ = self._streams[0]
         program, profiler = _Program(self._engine, buffers), _Profiler()
         try:
             program.profile(size, profiler)
@@ -99,7 +104,9 @@ class _Program:
 
     def prepare(self, size: int) -> None:
         context, stream = self._context(size), self._buffers.stream
-        self._run(context, size)  # once outside of a graph, as TensorRT asks: what it does only the first time cannot be captured
+        self._run(
+            context, size
+        )  # once outside of a graph, as TensorRT asks: what it does only the first time cannot be captured
         stream.synchronize()
         with stream.captured() as graph:
             self._run(context, size)

@@ -1,4 +1,4 @@
-"""What a TensorRT plan is made of, from the engine inspector's JSON. Imported by to_tensorrt.py; needs no TensorRT.
+"""What a TensorRT plan is made of, from the engine inspector's JSON.
 
 With ProfilingVerbosity.DETAILED each layer tells its name, type and tactic. A fused attention is a layer whose name or tactic holds ``mha``; what is left of an
 attention that was not fused is a softmax of its own, alone or inside a kernel that Myelin made (NVIDIA/TensorRT #4397, #4516, #4537).
@@ -47,13 +47,19 @@ class PlanReport:
 
 
 def report_of(inspected: str, depth: int) -> PlanReport:
-    """From the JSON of ``get_engine_information``. Raises ValueError where the plan was built without detail: then it proves nothing."""
+    """From the JSON of ``get_engine_information``. Raises ValueError where the plan was built without detail: then it verifies nothing."""
     described: list[Any] = json.loads(inspected)["Layers"]
     if any(not isinstance(each, dict) for each in described):
-        raise ValueError(f"the plan tells only the names of its {len(described)} layers; it must be built with ProfilingVerbosity.DETAILED")
+        raise ValueError(
+            f"the plan tells only the names of its {len(described)} layers; it must be built with ProfilingVerbosity.DETAILED"
+        )
     layers = [_layer(each) for each in described]
     attention = tuple(each for each in layers if "mha" in f"{each.name} {each.tactic}".lower())
-    softmaxes = tuple(each for each in layers if each not in attention and "softmax" in f"{each.name} {each.kind} {each.tactic}".lower())
+    softmaxes = tuple(
+        each
+        for each in layers
+        if each not in attention and "softmax" in f"{each.name} {each.kind} {each.tactic}".lower()
+    )
     return PlanReport(depth, attention, softmaxes, len(layers))
 
 

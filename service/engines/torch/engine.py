@@ -1,4 +1,4 @@
-"""torch on a GPU, by CUDA graphs, or on the CPU: what runs where nothing quicker can be had. Imported by engines/open.py alone."""
+"""torch on a GPU, by CUDA graphs, or on the CPU: what runs where nothing quicker can be had."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.service import machine
-from vitserve.service.engines.engine import EngineUnavailable, gathered
+from vitserve.service.engines.engine import EngineUnavailableError, gathered
 from vitserve.service.engines.torch.interpreter import TorchGraph
 
 if TYPE_CHECKING:
@@ -22,33 +22,39 @@ TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bflo
 _ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
-def open_torch(graph: Path, precision: Precision, lanes: int, threads: int, max_batch: int, *, compiled: bool = False) -> TorchEngine | GpuEngine:
+def open_torch(
+    graph: Path, precision: Precision, streams: int, threads: int, max_batch: int, *, compiled: bool = False
+) -> TorchEngine | GpuEngine:
     """On the GPU if torch sees one. ``compiled`` has torch.compile make kernels for each batch size, which takes minutes. Raises EngineUnavailable."""
     if precision not in TYPES:
-        raise EngineUnavailable(f"torch runs in {', '.join(TYPES)}, not in {precision}")
+        raise EngineUnavailableError(f"torch runs in {', '.join(TYPES)}, not in {precision}")
     on_gpu = torch.cuda.is_available()
     if machine.gpus() and not on_gpu:
-        raise EngineUnavailable("there is a GPU, but this torch sees none: it was built without CUDA, or for another driver")
+        raise EngineUnavailableError(
+            "there is a GPU, but this torch sees none: it was built without CUDA, or for another driver"
+        )
     network = TorchGraph(graph, TYPES[precision]).eval()
     if not on_gpu:
-        return TorchEngine(network, precision, lanes, threads, max_batch, compiled=compiled)
-    return _on_gpu(network.cuda(), precision, lanes, max_batch, compiled=compiled)
+        return TorchEngine(network, precision, streams, threads, max_batch, compiled=compiled)
+    return _on_gpu(network.cuda(), precision, streams, max_batch, compiled=compiled)
 
 
 class TorchEngine:
-    """On the CPU: one network, whose weights the lanes share."""
+    """On the CPU: one network, whose weights the streams share."""
 
     name = "torch"
 
-    def __init__(self, network: TorchGraph, precision: Precision, lanes: int, threads: int, max_batch: int, *, compiled: bool) -> None:
-        self.precision, self.lanes, self.max_batch = precision, lanes, max_batch
-        torch.set_num_threads(threads)  # of each thread that runs a lane
+    def __init__(
+        self, network: TorchGraph, precision: Precision, streams: int, threads: int, max_batch: int, *, compiled: bool
+    ) -> None:
+        self.precision, self.streams, self.max_batch = precision, streams, max_batch
+        torch.set_num_threads(threads)  # of each thread that runs a stream
         self._network = torch.compile(network, dynamic=True) if compiled else network
 
     def share(self, pixels: Pixels) -> None:
         """Nothing to arrange: the CPU reads it as it is."""
 
-    def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
+    def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
         with torch.inference_mode():
             logits, embedding = self._network(torch.from_numpy(gathered(pixels, rows)))
         return Outputs(logits.numpy(), embedding.numpy())
@@ -57,7 +63,7 @@ class TorchEngine:
         del self._network
 
 
-def _on_gpu(network: TorchGraph, precision: Precision, lanes: int, max_batch: int, *, compiled: bool) -> GpuEngine:
+def _on_gpu(network: TorchGraph, precision: Precision, streams: int, max_batch: int, *, compiled: bool) -> GpuEngine:
     from vitserve.service.engines.cuda.batch_sizes import candidates
     from vitserve.service.engines.cuda.batching import Buffers, GpuEngine
 
@@ -67,7 +73,9 @@ def _on_gpu(network: TorchGraph, precision: Precision, lanes: int, max_batch: in
     backend = quickest_attention(network, torch.zeros(max_batch, *shape, dtype=torch.uint8, device="cuda"))
     sizes = candidates(max_batch)
     if compiled:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(sizes) + 1)  # beyond it the rest would silently not be compiled
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, len(sizes) + 1
+        )  # beyond it the rest would silently not be compiled
     runs = torch.compile(network, dynamic=False) if compiled else network
 
     class TorchCudaEngine(GpuEngine):
@@ -75,7 +83,7 @@ def _on_gpu(network: TorchGraph, precision: Precision, lanes: int, max_batch: in
 
     return TorchCudaEngine(
         precision,
-        lanes,
+        streams,
         max_batch,
         sizes,
         lambda: Buffers(shape, logits.shape[1], embedding.shape[1], max_batch),
@@ -84,7 +92,7 @@ def _on_gpu(network: TorchGraph, precision: Precision, lanes: int, max_batch: in
 
 
 def quickest_attention(network: TorchGraph, pixels: torch.Tensor) -> SDPBackend:
-    """Of torch's kernels for attention, by measurement; those that cannot run the network are left out."""
+    """Of torch's kernels for attention, by measurement; those that cannot run the network are skipped."""
     seconds = dict[SDPBackend, float]()
     for backend in _ATTENTION:
         try:
@@ -111,9 +119,12 @@ class _Program:
     def __init__(self, network: Any, buffers: Buffers, backend: SDPBackend, max_batch: int) -> None:
         self._network, self._buffers, self._backend = network, buffers, backend
         self._stream = torch.cuda.ExternalStream(buffers.stream.handle)  # type: ignore[no-untyped-call]
-        self._pixels = torch.as_tensor(_Addressed(buffers.pixels.address, (max_batch, *buffers.image_shape), "|u1"), device="cuda")
+        self._pixels = torch.as_tensor(
+            _Addressed(buffers.pixels.address, (max_batch, *buffers.image_shape), "|u1"), device="cuda"
+        )
         self._outputs = {
-            name: torch.as_tensor(_Addressed(memory.address, buffers.host[name].array.shape, "<f4"), device="cuda") for name, memory in buffers.device.items()
+            name: torch.as_tensor(_Addressed(memory.address, buffers.host[name].array.shape, "<f4"), device="cuda")
+            for name, memory in buffers.device.items()
         }
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs = dict[int, torch.cuda.CUDAGraph]()

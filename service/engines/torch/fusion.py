@@ -1,6 +1,6 @@
 """Steps of a graph joined into those that a GPU computes in fewer passes over its memory, which is what half of an eager ViT's time goes to.
 
-Joined is what is read by nobody else: the numbers are the same, but for what each operator's kernel rounds. Imported by torch_graph.py.
+Joined is what is read by nobody else: the numbers are the same, but for what each operator's kernel rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Step(NamedTuple):
     """A node of an ONNX graph, or several of them."""
 
     operator: str
-    inputs: list[str | None]  # None where one is left out
+    inputs: list[str | None]  # None where one is skipped
     attributes: dict[str, Any]
     outputs: list[str]
 
@@ -40,13 +40,21 @@ def joined(steps: Sequence[Step], dimensions: Mapping[str, int], kept: Collectio
     return _sums_with_norms(_pairs(made, LINEAR, "Gelu", kept, activated), dimensions)
 
 
-def _pairs(steps: list[Step], first: str, second: str, kept: Collection[str], join: Callable[[Step, Step], Step | None]) -> list[Step]:
+def _pairs(
+    steps: list[Step], first: str, second: str, kept: Collection[str], join: Callable[[Step, Step], Step | None]
+) -> list[Step]:
     """Each ``second`` that alone reads what a ``first`` makes takes its place, as ``join`` makes one of both."""
     readers = Counter(name for step in steps for name in step.inputs)
-    before = {step.outputs[0]: step for step in steps if step.operator == first and readers[step.outputs[0]] == 1 and step.outputs[0] not in kept}
+    before = {
+        step.outputs[0]: step
+        for step in steps
+        if step.operator == first and readers[step.outputs[0]] == 1 and step.outputs[0] not in kept
+    }
     made, gone = list[Step](), set[str]()
     for step in steps:
-        source = next((before[name] for name in step.inputs if name in before), None) if step.operator == second else None
+        source = (
+            next((before[name] for name in step.inputs if name in before), None) if step.operator == second else None
+        )
         one = None if source is None else join(source, step)
         if source is not None and one is not None:
             gone.add(source.outputs[0])
@@ -56,7 +64,11 @@ def _pairs(steps: list[Step], first: str, second: str, kept: Collection[str], jo
 
 def _sums_with_norms(steps: list[Step], dimensions: Mapping[str, int]) -> list[Step]:
     """The norm moves up to the sum whose only norm it is. What adds weights, positions say, spreads them over the batch, and stays as it is."""
-    sums = {step.outputs[0] for step in steps if step.operator == "Add" and not any(name in dimensions for name in step.inputs)}
+    sums = {
+        step.outputs[0]
+        for step in steps
+        if step.operator == "Add" and not any(name in dimensions for name in step.inputs)
+    }
     norms = dict[str, list[Step]]()
     for step in steps:
         if step.operator == "LayerNormalization" and step.inputs[0] in sums:

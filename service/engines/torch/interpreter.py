@@ -1,6 +1,6 @@
-"""A bundle's graph as torch runs it: ONNX operators, one torch call each. Imported by torch_engine.py.
+"""A bundle's graph as torch runs it: ONNX operators, one torch call each.
 
-The graph is what was proven, so torch runs that, and not a network built anew from a checkpoint. Operators: https://onnx.ai/onnx/operators, as of opset 23;
+The graph is what was verified, so torch runs that, and not a network built again from a checkpoint. Operators: https://onnx.ai/onnx/operators, as of opset 23;
 those that this project's networks are exported to, and no other.
 """
 
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vitserve.service.engines.cuda.graph_shapes import shapes_of
-from vitserve.service.engines.engine import EngineUnavailable
+from vitserve.service.engines.engine import EngineUnavailableError
 from vitserve.service.engines.torch.fusion import ADD_NORM, LINEAR, LINEAR_GELU, Step, joined
 
 log = logging.getLogger(__name__)
 
 Attributes = dict[str, Any]
-Operator = Callable[[Sequence[Any], Attributes], Any]  # inputs, None where one is left out; a tuple where there are several outputs
+Operator = Callable[
+    [Sequence[Any], Attributes], Any
+]  # inputs, None where one is skipped; a tuple where there are several outputs
 
 
 class TorchGraph(nn.Module):
@@ -38,8 +40,10 @@ class TorchGraph(nn.Module):
         graph = ir.load(path).graph
         unknown = sorted({node.op_type for node in graph} - OPERATORS.keys() - {"Cast"})
         if unknown:
-            raise EngineUnavailable(f"no torch call is known for {', '.join(unknown)} of {path.name}")
-        self._numbers = dict[str, list[Any]]()  # what says shapes, axes and what padding is filled with: read on the host, and never on the device
+            raise EngineUnavailableError(f"no torch call is known for {', '.join(unknown)} of {path.name}")
+        self._numbers = dict[
+            str, list[Any]
+        ]()  # what says shapes, axes and what padding is filled with: read on the host, and never on the device
         for name, value in graph.initializers.items():
             assert value.const_value is not None
             filling = any(user.op_type == "Pad" and index == 2 for user, index in value.uses())
@@ -60,7 +64,9 @@ class TorchGraph(nn.Module):
             )
             for node in graph
         ]
-        self._steps = joined(steps, {str(name): len(value.shape or ()) for name, value in graph.initializers.items()}, self._outputs)
+        self._steps = joined(
+            steps, {str(name): len(value.shape or ()) for name, value in graph.initializers.items()}, self._outputs
+        )
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         values: dict[str, Any] = {**self._numbers, self._inputs[0]: pixels}
@@ -70,7 +76,11 @@ class TorchGraph(nn.Module):
 
         for step in self._steps:
             inputs = [read(name) for name in step.inputs]
-            made = inputs[0].to(self._dtype) if step.operator == "Cast" else OPERATORS[step.operator](inputs, step.attributes)
+            made = (
+                inputs[0].to(self._dtype)
+                if step.operator == "Cast"
+                else OPERATORS[step.operator](inputs, step.attributes)
+            )
             values.update(zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=True))
         logits, embedding = (values[name] for name in self._outputs)
         return logits.float(), embedding.float()
@@ -96,7 +106,12 @@ def _conv(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
         x, pads = functional.pad(x, (pads[1], pads[3], pads[0], pads[2])), (0, 0)
     weight, bias = inputs[1], inputs[2] if len(inputs) > 2 else None
     kernel, strides = tuple(weight.shape[2:]), tuple(attributes["strides"])
-    if kernel == strides and not any(pads) and attributes["group"] == 1 and x.shape[2] % kernel[0] == x.shape[3] % kernel[1] == 0:
+    if (
+        kernel == strides
+        and not any(pads)
+        and attributes["group"] == 1
+        and x.shape[2] % kernel[0] == x.shape[3] % kernel[1] == 0
+    ):
         return _patches_projected(x, weight, bias)
     return functional.conv2d(x, weight, bias, strides, tuple(pads[:2]), attributes["dilations"], attributes["group"])
 
@@ -105,7 +120,11 @@ def _patches_projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     """A convolution whose patches do not overlap, as the one product that it is: a sixth of the time that cuDNN takes for it (docs/gpu.md)."""
     n, channels, (high, wide) = len(x), x.shape[1], weight.shape[2:]
     rows, columns = x.shape[2] // high, x.shape[3] // wide
-    patches = x.reshape(n, channels, rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, channels * high * wide)
+    patches = (
+        x.reshape(n, channels, rows, high, columns, wide)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(n, rows * columns, channels * high * wide)
+    )
     return functional.linear(patches, weight.flatten(1), bias).transpose(1, 2).view(n, -1, rows, columns)
 
 
@@ -117,7 +136,10 @@ def _max_pool(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
 
 
 def _gemm(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
-    left, right = (each.T if attributes.get(transposed) else each for each, transposed in zip(inputs, ("transA", "transB"), strict=False))
+    left, right = (
+        each.T if attributes.get(transposed) else each
+        for each, transposed in zip(inputs, ("transA", "transB"), strict=False)
+    )
     product: Tensor = attributes.get("alpha", 1.0) * (left @ right)
     return product if len(inputs) < 3 else product + attributes.get("beta", 1.0) * inputs[2]
 
@@ -148,7 +170,9 @@ def _concat(inputs: Sequence[Any], attributes: Attributes) -> Any:
 
 def _reshape(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
     x, shape = inputs
-    sizes = [x.shape[place] if size == 0 and not attributes.get("allowzero") else size for place, size in enumerate(shape)]
+    sizes = [
+        x.shape[place] if size == 0 and not attributes.get("allowzero") else size for place, size in enumerate(shape)
+    ]
     shaped: Tensor = x.reshape(sizes)
     return shaped
 
@@ -156,7 +180,9 @@ def _reshape(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
 def _expand(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
     """A size of 1 on either side takes the other's."""
     x, shape = inputs
-    expanded: Tensor = x.expand([there if wanted == 1 else wanted for there, wanted in zip(x.shape, shape, strict=True)])
+    expanded: Tensor = x.expand(
+        [there if wanted == 1 else wanted for there, wanted in zip(x.shape, shape, strict=True)]
+    )
     return expanded
 
 

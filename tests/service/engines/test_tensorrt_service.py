@@ -13,7 +13,7 @@ from tests.conftest import encoded, picture, start_server
 from tests.service.supervisor.test_processes import wait_until
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.service import machine
-from vitserve.service.engines.selection import EngineOptions, NoEngine, open_engine
+from vitserve.service.engines.selection import EngineOptions, NoEngineError, open_engine
 from vitserve.service.settings import Settings
 from vitserve.service.supervisor.supervisor import for_this_machine
 
@@ -22,19 +22,29 @@ from vitserve.service.supervisor.supervisor import for_this_machine
 def environment(tmp_path: Path) -> dict[str, str]:
     """Of processes that find the double where TensorRT and CUDA would be, and keep their plans apart."""
     for package in ("tensorrt", "cuda"):
-        folder = tmp_path / "packages" / package
-        folder.mkdir(parents=True)
-        (folder / "__init__.py").write_text(f"from tests.support import gpu_double\ngpu_double.install()\nimport sys\n__name__ = {package!r}\n")
+        directory = tmp_path / "packages" / package
+        directory.mkdir(parents=True)
+        (directory / "__init__.py").write_text(
+            f"from tests.support import gpu_double\ngpu_double.install()\nimport sys\n__name__ = {package!r}\n"
+        )
     return {"PYTHONPATH": str(tmp_path / "packages"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
 ARGUMENTS = ("--engine", "tensorrt", "--max-batch", "4", "--timeout-ms", "60000")
 
 
-def test_the_first_start_builds_the_plan_and_says_so_and_the_second_finds_it(bundle: Bundle, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_the_first_start_builds_the_plan_and_says_so_and_the_second_finds_it(
+    bundle: Bundle, tmp_path: Path, environment: dict[str, str]
+) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    running = start_server("--bundle", str(bundle.path), *ARGUMENTS, until="running on", environment=environment | {"DOUBLE_GATE": str(gate)})
+    running = start_server(
+        "--bundle",
+        str(bundle.path),
+        *ARGUMENTS,
+        until="running on",
+        environment=environment | {"DOUBLE_GATE": str(gate)},
+    )
     with httpx.Client(base_url=running.url, timeout=60) as client:
 
         def reasons() -> str:
@@ -51,17 +61,25 @@ def test_the_first_start_builds_the_plan_and_says_so_and_the_second_finds_it(bun
     (plan,) = (tmp_path / "cache" / "vitserve" / "plans").glob("*.plan")
     made = plan.stat().st_mtime_ns
     running = start_server("--bundle", str(bundle.path), *ARGUMENTS, environment=environment)
-    again = httpx.post(f"{running.url}/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"}, timeout=60)
+    again = httpx.post(
+        f"{running.url}/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"}, timeout=60
+    )
     assert again.json()["results"] == answer.json()["results"]
     assert running.stop() == 0
     assert plan.stat().st_mtime_ns == made
 
 
-def test_a_device_that_answers_no_more_costs_no_image(bundle: Bundle, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_device_that_answers_no_more_costs_no_image(
+    bundle: Bundle, tmp_path: Path, environment: dict[str, str]
+) -> None:
     fault = tmp_path / "fault"
-    running = start_server("--bundle", str(bundle.path), *ARGUMENTS, environment=environment | {"DOUBLE_FAULT": str(fault)})
+    running = start_server(
+        "--bundle", str(bundle.path), *ARGUMENTS, environment=environment | {"DOUBLE_FAULT": str(fault)}
+    )
     fault.touch()
-    answer = httpx.post(f"{running.url}/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"}, timeout=60)
+    answer = httpx.post(
+        f"{running.url}/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"}, timeout=60
+    )
     assert answer.status_code == 200
     assert not fault.exists()
     running.wait_for("DeviceLost: cudaErrorIllegalAddress")
@@ -69,20 +87,24 @@ def test_a_device_that_answers_no_more_costs_no_image(bundle: Bundle, tmp_path: 
     assert running.stop() == 0
 
 
-def test_a_missing_plan_is_built_while_the_next_engine_serves_which_then_hands_over(bundle: Bundle, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_missing_plan_is_built_while_the_next_engine_serves_which_then_hands_over(
+    bundle: Bundle, tmp_path: Path, environment: dict[str, str]
+) -> None:
     there = "from vitserve.service import machine\nmachine.gpus = lambda *_: ['0']\n"  # for auto, in every process
     (tmp_path / "packages" / "sitecustomize.py").write_text(there)
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     arguments = ("--engine", "auto", "--while-building", "serve", "--max-batch", "4", "--timeout-ms", "60000")
-    running = start_server("--bundle", str(bundle.path), *arguments, environment=environment | {"DOUBLE_GATE": str(gate)})
+    running = start_server(
+        "--bundle", str(bundle.path), *arguments, environment=environment | {"DOUBLE_GATE": str(gate)}
+    )
     with httpx.Client(base_url=running.url, timeout=60) as client:
 
         def serving() -> dict[str, Any]:
             return dict(client.get("/v1/model").json()["serving"])
 
         assert serving()["engine"] != "tensorrt"
-        assert ("tensorrt", "not_built") in [(each["engine"], each["cause"]) for each in serving()["refused"]]
+        assert ("tensorrt", "not_built") in [(each["engine"], each["cause"]) for each in serving()["rejected"]]
         answers = [client.post("/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"})]
         gate.write_bytes(b"")
         wait_until(lambda: serving()["engine"] == "tensorrt", "the plan serves")
@@ -93,15 +115,17 @@ def test_a_missing_plan_is_built_while_the_next_engine_serves_which_then_hands_o
 
 
 def test_without_tensorrt_its_name_gives_the_line_to_run(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(NoEngine, match=r"tensorrt is not installed \(.*\): pip install 'vitserve\[tensorrt\]'"):
-        open_engine(bundle, EngineOptions(engine="tensorrt", plan_folder=str(tmp_path)))
+    with pytest.raises(NoEngineError, match=r"tensorrt is not installed \(.*\): pip install 'vitserve\[tensorrt\]'"):
+        open_engine(bundle, EngineOptions(engine="tensorrt", plan_dir=str(tmp_path)))
 
 
-def test_on_a_gpu_it_comes_first_and_what_the_bundle_holds_serves_without_it(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_it_comes_first_and_what_the_bundle_holds_serves_without_it(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vitserve.service.machine.gpus", lambda: ["0"])
-    opened = open_engine(bundle, EngineOptions(plan_folder=str(tmp_path)))
+    opened = open_engine(bundle, EngineOptions(plan_dir=str(tmp_path)))
     opened.engine.close()
-    assert [(each.engine, each.cause) for each in opened.refused[:2]] == [("tensorrt", "unavailable")] * 2
+    assert [(each.engine, each.cause) for each in opened.rejected[:2]] == [("tensorrt", "unavailable")] * 2
     assert opened.engine.name in ("openvino", "onnxruntime")
 
 

@@ -69,14 +69,26 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def complaints(stubs: Path) -> list[str]:
     """mypy's, about our files and the planted one, with the bindings' own signatures."""
-    folder = stubs.parent
-    planted = folder / "planted.py"
+    directory = stubs.parent
+    planted = directory / "planted.py"
     planted.write_text(PLANTED)
     # Only what is named is read, and so has a type; the rest is checked elsewhere.
-    arguments = ["--config-file=", "--follow-imports=skip", "--disable-error-code=var-annotated", f"--cache-dir={folder / 'cache'}"]
+    arguments = [
+        "--config-file=",
+        "--follow-imports=skip",
+        "--disable-error-code=var-annotated",
+        f"--cache-dir={directory / 'cache'}",
+    ]
     files = [*(str(each.relative_to(ROOT)) for each in sources()), str(planted), *map(str, stubs.rglob("*.py*"))]
     environment = os.environ | {"MYPYPATH": str(stubs)}
-    done = subprocess.run([sys.executable, "-m", "mypy", *arguments, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *arguments, *files],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode in (0, 1), done.stdout + done.stderr
     assert str(planted) in done.stdout, "nothing was checked"
     return [line for line in done.stdout.splitlines() if ": error:" in line and not line.startswith(str(stubs))]
@@ -118,13 +130,20 @@ def test_the_double_has_nothing_that_the_genuine_bindings_lack(stubs: Path) -> N
             elif inspect.isfunction(member) and not name.startswith("_"):
                 ours = list(inspect.signature(member).parameters)[1:]
                 theirs = genuine[kind.__name__][name]
-                assert any(ours == each[: len(ours)] for each in theirs), f"{kind.__name__}.{name}: {ours}; genuine: {theirs}"
+                assert any(ours == each[: len(ours)] for each in theirs), (
+                    f"{kind.__name__}.{name}: {ours}; genuine: {theirs}"
+                )
                 checked += 1
             elif issubclass(kind, Enum) and name in kind.__members__:
                 assert name in genuine[kind.__name__], f"{kind.__name__}.{name}"
     assert checked >= 25
     runtime = pytest.importorskip("cuda.bindings.runtime")
     for call in gpu_double.CALLS:
-        assert list(inspect.signature(getattr(runtime, call)).parameters) == list(inspect.signature(getattr(gpu_double.Device, call)).parameters)[1:], call
+        assert (
+            list(inspect.signature(getattr(runtime, call)).parameters)
+            == list(inspect.signature(getattr(gpu_double.Device, call)).parameters)[1:]
+        ), call
     for enumeration in (gpu_double.cudaError_t, gpu_double.cudaMemcpyKind, gpu_double.cudaStreamCaptureMode):
-        assert {each.name: int(each) for each in enumeration}.items() <= {each.name: int(each) for each in getattr(runtime, enumeration.__name__)}.items()
+        assert {each.name: int(each) for each in enumeration}.items() <= {
+            each.name: int(each) for each in getattr(runtime, enumeration.__name__)
+        }.items()

@@ -1,4 +1,4 @@
-"""A dispatcher and an engine process's threads over real sockets and memory, when the engine fails, dawdles or is gone. test_processes.py kills real ones."""
+"""A dispatcher and an engine worker's threads over real sockets and memory, when the engine fails, dawdles or is gone. test_processes.py kills real ones."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from tests.conftest import encoded, picture
 from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.model.bundle.preprocess import Decoder, Preprocessing
 from vitserve.service import errors
-from vitserve.service.engine_worker.batch_loop import EngineProcess
+from vitserve.service.engine_worker.batch_loop import BatchLoop
 from vitserve.service.engine_worker.startup import warm_up
 from vitserve.service.engines.engine import gathered
-from vitserve.service.http_worker.dispatcher import Answer, Dispatcher, Moved
+from vitserve.service.http_worker.dispatcher import Answer, Dispatcher, ModelReplacedError
 from vitserve.service.ipc import memory_layout, wire_format
-from vitserve.service.ipc.connection import Link
+from vitserve.service.ipc.connection import Connection
 from vitserve.service.ipc.control_channel import Channel
 from vitserve.service.ipc.memory_layout import FREE, Shape
-from vitserve.service.ipc.model_info import Served
-from vitserve.service.ipc.shared_memory import Ring
+from vitserve.service.ipc.model_info import ModelInfo
+from vitserve.service.ipc.shared_memory import SlotTable
 from vitserve.service.metrics import Metrics
 from vitserve.service.scheduler import Scheduler
 from vitserve.service.settings import Settings
 
 IMAGE = encoded(picture(16, 16))
-SERVED = Served("scripted", "1", "0" * 64, ("red", "green", "blue"), Preprocessing(16), "scripted", "fp32", {})
+SERVED = ModelInfo("scripted", "1", "0" * 64, ("red", "green", "blue"), Preprocessing(16), "scripted", "fp32", {})
 EPOCH = 7
 
 
 class Scripted:
-    """An engine that does what the test says, and otherwise answers with the image's mean colour as its logits."""
+    """An engine that does what the test says, and otherwise answers with the image's mean color as its logits."""
 
-    name, precision, lanes, max_batch = "scripted", "fp32", 1, 4
+    name, precision, streams, max_batch = "scripted", "fp32", 1, 4
     precision: Precision
 
     def __init__(self, act: Callable[[], object] = lambda: None) -> None:
         self.act = act
         self.sizes: list[int] = []
 
-    def run(self, lane: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
+    def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
         pixels = gathered(pixels, rows)
         self.sizes.append(len(pixels))
         self.act()
@@ -66,7 +66,7 @@ def logits_of(image: bytes) -> np.ndarray:
 
 @dataclass
 class House:
-    """One front's dispatcher, and the links to whatever plays its engines."""
+    """One HTTP worker's dispatcher, and the links to whatever plays its engines."""
 
     dispatcher: Dispatcher
     memory: int
@@ -74,24 +74,24 @@ class House:
     channels: list[socket.socket] = field(default_factory=list)
 
     def start(self, engine: Scripted, seconds: float, index: int = 0) -> None:
-        """A real engine process's threads, in this process."""
+        """A real engine worker's threads, in this process."""
         measured = {size: seconds * (1 + size) for size in range(1, 5)}
         metrics = Metrics(CollectorRegistry())
-        process = EngineProcess(engine, Ring(self.memory), index, EPOCH, measured, metrics, hang_seconds=60.0)
+        process = BatchLoop(engine, SlotTable(self.memory), index, EPOCH, measured, metrics, hang_seconds=60.0)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        link = self.link(index)
-        Channel(ours).send({"kind": "connect", "front": 0, "epoch": 1}, [link.fileno()])
-        link.close()
+        connection = self.connection(index)
+        Channel(ours).send({"kind": "connect", "worker": 0, "incarnation": 1}, [connection.fileno()])
+        connection.close()
         Channel(ours).send({"kind": "retire"})
         thread = threading.Thread(target=process.run, args=(Channel(theirs),), daemon=True)
         thread.start()
         self.threads.append(thread)
         self.channels += [ours, theirs]
 
-    def link(self, index: int = 0) -> socket.socket:
-        """The engine's end; the front's is connected."""
+    def connection(self, index: int = 0) -> socket.socket:
+        """The engine's end; the HTTP worker's is connected."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.dispatcher.connect(index, Link(ours, index, EPOCH, self.dispatcher.stuck))
+        self.dispatcher.connect(index, Connection(ours, index, EPOCH, self.dispatcher.stuck))
         return theirs
 
     @property
@@ -99,14 +99,18 @@ class House:
         return len(self.dispatcher.slots)
 
 
-def with_house(work: Callable[[House], Awaitable[Any]], engine: Scripted | None = None, slots: int = 64, seconds: float = 0.001) -> Any:
-    """Afterwards every slot has come back, and the engine's process has ended because its last front had let go."""
+def with_house(
+    work: Callable[[House], Awaitable[Any]], engine: Scripted | None = None, slots: int = 64, seconds: float = 0.001
+) -> Any:
+    """Afterwards every slot has come back, and the engine's process has ended because its last HTTP worker had let go."""
 
     async def main() -> Any:
         memory = memory_layout.create(Shape(1, slots, 2, 1, 4, 16, 3, 3), SERVED.to_json())
         metrics = Metrics(CollectorRegistry())
         with ThreadPoolExecutor(2) as decoders:
-            house = House(Dispatcher(Ring(memory), 0, 1, Settings(), metrics, decoders, asyncio.get_running_loop()), memory)
+            house = House(
+                Dispatcher(SlotTable(memory), 0, 1, Settings(), metrics, decoders, asyncio.get_running_loop()), memory
+            )
             if engine is not None:
                 house.start(engine, seconds)
             result = await work(house)
@@ -115,7 +119,7 @@ def with_house(work: Callable[[House], Awaitable[Any]], engine: Scripted | None 
                 await asyncio.sleep(0)
             for thread in house.threads:
                 await asyncio.to_thread(thread.join)
-        assert house.dispatcher.ring.count(FREE) == slots
+        assert house.dispatcher.slot_table.count(FREE) == slots
         for channel in house.channels:
             channel.close()
         os.close(memory)
@@ -127,7 +131,9 @@ def with_house(work: Callable[[House], Awaitable[Any]], engine: Scripted | None 
 async def outcomes(house: House, count: int, timeout_seconds: float = 30.0) -> list[Answer | BaseException]:
     deadline = time.monotonic() + timeout_seconds
     images = [encoded(picture(16, 16, seed=seed)) for seed in range(count)]
-    return await asyncio.gather(*(house.dispatcher.classify(image, deadline, 5) for image in images), return_exceptions=True)
+    return await asyncio.gather(
+        *(house.dispatcher.classify(image, deadline, 5) for image in images), return_exceptions=True
+    )
 
 
 def test_each_image_gets_its_own_answer() -> None:
@@ -150,7 +156,7 @@ def test_a_failed_batch_is_answered_and_the_next_one_served(caplog: pytest.LogCa
 
     failing = [True]
     first, second = with_house(work, Scripted(fail))
-    assert all(isinstance(each, errors.EngineFailed) for each in first)
+    assert all(isinstance(each, errors.EngineFailedError) for each in first)
     assert all("device lost" not in str(each) for each in first), "what went wrong inside is for the log"
     assert all(isinstance(each, Answer) for each in second)
     assert caplog.text.count("RuntimeError: device lost") == 1, "logged once an outage, not once a batch"
@@ -159,8 +165,10 @@ def test_a_failed_batch_is_answered_and_the_next_one_served(caplog: pytest.LogCa
 def test_logits_that_are_not_numbers_are_a_failure() -> None:
     engine = Scripted()
     nothing = np.full((1, 3), np.nan, np.float32)
-    engine.run = lambda lane, pixels: Outputs(np.repeat(nothing, len(pixels), 0), nothing)  # type: ignore[method-assign]
-    assert all(isinstance(each, errors.EngineFailed) for each in with_house(lambda house: outcomes(house, 5), engine))
+    engine.run = lambda stream, pixels: Outputs(np.repeat(nothing, len(pixels), 0), nothing)  # type: ignore[method-assign]
+    assert all(
+        isinstance(each, errors.EngineFailedError) for each in with_house(lambda house: outcomes(house, 5), engine)
+    )
 
 
 def test_a_caller_whose_deadline_passes_is_told_so_while_the_engine_hangs() -> None:
@@ -174,16 +182,16 @@ def test_a_caller_whose_deadline_passes_is_told_so_while_the_engine_hangs() -> N
         return [*late, *await hung]
 
     *late, hung = with_house(work, Scripted(lambda: (running.set(), release.wait())))
-    assert all(isinstance(each, errors.DeadlineExceeded) for each in late)
+    assert all(isinstance(each, errors.DeadlineExceededError) for each in late)
     assert isinstance(hung, Answer)
 
 
 def test_what_cannot_be_in_time_is_refused_before_it_is_decoded() -> None:
     async def work(house: House) -> None:
-        with pytest.raises(errors.Overloaded, match="leaves no room before its deadline") as refused:
+        with pytest.raises(errors.OverloadedError, match="leaves no room before its deadline") as rejected:
             await house.dispatcher.classify(b"never looked at", time.monotonic() + 1.0, 5)
-        assert 8 < refused.value.retry_after_seconds < 10
-        assert refused.value.headers() == {"Retry-After": "10"}
+        assert 8 < rejected.value.retry_after_seconds < 10
+        assert rejected.value.headers() == {"Retry-After": "10"}
 
     with_house(work, Scripted(), seconds=2.0)
 
@@ -198,10 +206,10 @@ def test_a_front_that_stood_still_once_admits_again_and_learns_better() -> None:
 
 def test_an_engines_successor_may_be_connected_before_its_end_is_read() -> None:
     async def work(house: House) -> list[Answer | BaseException]:
-        house.dispatcher.ring.publish(0, Scheduler(dict.fromkeys(range(1, 5), 0.001)))
-        first = house.link()
+        house.dispatcher.slot_table.publish(0, Scheduler(dict.fromkeys(range(1, 5), 0.001)))
+        first = house.connection()
         asked = asyncio.create_task(outcomes(house, 6))
-        while house.dispatcher.ring.count(memory_layout.WAITING) < 6:
+        while house.dispatcher.slot_table.count(memory_layout.WAITING) < 6:
             await asyncio.sleep(0)
         first.close()
         house.start(Scripted(), 0.001)  # before the event loop has had a turn to read the end
@@ -219,7 +227,7 @@ def test_without_a_free_slot_an_image_is_refused() -> None:
         held = asyncio.create_task(outcomes(house, 4))
         while house.taken < 4:
             await asyncio.sleep(0)
-        with pytest.raises(errors.Overloaded, match="every slot is taken"):
+        with pytest.raises(errors.OverloadedError, match="every slot is taken"):
             await house.dispatcher.classify(IMAGE, time.monotonic() + 30, 5)
         release.set()
         return await held
@@ -235,7 +243,7 @@ def test_a_caller_who_leaves_frees_the_place_before_a_batch_is_formed() -> None:
         first = asyncio.create_task(house.dispatcher.classify(IMAGE, time.monotonic() + 30, 5))
         await asyncio.to_thread(running.wait)
         leaving = asyncio.create_task(outcomes(house, 20))
-        while house.dispatcher.ring.count(memory_layout.WAITING) < 20:
+        while house.dispatcher.slot_table.count(memory_layout.WAITING) < 20:
             await asyncio.sleep(0)
         leaving.cancel()
         while house.taken > 1:
@@ -255,7 +263,7 @@ def test_a_replaced_model_answers_what_it_admitted_and_refuses_what_comes() -> N
         while house.taken < 30:
             await asyncio.sleep(0)
         house.dispatcher.retire()
-        with pytest.raises(Moved):
+        with pytest.raises(ModelReplacedError):
             await house.dispatcher.classify(IMAGE, time.monotonic() + 30, 5)
         release.set()
         return await admitted
@@ -265,42 +273,48 @@ def test_a_replaced_model_answers_what_it_admitted_and_refuses_what_comes() -> N
 
 def test_a_replaced_model_that_dies_hands_its_images_on() -> None:
     async def work(house: House) -> list[Answer | BaseException]:
-        engine = house.link()
+        engine = house.connection()
         admitted = asyncio.create_task(outcomes(house, 5))
-        while house.dispatcher.ring.count(memory_layout.WAITING) < 5:
+        while house.dispatcher.slot_table.count(memory_layout.WAITING) < 5:
             await asyncio.sleep(0)
         house.dispatcher.retire()
         engine.close()
         return await admitted
 
-    assert [type(each) for each in with_house(work)] == [Moved] * 5
+    assert [type(each) for each in with_house(work)] == [ModelReplacedError] * 5
 
 
 def test_what_a_dead_engine_left_is_run_by_the_next() -> None:
     """The first engine is a socket that the test holds: it takes in ten, marks two as running, answers one, and dies."""
 
     async def work(house: House) -> list[Answer | BaseException]:
-        house.dispatcher.ring.publish(0, Scheduler(dict.fromkeys(range(1, 5), 0.001)))
-        first = house.link()
+        house.dispatcher.slot_table.publish(0, Scheduler(dict.fromkeys(range(1, 5), 0.001)))
+        first = house.connection()
         asked = asyncio.create_task(outcomes(house, 10))
-        while house.dispatcher.ring.count(memory_layout.WAITING) < 10:
+        while house.dispatcher.slot_table.count(memory_layout.WAITING) < 10:
             await asyncio.sleep(0)
         sent = [wire_format.unpack_submissions(first.recv(wire_format.MAX_BYTES))[1][0] for _ in range(10)]
         assert {each.ask for each in sent} == {wire_format.ASK}
-        house.dispatcher.ring.states[sent[0].slot] = house.dispatcher.ring.states[sent[1].slot] = memory_layout.RUNNING
-        (message,) = wire_format.pack_answers(EPOCH, [wire_format.Answer(sent[2].slot, wire_format.FAILED, sent[2].sequence)])
+        house.dispatcher.slot_table.states[sent[0].slot] = house.dispatcher.slot_table.states[sent[1].slot] = (
+            memory_layout.RUNNING
+        )
+        (message,) = wire_format.pack_answers(
+            EPOCH, [wire_format.Answer(sent[2].slot, wire_format.FAILED, sent[2].sequence)]
+        )
         first.send(message)
         first.close()
         while house.dispatcher.reachable:
             await asyncio.sleep(0)
-        second = house.link()
+        second = house.connection()
         again = [wire_format.unpack_submissions(second.recv(wire_format.MAX_BYTES))[1][0] for _ in range(9)]
         asks = {each.sequence: each.ask for each in again}
         suspects = {sent[0].sequence, sent[1].sequence}
         assert asks == {
-            each.sequence: wire_format.ALONE if each.sequence in suspects else wire_format.AGAIN for each in sent if each.sequence != sent[2].sequence
+            each.sequence: wire_format.ALONE if each.sequence in suspects else wire_format.AGAIN
+            for each in sent
+            if each.sequence != sent[2].sequence
         }
-        house.dispatcher.ring.states[sent[0].slot] = memory_layout.RUNNING
+        house.dispatcher.slot_table.states[sent[0].slot] = memory_layout.RUNNING
         second.close()
         while house.dispatcher.reachable:
             await asyncio.sleep(0)
@@ -308,8 +322,11 @@ def test_what_a_dead_engine_left_is_run_by_the_next() -> None:
         return await asked
 
     found = with_house(work)
-    failed = [each for each in found if isinstance(each, errors.EngineFailed)]
-    assert sorted(str(each) for each in failed) == ["2 engines died while they ran this image", "the engine failed while it ran this image"]
+    failed = [each for each in found if isinstance(each, errors.EngineFailedError)]
+    assert sorted(str(each) for each in failed) == [
+        "2 engines died while they ran this image",
+        "the engine failed while it ran this image",
+    ]
     assert sum(isinstance(each, Answer) for each in found) == 8
 
 
@@ -327,15 +344,20 @@ def test_work_goes_to_the_engine_that_will_have_it_done_first() -> None:
 
 def test_stale_messages_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
     async def work(house: House) -> Answer:
-        house.dispatcher.ring.publish(0, Scheduler(dict.fromkeys(range(1, 5), 0.001)))
-        engine = house.link()
+        house.dispatcher.slot_table.publish(0, Scheduler(dict.fromkeys(range(1, 5), 0.001)))
+        engine = house.connection()
         asked = asyncio.create_task(house.dispatcher.classify(IMAGE, time.monotonic() + 30, 5))
-        while house.dispatcher.ring.count(memory_layout.WAITING) < 1:
+        while house.dispatcher.slot_table.count(memory_layout.WAITING) < 1:
             await asyncio.sleep(0)
         (submission,) = wire_format.unpack_submissions(engine.recv(wire_format.MAX_BYTES))[1]
         right = wire_format.Answer(submission.slot, wire_format.DONE, submission.sequence)
-        for epoch, answer in ((EPOCH - 1, right), (EPOCH, right._replace(sequence=submission.sequence - 1)), (EPOCH, right), (EPOCH, right)):
-            (message,) = wire_format.pack_answers(epoch, [answer])
+        for incarnation, answer in (
+            (EPOCH - 1, right),
+            (EPOCH, right._replace(sequence=submission.sequence - 1)),
+            (EPOCH, right),
+            (EPOCH, right),
+        ):
+            (message,) = wire_format.pack_answers(incarnation, [answer])
             engine.send(message)
         answer = await asked
         while "which is not there; it is dropped" not in caplog.text.partition("which is not there; it is dropped")[2]:

@@ -17,13 +17,20 @@ from PIL import Image
 
 from tests.conftest import encoded, picture, start_server
 from vitserve.model.bundle.bundle import Bundle
-from vitserve.model.bundle.preprocess import DamagedImage, Decoder, Interpolation, NotAnImage, Preprocessing, TooManyPixels
+from vitserve.model.bundle.preprocess import (
+    DamagedImageError,
+    Decoder,
+    Interpolation,
+    NotAnImageError,
+    Preprocessing,
+    TooManyPixelsError,
+)
 from vitserve.service.http_worker.decoding import decoder_for
 from vitserve.service.settings import Settings
 
 pytest.importorskip("nvidia.nvimgcodec", reason="nvidia-nvimgcodec is not installed")
 
-from vitserve.service.http_worker.gpu_decoder import DIFFERENCE, GpuDecoder, Unproven  # which imports it
+from vitserve.service.http_worker.gpu_decoder import DIFFERENCE, DecoderRejectedError, GpuDecoder  # which imports it
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 
@@ -35,7 +42,9 @@ def gpu() -> GpuDecoder:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("size", "crop"), [(32, 1.0), (224, 0.9)])
-def test_photos_are_within_the_stated_difference(size: int, crop: float, interpolation: Interpolation, photos: list[Path]) -> None:
+def test_photos_are_within_the_stated_difference(
+    size: int, crop: float, interpolation: Interpolation, photos: list[Path]
+) -> None:
     exact = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
     ours = GpuDecoder(exact, "cpu")
     for photo in photos:
@@ -44,7 +53,9 @@ def test_photos_are_within_the_stated_difference(size: int, crop: float, interpo
         assert difference.max() <= DIFFERENCE[1], photo
 
 
-def test_who_waits_is_decoded_with_the_others_and_gets_their_own(gpu: GpuDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_is_decoded_with_the_others_and_gets_their_own(
+    gpu: GpuDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = [encoded(picture(60, 40, seed), "JPEG") for seed in range(24)]
     alone = [gpu.decode(image) for image in images]
     sizes, first, go = list[int](), threading.Event(), threading.Event()
@@ -69,7 +80,7 @@ def test_who_waits_is_decoded_with_the_others_and_gets_their_own(gpu: GpuDecoder
     assert sizes == [1, 23]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "rotated", "grey", "CMYK", "progressive"])
+@pytest.mark.parametrize("kind", ["PNG", "rotated", "gray", "CMYK", "progressive"])
 def test_what_is_no_plain_jpeg_is_decoded_all_the_same(gpu: GpuDecoder, kind: str) -> None:
     image, file = picture(60, 40), io.BytesIO()
     exif = Image.Exif()
@@ -82,22 +93,24 @@ def test_what_is_no_plain_jpeg_is_decoded_all_the_same(gpu: GpuDecoder, kind: st
         case "progressive":
             image.save(file, "JPEG", progressive=True)
         case _:
-            image.convert("L" if kind == "grey" else "CMYK").save(file, "JPEG")
+            image.convert("L" if kind == "gray" else "CMYK").save(file, "JPEG")
     assert np.abs(gpu.decode(file.getvalue()).astype(int) - gpu.decoder.decode(file.getvalue())).max() <= DIFFERENCE[1]
 
 
 def test_refusals_are_the_same(gpu: GpuDecoder) -> None:
     whole = encoded(picture(600, 400), "JPEG")
-    with pytest.raises(NotAnImage):
+    with pytest.raises(NotAnImageError):
         gpu.decode(b"no image")
-    with pytest.raises(DamagedImage):
+    with pytest.raises(DamagedImageError):
         gpu.decode(whole[: len(whole) // 2])
     small = GpuDecoder(Decoder(Preprocessing(32), max_pixels=2_000_000, jpeg_draft=False), "cpu")
-    with pytest.raises(TooManyPixels, match="2400 × 1000 pixels; the limit is 2,000,000"):
+    with pytest.raises(TooManyPixelsError, match="2400 × 1000 pixels; the limit is 2,000,000"):
         small.decode(encoded(picture(2400, 1000), "JPEG"))
 
 
-def test_a_device_that_fails_costs_no_image(gpu: GpuDecoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_device_that_fails_costs_no_image(
+    gpu: GpuDecoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def lost(*_: object, **__: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -105,14 +118,16 @@ def test_a_device_that_fails_costs_no_image(gpu: GpuDecoder, monkeypatch: pytest
     monkeypatch.setattr(gpu, "_failures", 0)
     images = [encoded(picture(60, 40, seed), "JPEG") for seed in range(6)]
     assert all(np.array_equal(gpu.decode(image), gpu.decoder.decode(image)) for image in images)
-    assert caplog.text.count("could not be decoded on the GPU") == 2, "when it began, and when it was taken to be for good"
+    assert caplog.text.count("could not be decoded on the GPU") == 2, (
+        "when it began, and when it was taken to be for good"
+    )
     assert "which is left alone" in caplog.text
 
 
 def test_chroma_is_interpolated_as_libjpeg_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """nvJPEG's default on a GPU; its decoder for the CPU can be made to do the same."""
     monkeypatch.setattr("vitserve.service.http_worker.gpu_decoder.OPTIONS", ":fancy_upsampling=0")
-    with pytest.raises(Unproven, match="levels in the mean"):
+    with pytest.raises(DecoderRejectedError, match="levels in the mean"):
         GpuDecoder(Decoder(Preprocessing(224), jpeg_draft=False), "cpu")
 
 
@@ -134,11 +149,16 @@ def test_a_batch_is_bounded_by_its_pixels(gpu: GpuDecoder) -> None:
 def test_a_device_that_decodes_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     resized = GpuDecoder._resized
     monkeypatch.setattr(GpuDecoder, "_resized", lambda self, image, header: resized(self, image, header).roll(1, 0))
-    with pytest.raises(Unproven, match=r"the GPU's pixels of a picture of 640 × 427 differ by \d+\.\d+ levels in the mean and \d+ at most; 0\.5 and 16 are"):
+    with pytest.raises(
+        DecoderRejectedError,
+        match=r"the GPU's pixels of a picture of 640 × 427 differ by \d+\.\d+ levels in the mean and \d+ at most; 0\.5 and 16 are",
+    ):
         GpuDecoder(Decoder(Preprocessing(32)), "cpu")
 
 
-def test_without_its_packages_the_line_to_run_is_logged_and_the_cpu_decodes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_its_packages_the_line_to_run_is_logged_and_the_cpu_decodes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setitem(sys.modules, "nvidia", None)
     monkeypatch.delitem(sys.modules, "vitserve.service.http_worker.gpu_decoder")
     assert isinstance(decoder_for(Preprocessing(33), Settings(decode="gpu")), Decoder)
@@ -147,7 +167,12 @@ def test_without_its_packages_the_line_to_run_is_logged_and_the_cpu_decodes(monk
 
 def test_a_service_without_a_gpu_that_is_to_decode_on_one_says_so_and_answers(bundle: Bundle) -> None:
     running = start_server("--bundle", str(bundle.path), "--decode", "gpu")
-    answer = httpx.post(f"{running.url}/v1/classify", content=encoded(picture(), "JPEG"), headers={"content-type": "image/jpeg"}, timeout=60)
+    answer = httpx.post(
+        f"{running.url}/v1/classify",
+        content=encoded(picture(), "JPEG"),
+        headers={"content-type": "image/jpeg"},
+        timeout=60,
+    )
     assert answer.status_code == 200
     running.wait_for("images are decoded on the CPU: ")
     assert running.stop() == 0

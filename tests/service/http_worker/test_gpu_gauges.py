@@ -35,7 +35,11 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def values() -> dict[tuple[str, ...], float]:
-    return {(sample.name, *sample.labels.values()): sample.value for metric in gpu_gauges.gpu_gauges() for sample in metric.samples}
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for metric in gpu_gauges.gpu_gauges()
+        for sample in metric.samples
+    }
 
 
 def test_each_device_tells_its_memory_its_use_and_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,18 +97,29 @@ def test_many_at_once_each_get_their_own_answer(client: httpx.Client) -> None:
 
 def test_a_bad_image_among_several_carries_its_own_error(client: httpx.Client) -> None:
     good = encoded(picture())
-    response = client.post("/v1/classify", files=[("a", good), ("b", b"not an image"), ("c", good[:-40]), ("d", png_header(9000, 9000)), ("e", good)])
+    response = client.post(
+        "/v1/classify",
+        files=[("a", good), ("b", b"not an image"), ("c", good[:-40]), ("d", png_header(9000, 9000)), ("e", good)],
+    )
     assert response.status_code == 200
     results = response.json()["results"]
-    assert [each["error"]["code"] for each in results if "error" in each] == ["not_an_image", "damaged_image", "image_too_large"]
+    assert [each["error"]["code"] for each in results if "error" in each] == [
+        "not_an_image",
+        "damaged_image",
+        "image_too_large",
+    ]
     assert probabilities(results[0]) == probabilities(results[4])
     sent = client.post("/v1/classify", json={"images": ["%%%", 7, base64.b64encode(good).decode()]})
-    assert [each.get("error", {}).get("code") for each in sent.json()["results"]] == ["bad_request", "bad_request", None]
+    assert [each.get("error", {}).get("code") for each in sent.json()["results"]] == [
+        "bad_request",
+        "bad_request",
+        None,
+    ]
 
 
 def test_server_timing_names_the_stages(client: httpx.Client) -> None:
     timing = classify(client, encoded(picture())).headers["server-timing"]
-    assert re.fullmatch(r"read;dur=[\d.]+, decode;dur=[\d.]+, queue;dur=[\d.]+, run;dur=[\d.]+", timing)
+    assert re.fullmatch(r"read;dur=[\d.]+, decode;dur=[\d.]+, queue;dur=[\d.]+, inference;dur=[\d.]+", timing)
 
 
 GOOD = encoded(picture())
@@ -122,7 +133,13 @@ PROBLEMS: dict[str, tuple[int, str, bytes, str, str]] = {
     "not json": (400, "bad_request", b"{", "application/json", ""),
     "deep json": (400, "bad_request", b"[" * 100_000, "application/json", ""),
     "json of another shape": (400, "bad_request", b'{"image": ""}', "application/json", ""),
-    "json with an unknown field": (400, "bad_request", b'{"images": [""], "url": "http://127.0.0.1/"}', "application/json", ""),
+    "json with an unknown field": (
+        400,
+        "bad_request",
+        b'{"images": [""], "url": "http://127.0.0.1/"}',
+        "application/json",
+        "",
+    ),
     "no images": (400, "bad_request", b'{"images": []}', "application/json", ""),
     "too many images": (400, "bad_request", json.dumps({"images": [""] * 65}).encode(), "application/json", ""),
     "a form without its boundary": (400, "bad_request", b"--x\r\n\r\n", "multipart/form-data", ""),
@@ -142,7 +159,9 @@ PROBLEMS: dict[str, tuple[int, str, bytes, str, str]] = {
 
 
 @pytest.mark.parametrize(("status", "code", "body", "kind", "query"), PROBLEMS.values(), ids=PROBLEMS.keys())
-def test_problems_have_a_status_and_a_stable_code(client: httpx.Client, status: int, code: str, body: bytes, kind: str, query: str) -> None:
+def test_problems_have_a_status_and_a_stable_code(
+    client: httpx.Client, status: int, code: str, body: bytes, kind: str, query: str
+) -> None:
     response = client.post(f"/v1/classify{query}", content=body, headers={"content-type": kind})
     problem = response.json()
     assert (response.status_code, problem["code"]) == (status, code), problem
@@ -152,7 +171,9 @@ def test_problems_have_a_status_and_a_stable_code(client: httpx.Client, status: 
 
 def test_what_a_client_wrote_can_be_sent_back_in_a_message(client: httpx.Client) -> None:
     """A lone surrogate, which no UTF-8 holds."""
-    answer = client.post("/v1/classify", content=b'{"images":[],"\\ud800":1}', headers={"content-type": "application/json"})
+    answer = client.post(
+        "/v1/classify", content=b'{"images":[],"\\ud800":1}', headers={"content-type": "application/json"}
+    )
     assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
     assert metric(client, "vitserve_requests_total", route="/v1/classify", status="400") > 0
 
@@ -172,12 +193,16 @@ def test_labels_are_sent_as_they_are_written(tmp_path: Path) -> None:
     with httpx.Client(base_url=running.url, timeout=60) as own:
         response = classify(own, GOOD, top_k=7)
     assert response.headers["content-type"] == "application/json"
-    assert {each["index"]: each["label"] for each in response.json()["results"][0]["predictions"]} == dict(enumerate(labels))
+    assert {each["index"]: each["label"] for each in response.json()["results"][0]["predictions"]} == dict(
+        enumerate(labels)
+    )
     assert running.stop() == 0
 
 
 def test_messages_name_both_numbers(client: httpx.Client) -> None:
-    assert "20000 × 20000 pixels; the limit is 50,000,000" in classify(client, png_header(20000, 20000)).json()["detail"]
+    assert (
+        "20000 × 20000 pixels; the limit is 50,000,000" in classify(client, png_header(20000, 20000)).json()["detail"]
+    )
     assert "top_k is 8; it must be from 1 to 7" in classify(client, GOOD, top_k=8).json()["detail"]
 
 
@@ -211,12 +236,15 @@ def test_every_error_has_its_own_code() -> None:
 
 
 def test_a_body_over_the_limit_is_cut_off_while_it_streams(bundle: Bundle) -> None:
-    """The declared length is refused at once; an undeclared one when the limit is passed, though the body never ends."""
+    """The declared length is rejected at once; an undeclared one when the limit is passed, though the body never ends."""
     running = start_server("--bundle", str(bundle.path), "--max-body-bytes", "100000")
     host, port = running.url.removeprefix("http://").split(":")
     heading = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
     try:
-        for start in (b"Content-Length: 100001\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n" + b"186a1\r\n" + b"x" * 100_001):
+        for start in (
+            b"Content-Length: 100001\r\n\r\n",
+            b"Transfer-Encoding: chunked\r\n\r\n" + b"186a1\r\n" + b"x" * 100_001,
+        ):
             with socket.create_connection((host, int(port)), timeout=30) as connection:
                 connection.sendall(heading + start)
                 answer = connection.recv(65536)
@@ -232,14 +260,20 @@ def test_a_client_that_goes_away_mid_body_costs_nothing(server: Server, client: 
     for _ in range(20):
         with socket.create_connection((host, int(port))) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nabc")
+            connection.sendall(
+                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nabc"
+            )
     assert classify(client, GOOD).status_code == 200
     assert metric(client, "vitserve_images_in_flight") == 0
 
 
 def metric(client: httpx.Client, sample_name: str, /, **labels: str) -> float:
-    samples = [sample for family in text_string_to_metric_families(client.get("/metrics").text) for sample in family.samples]
-    return sum(sample.value for sample in samples if sample.name == sample_name and labels.items() <= sample.labels.items())
+    samples = [
+        sample for family in text_string_to_metric_families(client.get("/metrics").text) for sample in family.samples
+    ]
+    return sum(
+        sample.value for sample in samples if sample.name == sample_name and labels.items() <= sample.labels.items()
+    )
 
 
 def test_metrics_count_what_happened(client: httpx.Client) -> None:
@@ -267,12 +301,14 @@ def test_what_operators_ask(client: httpx.Client, bundle: Bundle) -> None:
     assert client.get("/livez").json() == {"status": "live"}
     ready = client.get("/readyz").json()
     assert (ready["status"], ready["reasons"]) == ("ready", [])
-    assert all(each["cause"] == "unavailable" for each in ready["refused"]), "bf16, on a CPU that has none, and nothing else"
+    assert all(each["cause"] == "unavailable" for each in ready["rejected"]), (
+        "bf16, on a CPU that has none, and nothing else"
+    )
     model = client.get("/v1/model").json()
     assert (model["name"], model["version"], model["labels"]) == ("tiny", bundle.manifest.version, list(bundle.labels))
     serving = model["serving"]
     assert serving["engine"] == "openvino"
-    assert serving["precision"] == ("fp32" if ready["refused"] else "bf16")
+    assert serving["precision"] == ("fp32" if ready["rejected"] else "bf16")
     assert serving["parity"]["logits"] < TOLERANCE[serving["precision"]]
     assert "/v1/classify" in client.get("/openapi.json").json()["paths"]
     assert client.get("/docs").status_code == 200
@@ -285,13 +321,22 @@ def test_overload_is_refused_with_a_retry_after_and_the_admitted_are_answered(bu
         with httpx.Client(base_url=running.url, timeout=60) as client, ThreadPoolExecutor(12) as pool:
             many = [("image", encoded(picture(1200, 900, seed=seed))) for seed in range(8)]
             answers = list(pool.map(lambda _: client.post("/v1/classify", files=many), range(12)))
-            shed = [each["error"] for answer in answers if answer.status_code == 200 for each in answer.json()["results"] if "error" in each]
-            refused = [answer for answer in answers if answer.status_code == 429]
+            rejection = [
+                each["error"]
+                for answer in answers
+                if answer.status_code == 200
+                for each in answer.json()["results"]
+                if "error" in each
+            ]
+            rejected = [answer for answer in answers if answer.status_code == 429]
             assert {answer.status_code for answer in answers} <= {200, 429}
-            assert {each["code"] for each in shed} <= {"overloaded"}
-            assert shed or refused
-            assert all(int(answer.headers["retry-after"]) >= 1 and answer.json()["retry_after_seconds"] >= 0 for answer in refused)
-            assert metric(client, "vitserve_images_shed_total") == len(shed) + 8 * len(refused)
+            assert {each["code"] for each in rejection} <= {"overloaded"}
+            assert rejection or rejected
+            assert all(
+                int(answer.headers["retry-after"]) >= 1 and answer.json()["retry_after_seconds"] >= 0
+                for answer in rejected
+            )
+            assert metric(client, "vitserve_images_shed_total") == len(rejection) + 8 * len(rejected)
             assert metric(client, "vitserve_images_in_flight") == 0
             assert classify(client, GOOD).status_code == 200
     finally:

@@ -23,8 +23,8 @@ from tests.support.promql import COMPONENTS, Panel, as_truth, grouped_by, panels
 from vitserve.bench.client import Client
 from vitserve.bench.request import Picture
 from vitserve.model.bundle.bundle import sha256
-from vitserve.service.engine_worker.startup import EMBEDDED
-from vitserve.service.engine_worker.tuning_cache import Choice, remember
+from vitserve.service.engine_worker.startup import DEFAULT_BUNDLE
+from vitserve.service.engine_worker.tuning_cache import TuningResult, save_tuning_result
 
 IMAGE = encoded(picture(120, 90), "JPEG")
 WELL_ABOVE = 2.0
@@ -43,24 +43,29 @@ class Seen:
 
 
 def value(exposition: str, name: str) -> float:
-    return sum(sample.value for family in text_string_to_metric_families(exposition) for sample in family.samples if sample.name == name)
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(exposition)
+        for sample in family.samples
+        if sample.name == name
+    )
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
-    """The model that comes along, and two fronts. The engine that was found to be the fastest is damaged, so that a refused one is to be seen as well."""
-    folder = tmp_path_factory.mktemp("saturation")
-    bundle = shutil.copytree(EMBEDDED, folder / "bundle")
+    """The model that comes along, and two HTTP workers. The engine that was found to be the fastest is damaged, so that a rejected one is to be seen as well."""
+    directory = tmp_path_factory.mktemp("saturation")
+    bundle = shutil.copytree(DEFAULT_BUNDLE, directory / "bundle")
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("XDG_CACHE_HOME", str(directory))
         with (bundle / "model.onnxruntime.onnx").open("ab") as file:
             file.write(b"one byte too many")
-        remember(sha256(bundle / "bundle.json"), Choice("onnxruntime", "fp32", 1, 1, 1.0))
+        save_tuning_result(sha256(bundle / "bundle.json"), TuningResult("onnxruntime", "fp32", 1, 1, 1.0))
         running = start_server("--bundle", str(bundle), "--workers", "2", "--threads", "1")
         stack.callback(running.stop)
         target = running.url.removeprefix("http://")
-        watching = stack.enter_context(prometheus(target, folder)) if shutil.which("prometheus") else None
+        watching = stack.enter_context(prometheus(target, directory)) if shutil.which("prometheus") else None
         if watching is not None:
             watching.wait_for("up == 1")
         yield asyncio.run(observe(target, watching))
@@ -119,7 +124,11 @@ async def observe(target: str, watching: Prometheus | None) -> Seen:
 
 def watched(watching: Prometheus) -> float:
     """A moment at which every rule had been evaluated and overload had been seen."""
-    for expression in [*(rule["record"] for rule in rules("record")), f"job:vitserve_saturation:avg >= {SEEN}", f"vitserve_saturation >= {SEEN}"]:
+    for expression in [
+        *(rule["record"] for rule in rules("record")),
+        f"job:vitserve_saturation:avg >= {SEEN}",
+        f"vitserve_saturation >= {SEEN}",
+    ]:
         watching.wait_for(expression)
     return float(watching.ask("query", query="time()")["result"][1])
 
@@ -133,7 +142,9 @@ def test_saturation_is_far_below_one_in_light_load_and_well_above_in_overload(se
 def test_the_lint_of_prometheus_has_nothing_to_say_of_the_exposition(seen: Seen) -> None:
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
-    done = subprocess.run(["promtool", "check", "metrics"], input=seen.exposition, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=seen.exposition, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -150,7 +161,12 @@ def places() -> Iterator[tuple[str, str]]:
         yield rule.get("record") or rule["alert"], rule["expr"]
     for panel in panels():
         yield f"{panel.dashboard}: {panel.title}", panel.query
-    for path in [*COMPONENTS.rglob("*.yaml"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), ROOT / "docker" / "prometheus" / "rules.yml"]:
+    for path in [
+        *COMPONENTS.rglob("*.yaml"),
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("*.md"),
+        ROOT / "docker" / "prometheus" / "rules.yml",
+    ]:
         yield str(path.relative_to(ROOT)), path.read_text()
 
 
@@ -173,7 +189,9 @@ def test_every_name_and_label_that_is_asked_for_is_exposed(seen: Seen) -> None:
 
 def test_every_counter_of_the_code_is_watched(seen: Seen) -> None:
     """What nobody looks at need not be counted."""
-    looked_at = {name for place, text in places() if not place.endswith((".md", ".yaml", ".yml")) for name, _ in selectors(text)}
+    looked_at = {
+        name for place, text in places() if not place.endswith((".md", ".yaml", ".yml")) for name, _ in selectors(text)
+    }
     for family in text_string_to_metric_families(seen.exposition):
         assert {family.name, *(sample.name for sample in family.samples)} & looked_at, family.name
 
@@ -197,7 +215,9 @@ def test_prometheus_sees_the_same_saturation(seen: Seen, watching: Prometheus) -
 
 def test_the_counters_say_the_same_as_the_gauge(watching: Prometheus) -> None:
     """Over the same ten seconds, roughly: the gauge looks back with decreasing weight."""
-    (counted,) = watching.query('max(rate(vitserve_demanded_seconds_total{stage="run"}[10s]) / on (instance, stage) vitserve_stage_capacity)')
+    (counted,) = watching.query(
+        'max(rate(vitserve_offered_load_seconds_total{stage="inference"}[10s]) / on (instance, stage) vitserve_stage_capacity)'
+    )
     (gauge,) = watching.query("vitserve_saturation")
     assert gauge / 3 < counted < gauge * 3
 
@@ -219,7 +239,7 @@ def test_every_recording_rule_gives_a_number(watching: Prometheus, rule: dict[st
 def test_every_alert_looks_at_something(watching: Prometheus, rule: dict[str, str]) -> None:
     """Golden gate: at nothing, as long as none fails, and alerts.test.yml shows the rest."""
     found = watching.query(as_truth(rule["expr"]))
-    assert found or 'cause="golden_gate"' in rule["expr"], as_truth(rule["expr"])
+    assert found or 'cause="golden_check"' in rule["expr"], as_truth(rule["expr"])
 
 
 def test_prometheus_evaluates_every_rule_without_an_error(watching: Prometheus) -> None:
@@ -229,11 +249,17 @@ def test_prometheus_evaluates_every_rule_without_an_error(watching: Prometheus) 
 
 
 # The others are up to how punctual a machine is that others use too.
-CERTAIN = {rule["alert"] for rule in rules("alert")} - {"VitserveErrorBudgetBurnsFast", "VitserveErrorBudgetBurnsSlowly", "VitserveQueueLong"}
+CERTAIN = {rule["alert"] for rule in rules("alert")} - {
+    "VitserveErrorBudgetBurnsFast",
+    "VitserveErrorBudgetBurnsSlowly",
+    "VitserveQueueLong",
+}
 
 
 @pytest.mark.parametrize("alert", sorted(CERTAIN))
-def test_overload_and_a_damaged_engine_are_about_to_raise_what_they_should_and_no_more(watching: Prometheus, alert: str) -> None:
+def test_overload_and_a_damaged_engine_are_about_to_raise_what_they_should_and_no_more(
+    watching: Prometheus, alert: str
+) -> None:
     """They hold for minutes before they fire; meanwhile they are pending."""
     raised = watching.query(f'count(ALERTS{{alertname="{alert}"}})') != []
     assert raised == (alert in {"VitserveSaturated", "VitserveSheds", "VitserveFallbackEngine"})
@@ -242,7 +268,12 @@ def test_overload_and_a_damaged_engine_are_about_to_raise_what_they_should_and_n
 def test_what_the_autoscalers_ask_gives_the_number_of_replicas(watching: Prometheus) -> None:
     (trigger,) = read(COMPONENTS / "keda" / "scaledobject.yaml")["spec"]["triggers"]
     (rule,) = read(COMPONENTS / "hpa" / "adapter.yaml")["rules"]["custom"]
-    adapted = rule["metricsQuery"].replace("<<.Series>>", "vitserve_saturation").replace("<<.LabelMatchers>>", 'job="vitserve"').replace("<<.GroupBy>>", "pod")
+    adapted = (
+        rule["metricsQuery"]
+        .replace("<<.Series>>", "vitserve_saturation")
+        .replace("<<.LabelMatchers>>", 'job="vitserve"')
+        .replace("<<.GroupBy>>", "pod")
+    )
     (asked,), (of_pod,) = watching.query(trigger["metadata"]["query"]), watching.query(adapted)
     assert asked == of_pod, "of one replica"
     assert math.ceil(asked / float(trigger["metadata"]["threshold"])) >= 3

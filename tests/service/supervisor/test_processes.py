@@ -32,13 +32,13 @@ from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig
 from vitserve.model.network.vit import ViT
 from vitserve.service.ipc.memory_layout import RUNNING, WAITING
-from vitserve.service.ipc.shared_memory import Ring
+from vitserve.service.ipc.shared_memory import SlotTable
 from vitserve.service.settings import Settings
 from vitserve.service.supervisor.child_process import Child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
 
-ENGINE, FRONT = "vitserve.service.engine_worker.main", "vitserve.service.http_worker.main"
+ENGINE, HTTP_WORKER = "vitserve.service.engine_worker.main", "vitserve.service.http_worker.main"
 OTHER = ViTConfig(image_size=24, patch_size=8, width=48, depth=1, heads=3, mlp_width=64, classes=11)
 SLOW = ViTConfig(image_size=448, patch_size=16, width=256, depth=4, heads=4, mlp_width=1024, classes=7)
 PATIENT = ("--timeout-ms", "60000")
@@ -54,7 +54,9 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Slow enough, tens of milliseconds an image, to be found running."""
     torch.manual_seed(0)
-    made = Checkpoint(ViT(SLOW).eval(), tuple(f"class {index}" for index in range(SLOW.classes)), Preprocessing(SLOW.image_size))
+    made = Checkpoint(
+        ViT(SLOW).eval(), tuple(f"class {index}" for index in range(SLOW.classes)), Preprocessing(SLOW.image_size)
+    )
     return build_bundle(made, tmp_path_factory.mktemp("bundles") / "slow", name="slow", precisions=[])
 
 
@@ -70,7 +72,7 @@ def serving(*arguments: str, until: str = "vitserve.http_worker: ready") -> Iter
     try:
         yield running
     finally:
-        for pid in [*running.pids(FRONT), *running.pids(ENGINE), running.process.pid]:
+        for pid in [*running.pids(HTTP_WORKER), *running.pids(ENGINE), running.process.pid]:
             kill(pid)
         running.process.wait(60)
 
@@ -100,16 +102,16 @@ def count(running: Server, pattern: str) -> int:
     return len(re.findall(pattern, "".join(running.log)))
 
 
-def the_ring(engine: int) -> Ring:
-    """The shared memory as the engine process of this id has it."""
+def slot_table_of(engine: int) -> SlotTable:
+    """The shared memory as the engine worker of this id has it."""
     for each in Path(f"/proc/{engine}/fd").iterdir():
-        if "vitserve-ring" in os.readlink(each):
+        if "vitserve-slots" in os.readlink(each):
             descriptor = os.open(each, os.O_RDWR)
             try:
-                return Ring(descriptor)
+                return SlotTable(descriptor)
             finally:
                 os.close(descriptor)
-    raise AssertionError("the engine has no ring")
+    raise AssertionError("the engine has no slot table")
 
 
 # -- engines
@@ -119,7 +121,9 @@ OFTEN = pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.
 
 
 @OFTEN
-def test_an_engine_killed_again_and_again_under_load_loses_nothing(times: int, bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]) -> None:
+def test_an_engine_killed_again_and_again_under_load_loses_nothing(
+    times: int, bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]
+) -> None:
     with serving("--bundle", str(bundle.path), *PATIENT) as running:
         with Load(running.url, expected) as load:
             for number in range(times):
@@ -133,7 +137,7 @@ def test_an_engine_killed_again_and_again_under_load_loses_nothing(times: int, b
             assert metric(client, "vitserve_restarts_total", process="engine", cause="died") == times
             assert metric(client, "vitserve_images_in_flight") == 0
             assert metric(client, "vitserve_images_total", outcome="ok") == load.counts["200"]
-            assert metric(client, "vitserve_images_run_again_total") > times
+            assert metric(client, "vitserve_images_retried_total") > times
         assert running.stop() == 0
 
 
@@ -167,14 +171,17 @@ def test_an_engine_that_stands_still_is_replaced(bundle: Bundle, expected: dict[
 
 
 def test_an_image_that_was_in_flight_in_two_crashes_is_answered_500_and_reported(slow: Bundle) -> None:
-    with serving("--bundle", str(slow.path), "--max-batch", "1", *PATIENT) as running, httpx.Client(base_url=running.url, timeout=60) as client:
+    with (
+        serving("--bundle", str(slow.path), "--max-batch", "1", *PATIENT) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
         answers: list[httpx.Response] = []
         asking = threading.Thread(target=lambda: answers.append(classify(client, encoded(picture()))))
         asking.start()
         for number in range(2):
             (engine,) = running.pids(ENGINE)
-            ring = the_ring(engine)
-            wait_until(lambda: ring.count(RUNNING), "running")  # noqa: B023
+            slot_table = slot_table_of(engine)
+            wait_until(lambda: slot_table.count(RUNNING), "running")  # noqa: B023
             kill(engine)
             if number == 0:
                 wait_until(lambda: ended(engine) and running.pids(ENGINE), "another engine")  # noqa: B023
@@ -210,7 +217,7 @@ memory = memory_layout.create(memory_layout.Shape(1, 8, 1, 1, 4, 16, 3, 3), SERV
 process = EngineProcess(Scripted(act), Ring(memory), 0, 7, dict.fromkeys(range(1, 5), 0.001), Metrics(CollectorRegistry()), hang_seconds=0.2)
 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 link, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-Channel(ours).send({"kind": "connect", "front": 0, "epoch": 1}, [its.fileno()])
+Channel(ours).send({"kind": "connect", "HTTP worker": 0, "epoch": 1}, [its.fileno()])
 slots = Slots(Ring(memory), 0, 1)
 ticket = slots.take(time.monotonic() + 60, 5)
 slots.submit(ticket, 0)
@@ -226,15 +233,17 @@ process.run(Channel(theirs))
         ("sys.exit()", "a thread ended, and with it this process"),
         ("raise DeviceLost('an illegal address')", "DeviceLost: an illegal address"),
     ],
-    ids=["a lane that hangs", "a thread that ends", "a device that answers no more"],
+    ids=["a stream that hangs", "a thread that ends", "a device that answers no more"],
 )
 def test_what_would_leave_callers_waiting_ends_the_engine_process(act: str, said: str) -> None:
-    done = subprocess.run([sys.executable, "-c", CHILD % act], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD % act], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == os.EX_SOFTWARE
     assert said in done.stderr
 
 
-# -- fronts
+# -- HTTP workers
 
 
 def remote_ports(pid: int) -> set[int]:
@@ -249,41 +258,50 @@ def remote_ports(pid: int) -> set[int]:
     return {int(row[2].rpartition(":")[2], 16) for row in rows if row[9] in inodes and row[3] == "01"}
 
 
-def test_a_killed_front_breaks_only_its_own_connections_and_is_back(bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]) -> None:
+def test_a_killed_front_breaks_only_its_own_connections_and_is_back(
+    bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]
+) -> None:
     with serving("--bundle", str(bundle.path), *PATIENT, "--workers", "2") as running:
-        wait_until(lambda: count(running, "vitserve.http_worker: ready") == 2, "both fronts ready")
+        wait_until(lambda: count(running, "vitserve.http_worker: ready") == 2, "both HTTP workers ready")
         with Load(running.url, expected) as load:
             load.wait_for(200)
-            doomed, spared = running.pids(FRONT)
+            doomed, spared = running.pids(HTTP_WORKER)
             theirs = remote_ports(doomed)
             assert theirs
             before = dict(load.ports)
             kill(doomed)
-            wait_until(lambda: count(running, "vitserve.http_worker: ready") == 3, "the front back")
+            wait_until(lambda: count(running, "vitserve.http_worker: ready") == 3, "the HTTP worker back")
             load.wait_for(500)
         assert set(load.counts) <= {"200", "broken"}, load.complaints[:3]
-        assert set(load.broken) <= theirs, "a connection of the other front broke"
-        assert {port for port in before.values() if port not in theirs} <= set(load.ports.values()), "or was opened anew"
+        assert set(load.broken) <= theirs, "a connection of the other HTTP worker broke"
+        assert {port for port in before.values() if port not in theirs} <= set(load.ports.values()), (
+            "or was opened again"
+        )
         assert len(load.broken) == len(set(load.broken))
-        assert spared in running.pids(FRONT)
-        assert doomed not in running.pids(FRONT)
+        assert spared in running.pids(HTTP_WORKER)
+        assert doomed not in running.pids(HTTP_WORKER)
         with httpx.Client(base_url=running.url) as client:
             wait_until(lambda: metric(client, "vitserve_images_in_flight") == 0, "all slots reclaimed")
-            assert metric(client, "vitserve_restarts_total", process="front", cause="died") == 1
+            assert metric(client, "vitserve_restarts_total", process="worker", cause="died") == 1
             assert metric(client, "vitserve_ready") == 1, "one sample: a dead process leaves no ghost"
         assert running.stop() == 0
 
 
 def test_clients_who_leave_free_their_places(slow: Bundle) -> None:
-    with serving("--bundle", str(slow.path), "--max-batch", "1", *PATIENT) as running, httpx.Client(base_url=running.url, timeout=60) as client:
+    with (
+        serving("--bundle", str(slow.path), "--max-batch", "1", *PATIENT) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
         host, port = running.url.removeprefix("http://").split(":")
         image = encoded(picture())
-        heading = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"
+        heading = (
+            f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"
+        )
         connections = [socket.create_connection((host, int(port))) for _ in range(30)]
         for connection in connections:
             connection.sendall(heading.encode() + image)
-        ring = the_ring(running.pids(ENGINE)[0])
-        wait_until(lambda: ring.count(WAITING) >= 20, "twenty of them decoded and waiting")
+        slot_table = slot_table_of(running.pids(ENGINE)[0])
+        wait_until(lambda: slot_table.count(WAITING) >= 20, "twenty of them decoded and waiting")
         for connection in connections:
             connection.close()
         assert classify(client, image).status_code == 200
@@ -299,8 +317,8 @@ def test_clients_who_leave_free_their_places(slow: Bundle) -> None:
 class Switch:
     """A bundle's path that leads now here, now there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "current"
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "current"
 
     def to(self, target: Path) -> None:
         new = self.path.with_name("new")
@@ -318,7 +336,10 @@ def test_reloads_between_two_models_under_load_lose_nothing(
 ) -> None:
     switch = Switch(tmp_path)
     switch.to(bundle.path)
-    with serving("--bundle", str(switch.path), *PATIENT, "--admin-key", "secret") as running, httpx.Client(base_url=running.url, timeout=60) as client:
+    with (
+        serving("--bundle", str(switch.path), *PATIENT, "--admin-key", "secret") as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
         with Load(running.url, expected) as load:
             for number in range(times):
                 load.wait_for(50)
@@ -350,14 +371,17 @@ def test_a_bundle_that_cannot_be_served_is_refused_and_the_old_one_serves_on(
         file.seek(1000)
         file.write(b"damaged")
     switch.to(bundle.path)
-    with serving("--bundle", str(switch.path), *PATIENT, "--admin-key", "secret") as running, httpx.Client(base_url=running.url, timeout=60) as client:
+    with (
+        serving("--bundle", str(switch.path), *PATIENT, "--admin-key", "secret") as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
         with Load(running.url, expected, connections=4) as load:
             load.wait_for(50)
             switch.to(bad)
-            refused = reload(client)
-            assert (refused.status_code, refused.json()["code"]) == (409, "reload_refused")
-            assert "bad_bundle" in refused.json()["detail"]
-            assert "golden.npz" in refused.json()["detail"]
+            rejected = reload(client)
+            assert (rejected.status_code, rejected.json()["code"]) == (409, "reload_rejected")
+            assert "bad_bundle" in rejected.json()["detail"]
+            assert "golden.npz" in rejected.json()["detail"]
             running.wait_for(r"the bundle cannot be served \(bad_bundle\): .*golden.npz")
             load.wait_for(50)
         assert set(load.counts) == {"200"}, load.complaints[:3]
@@ -365,7 +389,10 @@ def test_a_bundle_that_cannot_be_served_is_refused_and_the_old_one_serves_on(
         assert client.get("/readyz").status_code == 200
         # An engine that dies now finds only the bad one.
         kill(running.pids(ENGINE)[0])
-        wait_until(lambda: any("the bundle cannot be served" in each for each in client.get("/readyz").json()["reasons"]), "unready")
+        wait_until(
+            lambda: any("the bundle cannot be served" in each for each in client.get("/readyz").json()["reasons"]),
+            "unready",
+        )
         answer = classify(client, encoded(picture()))
         assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
         assert "golden.npz" in answer.json()["detail"]
@@ -379,7 +406,10 @@ def test_a_bundle_that_cannot_be_served_is_refused_and_the_old_one_serves_on(
 def test_reloading_needs_the_key(bundle: Bundle, server: Server, client: httpx.Client) -> None:
     assert reload(client).status_code == 403
     assert "no admin_key is set" in reload(client).json()["detail"]
-    with serving("--bundle", str(bundle.path), "--admin-key", "secret") as running, httpx.Client(base_url=running.url, timeout=60) as keyed:
+    with (
+        serving("--bundle", str(bundle.path), "--admin-key", "secret") as running,
+        httpx.Client(base_url=running.url, timeout=60) as keyed,
+    ):
         for answer in (reload(keyed, "wrong"), keyed.post("/v1/admin/reload"), reload(keyed, "secre")):
             assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
         assert reload(keyed).status_code == 200
@@ -391,7 +421,10 @@ def test_an_engine_killed_while_it_opens_the_new_bundle_leaves_the_old_model_ser
 ) -> None:
     switch = Switch(tmp_path)
     switch.to(bundle.path)
-    with serving("--bundle", str(switch.path), *PATIENT) as running, httpx.Client(base_url=running.url, timeout=60) as client:
+    with (
+        serving("--bundle", str(switch.path), *PATIENT) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
         with Load(running.url, expected, connections=4) as load:
             load.wait_for(50)
             (serving_now,) = running.pids(ENGINE)
@@ -409,8 +442,10 @@ def test_an_engine_killed_while_it_opens_the_new_bundle_leaves_the_old_model_ser
         assert running.stop() == 0
 
 
-def test_an_engine_that_is_replaced_during_a_reload_does_not_take_the_old_model_back(bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]) -> None:
-    """Both open the same folder at the same time: which of them is there first, differs."""
+def test_an_engine_that_is_replaced_during_a_reload_does_not_take_the_old_model_back(
+    bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]
+) -> None:
+    """Both open the same directory at the same time: which of them is there first, differs."""
     with serving("--bundle", str(bundle.path), *PATIENT) as running:
         with Load(running.url, expected, connections=4) as load:
             for number in range(4):
@@ -428,7 +463,7 @@ def test_an_engine_that_is_replaced_during_a_reload_does_not_take_the_old_model_
 def test_an_engine_that_finds_another_bundle_after_a_crash_serves_that_as_a_reload(
     tmp_path: Path, bundle: Bundle, other: Bundle, expected: dict[tuple[str, str], np.ndarray]
 ) -> None:
-    """The folder was changed, and before anybody said so, the engine died: its images are given to the new model."""
+    """The directory was changed, and before anybody said so, the engine died: its images are given to the new model."""
     switch = Switch(tmp_path)
     switch.to(bundle.path)
     with serving("--bundle", str(switch.path), *PATIENT) as running:
@@ -467,7 +502,9 @@ def test_a_child_whose_fork_holds_its_channel_has_ended_all_the_same() -> None:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_sigterm_under_load_fails_nobody(bundle: Bundle, expected: dict[tuple[str, str], np.ndarray], workers: str) -> None:
+def test_sigterm_under_load_fails_nobody(
+    bundle: Bundle, expected: dict[tuple[str, str], np.ndarray], workers: str
+) -> None:
     with serving("--bundle", str(bundle.path), *PATIENT, "--workers", workers) as running:
         with Load(running.url, expected, leave_when_told=True) as load:
             load.wait_for(200)
@@ -485,11 +522,11 @@ def test_draining_is_not_ready_at_once_and_closes_kept_connections(slow: Bundle)
             many = [("image", encoded(picture(seed=seed))) for seed in range(20)]
             thread = threading.Thread(target=lambda: answers.append(asking.post("/v1/classify", files=many)))
             thread.start()
-            ring = the_ring(running.pids(ENGINE)[0])
-            wait_until(lambda: ring.count(RUNNING), "running")
+            slot_table = slot_table_of(running.pids(ENGINE)[0])
+            wait_until(lambda: slot_table.count(RUNNING), "running")
             running.process.send_signal(signal.SIGTERM)
             running.wait_for("draining")
-            said: list[httpx.Response] = []  # the supervisor says so a moment before its fronts hear it
+            said: list[httpx.Response] = []  # the supervisor says so a moment before its HTTP workers hear it
             wait_until(lambda: said.append(probe.get("/readyz")) or said[-1].status_code == 503, "not ready")  # type: ignore[func-returns-value]
             assert not answers, "it is still being answered"
             thread.join(60)
@@ -501,9 +538,14 @@ def test_draining_is_not_ready_at_once_and_closes_kept_connections(slow: Bundle)
         assert running.process.wait(60) == 0
 
 
-@pytest.mark.parametrize(("why", "arguments"), [("a second signal", ()), ("drain_seconds, 0.2, are over", ("--drain-seconds", "0.2"))])
+@pytest.mark.parametrize(
+    ("why", "arguments"), [("a second signal", ()), ("drain_seconds, 0.2, are over", ("--drain-seconds", "0.2"))]
+)
 def test_a_drain_has_its_bounds(slow: Bundle, why: str, arguments: tuple[str, ...]) -> None:
-    with serving("--bundle", str(slow.path), "--max-batch", "1", *PATIENT, *arguments) as running, httpx.Client(base_url=running.url, timeout=60) as client:
+    with (
+        serving("--bundle", str(slow.path), "--max-batch", "1", *PATIENT, *arguments) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
         failures: list[Exception] = []
 
         def ask() -> None:
@@ -514,9 +556,9 @@ def test_a_drain_has_its_bounds(slow: Bundle, why: str, arguments: tuple[str, ..
 
         thread = threading.Thread(target=ask)
         thread.start()
-        ring = the_ring(running.pids(ENGINE)[0])
-        wait_until(lambda: ring.count(RUNNING), "running")
-        children = running.pids(FRONT) + running.pids(ENGINE)
+        slot_table = slot_table_of(running.pids(ENGINE)[0])
+        wait_until(lambda: slot_table.count(RUNNING), "running")
+        children = running.pids(HTTP_WORKER) + running.pids(ENGINE)
         running.process.send_signal(signal.SIGTERM)
         running.wait_for("draining")
         if not arguments:
@@ -528,19 +570,27 @@ def test_a_drain_has_its_bounds(slow: Bundle, why: str, arguments: tuple[str, ..
         assert all(ended(pid) for pid in children)
 
 
-def test_when_the_supervisor_is_killed_nothing_is_left_of_it(bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]) -> None:
+def test_when_the_supervisor_is_killed_nothing_is_left_of_it(
+    bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]
+) -> None:
     with serving("--bundle", str(bundle.path), *PATIENT, "--workers", "2") as running:
         (engine,) = running.pids(ENGINE)
-        children = [engine, *running.pids(FRONT)]
+        children = [engine, *running.pids(HTTP_WORKER)]
         environment = Path(f"/proc/{engine}/environ").read_bytes().split(b"\0")
-        (folder,) = [Path(each.partition(b"=")[2].decode()) for each in environment if each.startswith(b"PROMETHEUS_MULTIPROC_DIR=")]
-        assert folder.is_dir()
+        (directory,) = [
+            Path(each.partition(b"=")[2].decode())
+            for each in environment
+            if each.startswith(b"PROMETHEUS_MULTIPROC_DIR=")
+        ]
+        assert directory.is_dir()
         with Load(running.url, expected) as load:
             load.wait_for(100)
             kill(running.process.pid)
             wait_until(lambda: all(ended(pid) for pid in children), "all ended")
-            load.join()  # refused: nobody listens any more
-        assert not folder.exists(), "the counters' files are gone; the ring went with the last process that had it"
+            load.join()  # rejected: nobody listens any more
+        assert not directory.exists(), (
+            "the counters' files are gone; the slot table went with the last process that had it"
+        )
 
 
 def test_an_engine_that_ends_the_processes_that_open_it_is_left_out(tmp_path: Path, bundle: Bundle) -> None:
@@ -551,25 +601,35 @@ def test_an_engine_that_ends_the_processes_that_open_it_is_left_out(tmp_path: Pa
         assert classify(client, encoded(picture())).status_code == 200
         serving = client.get("/v1/model").json()["serving"]
     assert (serving["engine"], serving["precision"]) == ("onnxruntime", "fp32")
-    assert {(each["engine"], each["cause"], each["reason"]) for each in serving["refused"]} == {
+    assert {(each["engine"], each["cause"], each["reason"]) for each in serving["rejected"]} == {
         ("openvino", "crashed", "it ended the processes that opened it")
     }
     assert running.stop() == 0
 
 
-@pytest.mark.parametrize(("module", "name"), [("vitserve.service.http_worker.main", "front-0"), ("vitserve.service.engine_worker.main", "engine-0-b")])
-def test_what_never_comes_up_is_given_up_with_the_reason(tmp_path: Path, bundle: Bundle, module: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("vitserve.service.http_worker.main", "http-worker-0"), ("vitserve.service.engine_worker.main", "engine-0-b")],
+)
+def test_what_never_comes_up_is_given_up_with_the_reason(
+    tmp_path: Path, bundle: Bundle, module: str, name: str
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(f"import os, sys\nif {module!r} in sys.orig_argv:\n    os._exit(3)\n")
     command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", "--bundle", str(bundle.path)]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert re.search(rf"giving up: {name} ended with exit status 3.*; that was attempt 5 of 5", done.stderr), done.stderr
+    assert re.search(rf"giving up: {name} ended with exit status 3.*; that was attempt 5 of 5", done.stderr), (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    return sum(int(task.read_text().split()[0]) for pid in pids for task in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+    return (
+        sum(int(task.read_text().split()[0]) for pid in pids for task in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+        / 1e9
+    )
 
 
 def test_idle_they_cost_next_to_nothing(bundle: Bundle) -> None:
@@ -578,7 +638,7 @@ def test_idle_they_cost_next_to_nothing(bundle: Bundle) -> None:
         pytest.skip("this kernel does not account for processor time in nanoseconds")
     with serving("--bundle", str(bundle.path)) as running, httpx.Client(base_url=running.url) as client:
         assert classify(client, encoded(picture())).status_code == 200
-        pids = [running.process.pid, *running.pids(FRONT), *running.pids(ENGINE)]
+        pids = [running.process.pid, *running.pids(HTTP_WORKER), *running.pids(ENGINE)]
         before = cpu_seconds(pids)
         threading.Event().wait(5)
         assert cpu_seconds(pids) - before < 0.05
