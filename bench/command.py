@@ -18,8 +18,8 @@ from vitserve.bench.request import made_picture
 from vitserve.bench.service import Plan, measure
 from vitserve.model.bundle.bundle import open_bundle
 from vitserve.service import machine
-from vitserve.service.engine_worker.startup import DEFAULT_BUNDLE
-from vitserve.service.engines.selection import EngineOptions
+from vitserve.service.engines.engine import EngineOptions
+from vitserve.service.settings import DEFAULT_BUNDLE
 
 
 @dataclass(frozen=True)

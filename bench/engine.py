@@ -15,8 +15,8 @@ from vitserve.bench.report import EngineRow, percentile
 from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.bundle import Artifact, Bundle
 from vitserve.service import machine
-from vitserve.service.engines.engine import Engine
-from vitserve.service.engines.selection import EngineOptions, candidates, golden_check, open_artifact
+from vitserve.service.engines.engine import Engine, EngineOptions
+from vitserve.service.engines.selection import candidates, golden_check, open_artifact
 
 Run = Callable[[int, Pixels], object]  # a stream, a batch
 

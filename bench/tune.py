@@ -12,8 +12,8 @@ from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.bundle import Artifact, Bundle
 from vitserve.service import machine
 from vitserve.service.engine_worker.tuning_cache import TuningResult
-from vitserve.service.engines.engine import Engine
-from vitserve.service.engines.selection import EngineOptions, candidates, golden_check, open_artifact, runs_on_gpu
+from vitserve.service.engines.engine import Engine, EngineOptions
+from vitserve.service.engines.selection import candidates, golden_check, open_artifact, runs_on_gpu
 
 WITHIN = 0.97  # of the highest rate: the simpler setting is taken, for what separates them is noise
 

@@ -19,15 +19,8 @@ from vitserve.model.bundle.bundle import GRAPH, Artifact, Bundle, Evaluation
 from vitserve.model.bundle.evaluation import Images, evaluate, in_batches
 from vitserve.model.bundle.parity import Parity
 from vitserve.service import machine
-from vitserve.service.engines.engine import Engine
-from vitserve.service.engines.selection import (
-    EngineOptions,
-    NoEngineError,
-    candidates,
-    golden_check,
-    open_artifact,
-    open_one,
-)
+from vitserve.service.engines.engine import Engine, EngineOptions
+from vitserve.service.engines.selection import NoEngineError, candidates, golden_check, open_artifact, open_one
 from vitserve.service.engines.tensorrt.plan_report import PlanReport
 
 if TYPE_CHECKING:

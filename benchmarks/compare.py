@@ -36,7 +36,7 @@ from vitserve.bench.report import ServiceRow, summary
 from vitserve.bench.request import Picture, made_picture, read_pictures
 from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.service import machine
-from vitserve.service.engines.selection import EngineOptions
+from vitserve.service.engines.engine import EngineOptions
 
 CHECKED_IMAGES = 8
 

@@ -31,7 +31,7 @@ from vitserve.bench.client import Client, run
 from vitserve.bench.load import Run, Sample, closed_loop, open_loop
 from vitserve.bench.report import percentile, rate
 from vitserve.bench.request import Picture, get, made_picture, raw
-from vitserve.service.engine_worker.startup import DEFAULT_BUNDLE
+from vitserve.service.settings import DEFAULT_BUNDLE
 
 CONNECTIONS = 32  # of the closed loop: enough that batches fill while others are decoded
 

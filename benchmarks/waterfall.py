@@ -38,8 +38,8 @@ from vitserve.model.arrays import Pixels, Precision
 from vitserve.model.bundle.bundle import GRAPH, Bundle, open_bundle
 from vitserve.model.bundle.evaluation import read_images
 from vitserve.model.network.vit import ViT
-from vitserve.service.engines.engine import EngineUnavailableError
-from vitserve.service.engines.selection import EngineOptions, open_one
+from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
+from vitserve.service.engines.selection import open_one
 
 PLAIN, DIALECT = "plain graph, ONNX Runtime", "fused attention (MultiHeadAttention)"
 STEPS: dict[str, tuple[str, Precision]] = {  # of the bundle: engine and precision

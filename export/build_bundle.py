@@ -37,8 +37,8 @@ from vitserve.model.bundle.bundle import (
 from vitserve.model.bundle.evaluation import Images, evaluate, in_batches
 from vitserve.model.bundle.parity import compare
 from vitserve.model.config import variant_of
-from vitserve.service.engines.engine import EngineUnavailableError
-from vitserve.service.engines.selection import EngineOptions, open_one
+from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
+from vitserve.service.engines.selection import open_one
 
 ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
 FP8_GRAPH = "fp8.onnx"

@@ -6,7 +6,10 @@ Nothing is read here: vitserve.py gives the values, from the command line or els
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+DEFAULT_BUNDLE = Path(__file__).parent / "default_bundle"  # of the model that is served when no bundle is named
 
 
 class SettingsError(ValueError):

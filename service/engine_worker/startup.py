@@ -1,7 +1,4 @@
-"""Opens a bundle in an engine worker: chooses and verifies the engine, warms it up, makes the slot table that it founds.
-
-The command line and its like ask here where the model that comes along lies.
-"""
+"""Opens a bundle in an engine worker: chooses and verifies the engine, warms it up, makes the slot table that it founds."""
 
 from __future__ import annotations
 
@@ -15,18 +12,17 @@ import numpy as np
 
 from vitserve.model.bundle.bundle import MANIFEST, Bundle, BundleError, open_bundle, sha256
 from vitserve.service.engine_worker.tuning_cache import load_tuning_result
-from vitserve.service.engines.engine import Engine
-from vitserve.service.engines.selection import EngineOptions, NoEngineError, Opened, open_engine
+from vitserve.service.engines.engine import Engine, EngineOptions
+from vitserve.service.engines.selection import NoEngineError, Opened, open_engine
 from vitserve.service.ipc import memory_layout
 from vitserve.service.ipc.control_channel import Channel
 from vitserve.service.ipc.memory_layout import Shape
 from vitserve.service.ipc.model_info import ModelInfo
 from vitserve.service.machine import cache_dir, plan_dir
-from vitserve.service.settings import Settings
+from vitserve.service.settings import DEFAULT_BUNDLE, Settings
 
 log = logging.getLogger(__name__)
 
-DEFAULT_BUNDLE = Path(__file__).parents[1] / "default_bundle"
 WARM_UP_SECONDS = 0.5  # after which only batch sizes that are powers of two are still measured
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from vitserve.model.arrays import Outputs, Pixels, Precision
@@ -17,6 +18,19 @@ class DeviceLostError(BaseException):
 
     Not an Exception, so that nobody who handles a failed batch takes it for one.
     """
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    engine: str = "auto"
+    precision: str = "auto"
+    streams: int = 1
+    threads: int = 0  # per stream; 0: the machine's cores shared among the streams
+    max_batch: int = 8
+    engine_cache_dir: str = ""  # where engines keep what they compiled, for a quicker start; empty: nowhere
+    plan_dir: str = ""  # where TensorRT's plans and typed graphs lie or are built; empty: neither TensorRT nor ONNX Runtime on CUDA is used
+    serve_meanwhile: bool = False  # leave out what has to be built first for minutes; missing_plans() says what that is
+    compile: bool = False  # torch: have it make kernels of its own
 
 
 class Engine(Protocol):

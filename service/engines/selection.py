@@ -16,7 +16,7 @@ from vitserve.model.arrays import Outputs, Precision
 from vitserve.model.bundle.bundle import GRAPH, Artifact, Bundle
 from vitserve.model.bundle.parity import CALIBRATED, Parity, compare
 from vitserve.service import machine
-from vitserve.service.engines.engine import Engine, EngineUnavailableError
+from vitserve.service.engines.engine import Engine, EngineOptions, EngineUnavailableError
 from vitserve.service.engines.gpu_artifacts import PlanOptions, build_cast_graph, build_plan, cast_graph_path, plan_path
 
 log = logging.getLogger(__name__)
@@ -25,19 +25,6 @@ log = logging.getLogger(__name__)
 # engine worker's channel, whose end the supervisor waited for in vain. Without this module they report nothing. It is set before either is imported, for
 # whatever imports them imports this file first.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    engine: str = "auto"
-    precision: str = "auto"
-    streams: int = 1
-    threads: int = 0  # per stream; 0: the machine's cores shared among the streams
-    max_batch: int = 8
-    engine_cache_dir: str = ""  # where engines keep what they compiled, for a quicker start; empty: nowhere
-    plan_dir: str = ""  # where TensorRT's plans and typed graphs lie or are built; empty: neither TensorRT nor ONNX Runtime on CUDA is used
-    serve_meanwhile: bool = False  # leave out what has to be built first for minutes; missing_plans() says what that is
-    compile: bool = False  # torch: have it make kernels of its own
 
 
 # Fastest first, where nobody has measured: ViT-B/16 on two cores with VNNI and bf16, docs/benchmarks.md.

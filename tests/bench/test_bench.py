@@ -18,7 +18,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import Server, encoded, picture
+from tests.support.images import encoded, random_image
+from tests.support.server import Server
 from vitserve.bench.client import Client, ConnectionGoneError, NoResponseError
 from vitserve.bench.load import Run, arrivals, closed_loop, open_loop
 from vitserve.bench.report import summary
@@ -26,7 +27,7 @@ from vitserve.bench.request import Picture, get, raw
 from vitserve.cli.main import app
 from vitserve.model.bundle.bundle import Bundle
 
-JPEG = Picture(encoded(picture(60, 45), "JPEG"), "image/jpeg")
+JPEG = Picture(encoded(random_image(60, 45), "JPEG"), "image/jpeg")
 
 
 # The client

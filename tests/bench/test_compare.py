@@ -17,7 +17,8 @@ from benchmarks.comparison import Compared, Measured, as_markdown
 from benchmarks.processes import ServerFailedError, free_port, process_tree
 from benchmarks.servers import NAMES, Setup, server_under_test
 from benchmarks.waterfall import steps
-from tests.conftest import ROOT, encoded, picture
+from tests.support.images import encoded, random_image
+from tests.support.paths import ROOT
 from vitserve.bench import plot
 from vitserve.bench.load import Run, Sample
 from vitserve.bench.report import EngineRow, ServiceRow, summary
@@ -148,7 +149,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 def test_a_lone_caller_is_told_when_it_is_ready_what_memory_it_takes_and_where_time_goes(
     bundle: Bundle, tmp_path: Path
 ) -> None:
-    (tmp_path / "picture.jpg").write_bytes(encoded(picture()))
+    (tmp_path / "picture.jpg").write_bytes(encoded(random_image()))
     command = [
         sys.executable,
         "-m",

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import ROOT, TINY, encoded, picture
 from tests.service.engines.test_tensorrt_service import environment as environment
+from tests.support.images import encoded, random_image
+from tests.support.networks import TINY
+from tests.support.paths import ROOT
 from vitserve.bench.verify import verify
 from vitserve.cli.main import app
 from vitserve.model.bundle.bundle import AttentionKernels, Bundle
 from vitserve.model.bundle.evaluation import Images
-from vitserve.service.engines.engine import EngineUnavailableError
-from vitserve.service.engines.selection import EngineOptions, NoEngineError
+from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
+from vitserve.service.engines.selection import NoEngineError
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def directory(tmp_path: Path) -> Path:
     made = tmp_path / "images"
     made.mkdir()
     for seed in range(6):
-        (made / f"{seed}.png").write_bytes(encoded(picture(seed=seed)))
+        (made / f"{seed}.png").write_bytes(encoded(random_image(seed=seed)))
     return made
 
 
@@ -91,7 +93,7 @@ def test_what_is_wrong_with_an_engine_is_its_report_and_not_hidden_behind_the_ne
         def close(self) -> None: ...
 
     monkeypatch.setattr("vitserve.bench.verify.open_artifact", lambda *_: Wrong())
-    images = Images(np.stack([np.asarray(picture(16, 16, seed)) for seed in range(30)]), None)
+    images = Images(np.stack([np.asarray(random_image(16, 16, seed)) for seed in range(30)]), None)
     report = verify(bundle, EngineOptions(), images, [1], 0.01, 1)
     assert report.parity is None
     assert report.failures[0].startswith("golden images: logits differ by")

@@ -8,11 +8,11 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import encoded, picture
+from tests.support.images import encoded, random_image
 from vitserve.bench.http1 import AnswerReader
 from vitserve.bench.request import Picture, multipart, open_inference
 
-JPEG = Picture(encoded(picture(60, 45), "JPEG"), "image/jpeg")
+JPEG = Picture(encoded(random_image(60, 45), "JPEG"), "image/jpeg")
 
 
 @given(st.lists(st.binary(max_size=60), min_size=1, max_size=4), st.data())

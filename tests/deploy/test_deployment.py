@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 from vitserve import __version__
 from vitserve.service.settings import Settings
 from vitserve.service.supervisor.supervisor import _GOODBYE_SECONDS

@@ -19,7 +19,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import ROOT, Server, encoded, picture
+from tests.support.images import encoded, random_image
+from tests.support.paths import ROOT
+from tests.support.server import Server
 from vitserve import __version__
 
 IMAGE = "localhost/vitserve:cpu"
@@ -149,7 +151,7 @@ def test_it_answers_without_root_on_a_root_that_is_read_only_and_ends_with_statu
 ) -> None:
     answer = httpx.post(
         f"{container.url}/v1/classify",
-        content=encoded(picture(400, 300), "JPEG"),
+        content=encoded(random_image(400, 300), "JPEG"),
         headers={"Content-Type": "image/jpeg"},
         timeout=60,
     )

@@ -16,7 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(each.name for each in (K8S / "overlays").iterdir())

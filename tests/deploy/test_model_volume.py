@@ -18,7 +18,9 @@ from types import ModuleType
 import httpx
 import pytest
 
-from tests.conftest import ROOT, Server, checkpoint, start_server
+from tests.support.networks import checkpoint
+from tests.support.paths import ROOT
+from tests.support.server import Server, start_server
 from vitserve.export.build_bundle import build_bundle
 from vitserve.model.bundle.bundle import Bundle
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 from tests.support.promql import COMPONENTS, CONFIGURATION, DASHBOARDS, RULES, groups, panels, read, rules, selectors
 
 ALERTS = {rule["alert"]: rule for rule in rules("alert")}

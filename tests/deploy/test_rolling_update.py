@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
-from tests.conftest import Server, start_server
 from tests.support.load import Load, expectations
+from tests.support.server import Server, start_server
 from vitserve.model.bundle.bundle import Bundle
 
 

@@ -13,7 +13,8 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from tests.conftest import TINY, network, picture
+from tests.support.images import random_image
+from tests.support.networks import TINY, network
 from vitserve.export.graph.cast_precision import cast_graph
 from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.trace import trace
@@ -64,7 +65,7 @@ def source_of(reference_graph: Path, precision: Kind, size: int) -> Path:
 
 
 def pictures(count: int, size: int) -> Pixels:
-    return np.stack([np.asarray(picture(size, size, seed)) for seed in range(count)])
+    return np.stack([np.asarray(random_image(size, size, seed)) for seed in range(count)])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])

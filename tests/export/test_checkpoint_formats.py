@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from tests.conftest import encoded, picture, start_server
+from tests.support.images import encoded, random_image
+from tests.support.server import start_server
 from vitserve.cli.main import app
 from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
 from vitserve.export.checkpoint.state_dict import CheckpointError, Tensors
@@ -31,7 +32,8 @@ from vitserve.export.graph.trace import Servable, trace
 from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.bundle import open_bundle
 from vitserve.model.config import ViTConfig
-from vitserve.service.engines.selection import EngineOptions, open_one
+from vitserve.service.engines.engine import EngineOptions
+from vitserve.service.engines.selection import open_one
 
 log = logging.getLogger("parity")  # docs/models.md says how to see it
 
@@ -632,7 +634,7 @@ def test_a_source_is_served_and_exported_only_once(transformers: ModuleType, tmp
     theirs = written_by_transformers(
         transformers, tmp_path / "model", "ViTConfig", "ViTForImageClassification", arguments
     )
-    image = encoded(picture(50, 40))
+    image = encoded(random_image(50, 40))
     pixels = (
         np.asarray(Image.open(io.BytesIO(image)).resize((32, 32), Image.Resampling.BILINEAR)).astype(np.float32) / 255
     )

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import vitserve.export.build_bundle
-from tests.conftest import TINY, checkpoint, network
+from tests.support.networks import TINY, checkpoint, network
 from vitserve.cli.main import app
 from vitserve.export.build_bundle import ExportError, build_bundle
 from vitserve.export.checkpoint.load import Checkpoint, CheckpointError, load_checkpoint

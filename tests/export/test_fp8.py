@@ -12,21 +12,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, TINY, checkpoint, picture
 from tests.service.engines.test_tensorrt import gpu as gpu
 from tests.service.engines.test_tensorrt_service import environment as environment
+from tests.support.images import random_image
+from tests.support.networks import TINY, checkpoint
+from tests.support.paths import ROOT
 from vitserve.export.build_bundle import ExportError, build_bundle
 from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.model.bundle.evaluation import Images
 from vitserve.service.engines import selection as opening
-from vitserve.service.engines.engine import EngineUnavailableError
+from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
 from vitserve.service.engines.gpu_artifacts import Target
-from vitserve.service.engines.selection import EngineOptions
 
 
 @pytest.fixture(scope="module")
 def with_fp8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    pixels = np.stack([np.asarray(picture(TINY.image_size, TINY.image_size, seed)) for seed in range(60)])
+    pixels = np.stack([np.asarray(random_image(TINY.image_size, TINY.image_size, seed)) for seed in range(60)])
     path = tmp_path_factory.mktemp("fp8") / "bundle"
     calibration, evaluation_images = Images(pixels[:20], None), Images(pixels[20:], None)
     return build_bundle(

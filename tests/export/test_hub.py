@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.support.hub_server import Cut, HubServer, Request
+from tests.support.paths import ROOT
 
 SCRIPT = """
 import json, sys

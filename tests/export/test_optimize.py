@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import TINY, network
+from tests.support.networks import TINY, network
 from vitserve.export.graph.optimize import (
     OptimizedNetwork,
     fold_layer_scale,

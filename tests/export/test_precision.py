@@ -17,7 +17,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.conftest import TINY, checkpoint, encoded, network, picture, start_server
+from tests.support.images import encoded, random_image
+from tests.support.networks import TINY, checkpoint, network
+from tests.support.server import start_server
 from vitserve.cli.main import app
 from vitserve.export.build_bundle import ExportError, build_bundle
 from vitserve.export.checkpoint.load import Checkpoint
@@ -31,7 +33,8 @@ from vitserve.model.bundle.evaluation import Images, evaluate, read_images
 from vitserve.model.bundle.parity import compare
 from vitserve.model.bundle.preprocess import Decoder, Preprocessing
 from vitserve.model.config import ViTConfig
-from vitserve.service.engines.selection import EngineOptions, open_engine
+from vitserve.service.engines.engine import EngineOptions
+from vitserve.service.engines.selection import open_engine
 
 SMALL = ViTConfig(image_size=32, patch_size=8, width=64, depth=3, heads=2, mlp_width=128, classes=5)
 
@@ -47,7 +50,7 @@ def sure(config: ViTConfig = SMALL) -> Checkpoint:
 
 
 def pictures(count: int, seed: int = 0) -> Images:
-    return Images(np.stack([np.asarray(picture(32, 32, seed + index)) for index in range(count)]), None)
+    return Images(np.stack([np.asarray(random_image(32, 32, seed + index)) for index in range(count)]), None)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +335,7 @@ def test_the_service_starts_with_the_next_engine_and_says_so(
             'vitserve_engine_rejected{cause="golden_check",engine="openvino",precision="int8"} 1.0'
             in client.get("/metrics").text
         )
-        assert client.post("/v1/classify", content=encoded(picture())).status_code == 200
+        assert client.post("/v1/classify", content=encoded(random_image())).status_code == 200
         assert client.get("/v1/model").json()["serving"]["precision"] == "fp32"
     assert running.stop() == 0
 
@@ -344,7 +347,7 @@ def test_images_of_a_folder_with_classes(tmp_path: Path) -> None:
     for index in range(20):
         directory = tmp_path / ("cat" if index % 2 else "dog")
         directory.mkdir(exist_ok=True)
-        (directory / f"{index}.png").write_bytes(encoded(picture(seed=index)))
+        (directory / f"{index}.png").write_bytes(encoded(random_image(seed=index)))
     calibration, evaluation_images = read_images(
         tmp_path, Preprocessing(16), ["cat", "dog"], calibration=5, evaluation=100
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import encoded, picture
+from tests.support.images import encoded, png_header, random_image
 from vitserve.export.checkpoint.formats import huggingface
 from vitserve.model.bundle.preprocess import (
     DamagedImageError,
@@ -40,7 +38,7 @@ def test_pixels_equal_timms_evaluation_transform_to_the_bit(
         (3, size, size), crop_pct=crop, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1)
     )
     for seed, shape in enumerate([(500, 333), (333, 500), (224, 224), (225, 448), (640, 427), (31, 77)]):
-        image = encoded(picture(*shape, seed=seed), "JPEG")
+        image = encoded(random_image(*shape, seed=seed), "JPEG")
         assert np.array_equal(decoder.decode(image), timm_pixels(transform, image))
 
 
@@ -135,7 +133,7 @@ def test_reduced_decoding_stays_within_its_stated_difference(size: int, photos: 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(orientation: int) -> None:
-    upright = picture(48, 32, seed=3)
+    upright = random_image(48, 32, seed=3)
     stored = {
         1: upright,
         2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -156,12 +154,12 @@ def test_exif_orientation_is_undone(orientation: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_is_ignored() -> None:
-    assert EXACT.decode(encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0garbage")).shape == (32, 32, 3)
+    assert EXACT.decode(encoded(random_image(), "JPEG", exif=b"Exif\0\0II*\0garbage")).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "I;16"])
 def test_every_opaque_mode_becomes_its_rgb(mode: str) -> None:
-    gray = picture(64, 64, seed=1).convert("L")
+    gray = random_image(64, 64, seed=1).convert("L")
     stored = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257) if mode == "I;16" else gray.convert(mode)
     expected = EXACT.decode(encoded(stored.convert("L") if mode == "1" else gray))
     decoded = EXACT.decode(encoded(stored, "TIFF"))
@@ -210,23 +208,9 @@ def test_nothing_and_noise_are_not_images() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_a_truncated_image_is_refused(kind: str) -> None:
-    whole = encoded(picture(200, 150), kind)
+    whole = encoded(random_image(200, 150), kind)
     with pytest.raises((DamagedImageError, NotAnImageError)):
         EXACT.decode(whole[: len(whole) * 2 // 3])
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + struct.pack(">I", 13)
-        + chunk
-        + struct.pack(">I", zlib.crc32(chunk))
-        + struct.pack(">I", 0)
-        + b"IDAT"
-        + b"\0" * 4
-    )
 
 
 def test_too_many_pixels_are_refused_from_the_header() -> None:

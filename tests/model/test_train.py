@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import vitserve.model.training.train
-from tests.conftest import encoded
+from tests.support.images import encoded
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.model.config import ResNetConfig, ViTConfig
 from vitserve.model.training.data import ImageArchive, Labeled, augment, cutmix, mixup, recolor, warp
 from vitserve.model.training.train import LONG, Recipe, device_called, evaluate, hold_out, train
-from vitserve.service.engines.selection import EngineOptions, open_engine
+from vitserve.service.engines.engine import EngineOptions
+from vitserve.service.engines.selection import open_engine
 
 CONFIG = ViTConfig(image_size=16, patch_size=8, width=32, depth=1, heads=2, mlp_width=64, classes=2, stem=(8, 16))
 RECIPE = Recipe(epochs=3, batch_size=16, validation_images=16)

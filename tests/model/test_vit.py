@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.conftest import TINY, network
+from tests.support.networks import TINY, network
 from vitserve.model.config import VARIANTS, ViTConfig, variant, variant_of
 from vitserve.model.network.vit import ViT
 

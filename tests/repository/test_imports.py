@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 # Directory or file → the modules and packages of vitserve that it may import, itself included. The longest matching name applies.
 MAY_IMPORT: dict[str, set[str]] = {

@@ -10,7 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 from vitserve import __version__
 from vitserve.cli.main import app
 from vitserve.service.settings import Settings, SettingsError

@@ -10,12 +10,14 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, SHARED, Server, start_server
+from tests.support.paths import CIFAR10, ROOT
+from tests.support.server import Server, start_server
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.model.bundle.preprocess import Decoder
-from vitserve.service.engine_worker.startup import DEFAULT_BUNDLE
-from vitserve.service.engines.selection import EngineOptions, NoEngineError, open_engine
+from vitserve.service.engines.engine import EngineOptions
+from vitserve.service.engines.selection import NoEngineError, open_engine
+from vitserve.service.settings import DEFAULT_BUNDLE
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_served_accuracy_is_the_trained_accuracy(
 ) -> None:
     """Test images through decoder and engine: of all, within one in a thousand of what torch counted (fp32) or the export did, which lost at most half a point;
     of a part, within three standard deviations."""
-    path = SHARED / "data" / "cifar10_jpeg.npz"
+    path = CIFAR10
     if not path.exists():
         pytest.skip("the test images are not beside the repository")
     with np.load(path, allow_pickle=False) as arrays:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from tests.conftest import encoded, picture
+from tests.support.images import encoded, random_image
 from vitserve.model.arrays import softmax
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.bundle.preprocess import Decoder
-from vitserve.service.engines.selection import EngineOptions, open_engine
+from vitserve.service.engines.engine import EngineOptions
+from vitserve.service.engines.selection import open_engine
 
-IMAGES = [encoded(picture(60, 45, seed=seed), "JPEG") for seed in range(50)]
+IMAGES = [encoded(random_image(60, 45, seed=seed), "JPEG") for seed in range(50)]
 TOLERANCE = 1e-4  # of a probability: batches of different sizes may round differently
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 RULES = ROOT / "docker" / "prometheus" / "rules.yml"
 CONFIGURATION = ROOT / "docker" / "prometheus" / "prometheus.yml"

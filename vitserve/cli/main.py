@@ -238,9 +238,9 @@ def inspect_bundle(
 
     from vitserve.model.bundle.bundle import BundleError, open_bundle
     from vitserve.service import machine
-    from vitserve.service.engine_worker.startup import DEFAULT_BUNDLE
     from vitserve.service.engines.gpu_artifacts import plans_of
     from vitserve.service.engines.tensorrt.plan_report import PlanReport
+    from vitserve.service.settings import DEFAULT_BUNDLE
 
     try:
         opened = open_bundle(bundle or DEFAULT_BUNDLE)
@@ -282,8 +282,8 @@ def tune(
     from vitserve.bench.tune import Measurement, SkippedEngine, choose, measure
     from vitserve.model.bundle.bundle import MANIFEST, BundleError, open_bundle, sha256
     from vitserve.service import machine
-    from vitserve.service.engine_worker.startup import DEFAULT_BUNDLE
     from vitserve.service.engine_worker.tuning_cache import save_tuning_result
+    from vitserve.service.settings import DEFAULT_BUNDLE
 
     console, measured = Console(), list[Measurement]()
 
@@ -427,8 +427,8 @@ def verify_bundle(
     from vitserve.model.bundle.bundle import open_bundle
     from vitserve.model.bundle.evaluation import Images, read_images
     from vitserve.service import machine
-    from vitserve.service.engine_worker.startup import DEFAULT_BUNDLE
-    from vitserve.service.engines.selection import EngineOptions
+    from vitserve.service.engines.engine import EngineOptions
+    from vitserve.service.settings import DEFAULT_BUNDLE
 
     console = Console(stderr=True)
     try:

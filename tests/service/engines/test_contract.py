@@ -15,8 +15,8 @@ import vitserve.service.engines.selection as opening
 from vitserve.model.arrays import Outputs, Precision, softmax
 from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.model.bundle.parity import TOLERANCE, Parity, compare
-from vitserve.service.engines.engine import Engine, EngineUnavailableError
-from vitserve.service.engines.selection import EngineOptions, NoEngineError, open_engine, open_one
+from vitserve.service.engines.engine import Engine, EngineOptions, EngineUnavailableError
+from vitserve.service.engines.selection import NoEngineError, open_engine, open_one
 
 ENGINES: list[tuple[str, Precision]] = [
     ("onnxruntime", "fp32"),

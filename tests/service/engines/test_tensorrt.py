@@ -17,14 +17,14 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.conftest import TINY
 from tests.support import gpu_double
 from tests.support.gpu_double import Device, cudaError_t
+from tests.support.networks import TINY
 from vitserve.model.bundle.bundle import GRAPH, Bundle
 from vitserve.model.bundle.parity import compare
 from vitserve.service.engines import selection as opening
 from vitserve.service.engines.cuda.batch_sizes import worthwhile
-from vitserve.service.engines.engine import DeviceLostError, EngineUnavailableError
+from vitserve.service.engines.engine import DeviceLostError, EngineOptions, EngineUnavailableError
 from vitserve.service.engines.gpu_artifacts import PlanOptions, plan_path
 
 OURS = (
@@ -334,7 +334,7 @@ def test_a_plan_that_cannot_be_built_is_not_tried_again_while_others_serve(
         path.write_bytes(b"a plan")
 
     monkeypatch.setattr(opening, "build_plan", build)
-    options = opening.EngineOptions(engine="tensorrt", plan_dir=str(tmp_path), serve_meanwhile=True)
+    options = EngineOptions(engine="tensorrt", plan_dir=str(tmp_path), serve_meanwhile=True)
     with pytest.raises(
         opening.NoEngineError, match=r"bf16: its plan is not built yet; tensorrt in fp16: its plan is not built yet"
     ):

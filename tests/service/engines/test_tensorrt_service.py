@@ -9,11 +9,13 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import encoded, picture, start_server
-from tests.service.supervisor.test_processes import wait_until
+from tests.support.images import encoded, random_image
+from tests.support.server import start_server
+from tests.support.waiting import eventually
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.service import machine
-from vitserve.service.engines.selection import EngineOptions, NoEngineError, open_engine
+from vitserve.service.engines.engine import EngineOptions
+from vitserve.service.engines.selection import NoEngineError, open_engine
 from vitserve.service.settings import Settings
 from vitserve.service.supervisor.supervisor import for_this_machine
 
@@ -50,10 +52,10 @@ def test_the_first_start_builds_the_plan_and_says_so_and_the_second_finds_it(
         def reasons() -> str:
             return "; ".join(client.get("/readyz").json()["reasons"])
 
-        wait_until(lambda: "starting: building the TensorRT plan: timing: 1 of 2" in reasons(), "progress at /readyz")
+        eventually(lambda: "starting: building the TensorRT plan: timing: 1 of 2" in reasons(), "progress at /readyz")
         gate.write_bytes(b"")
-        wait_until(lambda: not reasons(), "ready")
-        answer = client.post("/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"})
+        eventually(lambda: not reasons(), "ready")
+        answer = client.post("/v1/classify", content=encoded(random_image()), headers={"content-type": "image/png"})
         assert answer.status_code == 200
         serving = client.get("/v1/model").json()["serving"]
         assert (serving["engine"], serving["precision"]) == ("tensorrt", "bf16")
@@ -62,7 +64,7 @@ def test_the_first_start_builds_the_plan_and_says_so_and_the_second_finds_it(
     made = plan.stat().st_mtime_ns
     running = start_server("--bundle", str(bundle.path), *ARGUMENTS, environment=environment)
     again = httpx.post(
-        f"{running.url}/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"}, timeout=60
+        f"{running.url}/v1/classify", content=encoded(random_image()), headers={"content-type": "image/png"}, timeout=60
     )
     assert again.json()["results"] == answer.json()["results"]
     assert running.stop() == 0
@@ -78,7 +80,7 @@ def test_a_device_that_answers_no_more_costs_no_image(
     )
     fault.touch()
     answer = httpx.post(
-        f"{running.url}/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"}, timeout=60
+        f"{running.url}/v1/classify", content=encoded(random_image()), headers={"content-type": "image/png"}, timeout=60
     )
     assert answer.status_code == 200
     assert not fault.exists()
@@ -105,10 +107,12 @@ def test_a_missing_plan_is_built_while_the_next_engine_serves_which_then_hands_o
 
         assert serving()["engine"] != "tensorrt"
         assert ("tensorrt", "not_built") in [(each["engine"], each["cause"]) for each in serving()["rejected"]]
-        answers = [client.post("/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"})]
+        answers = [client.post("/v1/classify", content=encoded(random_image()), headers={"content-type": "image/png"})]
         gate.write_bytes(b"")
-        wait_until(lambda: serving()["engine"] == "tensorrt", "the plan serves")
-        answers.append(client.post("/v1/classify", content=encoded(picture()), headers={"content-type": "image/png"}))
+        eventually(lambda: serving()["engine"] == "tensorrt", "the plan serves")
+        answers.append(
+            client.post("/v1/classify", content=encoded(random_image()), headers={"content-type": "image/png"})
+        )
         assert [each.status_code for each in answers] == [200, 200]
         assert client.get("/readyz").status_code == 200
     assert running.stop() == 0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.support import gpu_double
+from tests.support.paths import ROOT
 from tests.support.tensorrt_stubs import Missing, make_stubs
 
 # Each line asks for something that was there in an older version, or never was.

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import TINY, network, picture
+from tests.support.images import random_image
+from tests.support.networks import TINY, network
 from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.trace import Servable, trace
 from vitserve.model.arrays import Outputs
@@ -23,8 +24,8 @@ from vitserve.model.bundle.parity import compare
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig
 from vitserve.model.network.resnet import ResNet
-from vitserve.service.engines.engine import EngineUnavailableError
-from vitserve.service.engines.selection import EngineOptions, open_engine
+from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
+from vitserve.service.engines.selection import open_engine
 from vitserve.service.engines.torch.engine import open_torch, quickest_attention
 from vitserve.service.engines.torch.fusion import ADD_NORM, LINEAR, LINEAR_GELU, Step, joined
 from vitserve.service.engines.torch.interpreter import OPERATORS, TorchGraph
@@ -50,7 +51,7 @@ def test_the_graph_of_every_family_is_what_torch_computes(family: str, tmp_path:
     made: nn.Module = network(config) if isinstance(config, ViTConfig) else ResNet(config).eval()
     trace(OptimizedNetwork(made, Preprocessing(config.image_size)).eval(), config.image_size, tmp_path / "model.onnx")  # type: ignore[arg-type]  # a Network
     images = torch.from_numpy(
-        np.stack([np.asarray(picture(config.image_size, config.image_size, seed)) for seed in range(3)])
+        np.stack([np.asarray(random_image(config.image_size, config.image_size, seed)) for seed in range(3)])
     )
     with torch.inference_mode():
         ours = TorchGraph(tmp_path / "model.onnx").eval()(images)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tests.conftest import encoded, picture
+from tests.support.images import encoded, random_image
 from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.model.bundle.preprocess import Decoder, Preprocessing
 from vitserve.service import errors
@@ -34,7 +34,7 @@ from vitserve.service.metrics import Metrics
 from vitserve.service.scheduler import Scheduler
 from vitserve.service.settings import Settings
 
-IMAGE = encoded(picture(16, 16))
+IMAGE = encoded(random_image(16, 16))
 SERVED = ModelInfo("scripted", "1", "0" * 64, ("red", "green", "blue"), Preprocessing(16), "scripted", "fp32", {})
 EPOCH = 7
 
@@ -130,7 +130,7 @@ def with_house(
 
 async def outcomes(house: House, count: int, timeout_seconds: float = 30.0) -> list[Answer | BaseException]:
     deadline = time.monotonic() + timeout_seconds
-    images = [encoded(picture(16, 16, seed=seed)) for seed in range(count)]
+    images = [encoded(random_image(16, 16, seed=seed)) for seed in range(count)]
     return await asyncio.gather(
         *(house.dispatcher.classify(image, deadline, 5) for image in images), return_exceptions=True
     )
@@ -140,7 +140,7 @@ def test_each_image_gets_its_own_answer() -> None:
     answers = with_house(lambda house: outcomes(house, 60), Scripted())
     for seed, answer in enumerate(answers):
         assert isinstance(answer, Answer)
-        expected = np.exp(logits_of(encoded(picture(16, 16, seed=seed))))
+        expected = np.exp(logits_of(encoded(random_image(16, 16, seed=seed))))
         np.testing.assert_allclose(answer.probabilities, expected / expected.sum(), rtol=1e-4)
 
 

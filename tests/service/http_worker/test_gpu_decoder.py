@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import encoded, picture, start_server
+from tests.support.images import encoded, random_image
+from tests.support.server import start_server
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.bundle.preprocess import (
     DamagedImageError,
@@ -56,7 +57,7 @@ def test_photos_are_within_the_stated_difference(
 def test_who_waits_is_decoded_with_the_others_and_gets_their_own(
     gpu: GpuDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = [encoded(picture(60, 40, seed), "JPEG") for seed in range(24)]
+    images = [encoded(random_image(60, 40, seed), "JPEG") for seed in range(24)]
     alone = [gpu.decode(image) for image in images]
     sizes, first, go = list[int](), threading.Event(), threading.Event()
     run = gpu._run
@@ -82,7 +83,7 @@ def test_who_waits_is_decoded_with_the_others_and_gets_their_own(
 
 @pytest.mark.parametrize("kind", ["PNG", "rotated", "gray", "CMYK", "progressive"])
 def test_what_is_no_plain_jpeg_is_decoded_all_the_same(gpu: GpuDecoder, kind: str) -> None:
-    image, file = picture(60, 40), io.BytesIO()
+    image, file = random_image(60, 40), io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
     match kind:
@@ -98,14 +99,14 @@ def test_what_is_no_plain_jpeg_is_decoded_all_the_same(gpu: GpuDecoder, kind: st
 
 
 def test_refusals_are_the_same(gpu: GpuDecoder) -> None:
-    whole = encoded(picture(600, 400), "JPEG")
+    whole = encoded(random_image(600, 400), "JPEG")
     with pytest.raises(NotAnImageError):
         gpu.decode(b"no image")
     with pytest.raises(DamagedImageError):
         gpu.decode(whole[: len(whole) // 2])
     small = GpuDecoder(Decoder(Preprocessing(32), max_pixels=2_000_000, jpeg_draft=False), "cpu")
     with pytest.raises(TooManyPixelsError, match="2400 × 1000 pixels; the limit is 2,000,000"):
-        small.decode(encoded(picture(2400, 1000), "JPEG"))
+        small.decode(encoded(random_image(2400, 1000), "JPEG"))
 
 
 def test_a_device_that_fails_costs_no_image(
@@ -116,7 +117,7 @@ def test_a_device_that_fails_costs_no_image(
 
     monkeypatch.setattr(gpu, "_resized", lost)
     monkeypatch.setattr(gpu, "_failures", 0)
-    images = [encoded(picture(60, 40, seed), "JPEG") for seed in range(6)]
+    images = [encoded(random_image(60, 40, seed), "JPEG") for seed in range(6)]
     assert all(np.array_equal(gpu.decode(image), gpu.decoder.decode(image)) for image in images)
     assert caplog.text.count("could not be decoded on the GPU") == 2, (
         "when it began, and when it was taken to be for good"
@@ -134,14 +135,14 @@ def test_chroma_is_interpolated_as_libjpeg_does(monkeypatch: pytest.MonkeyPatch)
 def test_large_images_are_decoded_at_a_reduced_scale_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = GpuDecoder(Decoder(Preprocessing(32)), "cpu")
     monkeypatch.setattr(ours, "_run", lambda jobs: pytest.fail("it was given to the device"))
-    large = encoded(picture(4000, 2100), "JPEG")
+    large = encoded(random_image(4000, 2100), "JPEG")
     assert np.array_equal(ours.decode(large), ours.decoder.decode(large))
 
 
 def test_a_batch_is_bounded_by_its_pixels(gpu: GpuDecoder) -> None:
     from vitserve.service.http_worker.gpu_decoder import MOST_PIXELS, _Job
 
-    header = gpu.decoder.header(encoded(picture(60, 40), "JPEG"))
+    header = gpu.decoder.header(encoded(random_image(60, 40), "JPEG"))
     gpu._waiting.extend(_Job(b"", replace(header, pixels=MOST_PIXELS)) for _ in range(20))
     assert [len(gpu._next()) for _ in range(3)] == [8, 8, 4]
 
@@ -169,7 +170,7 @@ def test_a_service_without_a_gpu_that_is_to_decode_on_one_says_so_and_answers(bu
     running = start_server("--bundle", str(bundle.path), "--decode", "gpu")
     answer = httpx.post(
         f"{running.url}/v1/classify",
-        content=encoded(picture(), "JPEG"),
+        content=encoded(random_image(), "JPEG"),
         headers={"content-type": "image/jpeg"},
         timeout=60,
     )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 from vitserve.service import machine
 from vitserve.service.http_worker import gpu_gauges
 

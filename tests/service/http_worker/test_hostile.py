@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import encoded, picture, start_server
+from tests.support.images import encoded, random_image
+from tests.support.server import start_server
 from vitserve.model.bundle.bundle import Bundle
 
 GROWTH_BYTES = (
@@ -22,9 +23,9 @@ GROWTH_BYTES = (
 
 
 def seeds() -> list[bytes]:
-    image, small = picture(300, 200), picture(24, 16)
+    image, small = random_image(300, 200), random_image(24, 16)
     options = {
-        "GIF": {"save_all": True, "append_images": [picture(300, 200, seed=1)]},
+        "GIF": {"save_all": True, "append_images": [random_image(300, 200, seed=1)]},
         "TIFF": {"compression": "tiff_lzw"},
     }
     kinds = [encoded(image, kind, **options.get(kind, {})) for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")]

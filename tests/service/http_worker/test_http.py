@@ -20,22 +20,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import Server, checkpoint, encoded, picture, start_server
-from tests.model.test_preprocess import png_header
+from tests.support.http import classify, metric
+from tests.support.images import encoded, png_header, random_image
+from tests.support.networks import checkpoint
+from tests.support.server import Server, start_server
 from vitserve.export.build_bundle import build_bundle
 from vitserve.model.arrays import Floats, softmax
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.bundle.parity import TOLERANCE
 from vitserve.model.bundle.preprocess import Decoder
 from vitserve.service import errors
-from vitserve.service.engines.selection import EngineOptions, open_engine
+from vitserve.service.engines.engine import EngineOptions
+from vitserve.service.engines.selection import open_engine
 from vitserve.service.http_worker.app import most_probable
-
-
-def classify(client: httpx.Client, image: bytes, **options: int) -> httpx.Response:
-    return client.post("/v1/classify", content=image, headers={"content-type": "image/png"}, params=options)
 
 
 def probabilities(result: dict[str, list[dict[str, float]]]) -> list[float]:
@@ -55,7 +53,7 @@ def all_ways(client: httpx.Client, images: list[bytes]) -> list[np.ndarray]:
 
 
 def test_one_shape_of_answer(client: httpx.Client) -> None:
-    response = classify(client, encoded(picture()))
+    response = classify(client, encoded(random_image()))
     assert response.status_code == 200
     assert response.json().keys() == {"model", "version", "results"}
     (result,) = response.json()["results"]
@@ -67,7 +65,7 @@ def test_one_shape_of_answer(client: httpx.Client) -> None:
 
 
 def test_raw_multipart_and_base64_agree_and_are_the_networks(client: httpx.Client, bundle: Bundle) -> None:
-    images = [encoded(picture(seed=seed), "JPEG") for seed in range(20)]
+    images = [encoded(random_image(seed=seed), "JPEG") for seed in range(20)]
     raw, form, sent = all_ways(client, images)
     np.testing.assert_allclose(form, raw, atol=1e-6)
     np.testing.assert_allclose(sent, raw, atol=1e-6)
@@ -87,7 +85,7 @@ def test_all_photos_agree_however_they_are_sent(client: httpx.Client, photos: li
 
 
 def test_many_at_once_each_get_their_own_answer(client: httpx.Client) -> None:
-    images = [encoded(picture(seed=seed)) for seed in range(40)]
+    images = [encoded(random_image(seed=seed)) for seed in range(40)]
     alone = [probabilities(classify(client, image, top_k=7).json()["results"][0]) for image in images]
     with ThreadPoolExecutor(16) as pool:
         crowd = list(pool.map(lambda index: classify(client, images[index % 40], top_k=7).json(), range(400)))
@@ -96,7 +94,7 @@ def test_many_at_once_each_get_their_own_answer(client: httpx.Client) -> None:
 
 
 def test_a_bad_image_among_several_carries_its_own_error(client: httpx.Client) -> None:
-    good = encoded(picture())
+    good = encoded(random_image())
     response = client.post(
         "/v1/classify",
         files=[("a", good), ("b", b"not an image"), ("c", good[:-40]), ("d", png_header(9000, 9000)), ("e", good)],
@@ -118,11 +116,11 @@ def test_a_bad_image_among_several_carries_its_own_error(client: httpx.Client) -
 
 
 def test_server_timing_names_the_stages(client: httpx.Client) -> None:
-    timing = classify(client, encoded(picture())).headers["server-timing"]
+    timing = classify(client, encoded(random_image())).headers["server-timing"]
     assert re.fullmatch(r"read;dur=[\d.]+, decode;dur=[\d.]+, queue;dur=[\d.]+, inference;dur=[\d.]+", timing)
 
 
-GOOD = encoded(picture())
+GOOD = encoded(random_image())
 ANOTHER_FIELD = b'--x\r\nContent-Disposition: form-data; name="path"\r\n\r\n/etc\r\n--x--\r\n'
 PROBLEMS: dict[str, tuple[int, str, bytes, str, str]] = {
     "empty": (422, "not_an_image", b"", "image/png", ""),
@@ -210,12 +208,12 @@ def test_messages_name_both_numbers(client: httpx.Client) -> None:
     "image",
     [
         encoded(Image.new("RGB", (1, 1), "red")),
-        encoded(picture().convert("CMYK"), "JPEG"),
+        encoded(random_image().convert("CMYK"), "JPEG"),
         encoded(Image.fromarray(np.arange(0, 65536, 16, np.uint16).reshape(64, 64))),
-        encoded(picture(), "GIF", save_all=True, append_images=[picture(seed=1)]),
-        encoded(picture(), "WEBP"),
-        encoded(picture(), "BMP"),
-        encoded(picture(), "TIFF", compression="tiff_lzw"),
+        encoded(random_image(), "GIF", save_all=True, append_images=[random_image(seed=1)]),
+        encoded(random_image(), "WEBP"),
+        encoded(random_image(), "BMP"),
+        encoded(random_image(), "TIFF", compression="tiff_lzw"),
     ],
     ids=["1x1", "cmyk", "16-bit", "animated", "webp", "bmp", "tiff"],
 )
@@ -267,15 +265,6 @@ def test_a_client_that_goes_away_mid_body_costs_nothing(server: Server, client: 
     assert metric(client, "vitserve_images_in_flight") == 0
 
 
-def metric(client: httpx.Client, sample_name: str, /, **labels: str) -> float:
-    samples = [
-        sample for family in text_string_to_metric_families(client.get("/metrics").text) for sample in family.samples
-    ]
-    return sum(
-        sample.value for sample in samples if sample.name == sample_name and labels.items() <= sample.labels.items()
-    )
-
-
 def test_metrics_count_what_happened(client: httpx.Client) -> None:
     def counted() -> list[float]:
         return [
@@ -319,7 +308,7 @@ def test_overload_is_refused_with_a_retry_after_and_the_admitted_are_answered(bu
     running = start_server("--bundle", str(bundle.path), "--slots", "8", "--max-images", "8")
     try:
         with httpx.Client(base_url=running.url, timeout=60) as client, ThreadPoolExecutor(12) as pool:
-            many = [("image", encoded(picture(1200, 900, seed=seed))) for seed in range(8)]
+            many = [("image", encoded(random_image(1200, 900, seed=seed))) for seed in range(8)]
             answers = list(pool.map(lambda _: client.post("/v1/classify", files=many), range(12)))
             rejection = [
                 each["error"]
@@ -345,7 +334,7 @@ def test_overload_is_refused_with_a_retry_after_and_the_admitted_are_answered(bu
 
 def test_a_deadline_that_cannot_be_met_is_refused(client: httpx.Client) -> None:
     """A form of 64 images of which the last cannot be through in a millisecond: each is answered, shed, or late, and none hangs."""
-    form = [("image", encoded(picture(800, 600, seed=seed))) for seed in range(64)]
+    form = [("image", encoded(random_image(800, 600, seed=seed))) for seed in range(64)]
     response = client.post("/v1/classify", params={"timeout_ms": 1}, files=form)
     outcomes = response.json().get("results", [{"error": response.json()}])
     assert {each["error"]["code"] for each in outcomes if "error" in each} <= {"overloaded", "deadline_exceeded"}
@@ -355,7 +344,7 @@ def test_a_deadline_that_cannot_be_met_is_refused(client: httpx.Client) -> None:
 def test_sigterm_answers_what_was_admitted_and_ends_with_zero(bundle: Bundle) -> None:
     running = start_server("--bundle", str(bundle.path))
     host, port = running.url.removeprefix("http://").split(":")
-    image = encoded(picture(2000, 1500))
+    image = encoded(random_image(2000, 1500))
     half_sent, finish = threading.Barrier(9), threading.Event()
     answers: list[bytes] = []
 

@@ -17,16 +17,18 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.overload import Caller
-from tests.conftest import ROOT, encoded, picture, start_server
+from tests.support.images import encoded, random_image
+from tests.support.paths import ROOT
 from tests.support.prometheus import Prometheus, prometheus
 from tests.support.promql import COMPONENTS, Panel, as_truth, grouped_by, panels, read, rules, selectors
+from tests.support.server import start_server
 from vitserve.bench.client import Client
 from vitserve.bench.request import Picture
 from vitserve.model.bundle.bundle import sha256
-from vitserve.service.engine_worker.startup import DEFAULT_BUNDLE
 from vitserve.service.engine_worker.tuning_cache import TuningResult, save_tuning_result
+from vitserve.service.settings import DEFAULT_BUNDLE
 
-IMAGE = encoded(picture(120, 90), "JPEG")
+IMAGE = encoded(random_image(120, 90), "JPEG")
 WELL_ABOVE = 2.0
 SEEN = 1.5  # by Prometheus, which looks seldom
 FROM_TARGETS = {"job", "instance", "namespace", "pod"}  # labels that Prometheus gives

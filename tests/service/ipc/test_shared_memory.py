@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 from vitserve.bench.simulation import SECONDS
 from vitserve.service.ipc import memory_layout, wire_format
 from vitserve.service.ipc.connection import Connection

@@ -12,8 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,9 +21,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, Server, checkpoint, encoded, picture, start_server
-from tests.service.http_worker.test_http import classify, metric
+from tests.support.http import classify, metric
+from tests.support.images import encoded, random_image
 from tests.support.load import Load, expectations
+from tests.support.networks import checkpoint
+from tests.support.paths import ROOT
+from tests.support.server import Server, start_server
+from tests.support.waiting import eventually
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.load import Checkpoint
 from vitserve.model.bundle.bundle import Bundle
@@ -82,14 +85,6 @@ def kill(pid: int, with_signal: signal.Signals = signal.SIGKILL) -> None:
         os.kill(pid, with_signal)
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Asks again and again, for what announces itself nowhere."""
-    ends = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < ends, f"within a minute not {what}"
-        os.sched_yield()
-
-
 def ended(pid: int) -> bool:
     """Gone, or a zombie whose parent has gone too."""
     try:
@@ -130,7 +125,7 @@ def test_an_engine_killed_again_and_again_under_load_loses_nothing(
                 load.wait_for(200)
                 (engine,) = running.pids(ENGINE)
                 kill(engine)
-                wait_until(lambda: count(running, "vitserve.http_worker: ready") == number + 2, "ready again")  # noqa: B023
+                eventually(lambda: count(running, "vitserve.http_worker: ready") == number + 2, "ready again")  # noqa: B023
             load.wait_for(200)
         assert set(load.counts) == {"200"}, load.complaints[:3]
         with httpx.Client(base_url=running.url) as client:
@@ -143,14 +138,14 @@ def test_an_engine_killed_again_and_again_under_load_loses_nothing(
 
 def test_of_two_engines_one_may_die(bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]) -> None:
     with serving("--bundle", str(bundle.path), *PATIENT, "--engines", "2", "--threads", "1") as running:
-        wait_until(lambda: count(running, "vitserve.http_worker: ready") == 2, "both engines ready")
+        eventually(lambda: count(running, "vitserve.http_worker: ready") == 2, "both engines ready")
         with Load(running.url, expected) as load, httpx.Client(base_url=running.url) as client:
             for number in range(4):
                 load.wait_for(200)
                 kill(running.pids(ENGINE)[0])
                 running.wait_for(rf"(?s)(another is started.*){{{number + 1}}}")
                 assert client.get("/readyz").status_code == 200
-                wait_until(lambda: count(running, "vitserve.http_worker: ready") == number + 3, "both ready again")  # noqa: B023
+                eventually(lambda: count(running, "vitserve.http_worker: ready") == number + 3, "both ready again")  # noqa: B023
         assert set(load.counts) == {"200"}, load.complaints[:3]
         assert running.stop() == 0
 
@@ -176,23 +171,23 @@ def test_an_image_that_was_in_flight_in_two_crashes_is_answered_500_and_reported
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         answers: list[httpx.Response] = []
-        asking = threading.Thread(target=lambda: answers.append(classify(client, encoded(picture()))))
+        asking = threading.Thread(target=lambda: answers.append(classify(client, encoded(random_image()))))
         asking.start()
         for number in range(2):
             (engine,) = running.pids(ENGINE)
             slot_table = slot_table_of(engine)
-            wait_until(lambda: slot_table.count(RUNNING), "running")  # noqa: B023
+            eventually(lambda: slot_table.count(RUNNING), "running")  # noqa: B023
             kill(engine)
             if number == 0:
-                wait_until(lambda: ended(engine) and running.pids(ENGINE), "another engine")  # noqa: B023
-                wait_until(lambda: count(running, "vitserve.http_worker: ready") == 2, "ready again")
+                eventually(lambda: ended(engine) and running.pids(ENGINE), "another engine")  # noqa: B023
+                eventually(lambda: count(running, "vitserve.http_worker: ready") == 2, "ready again")
         asking.join(60)
         assert answers[0].status_code == 500
         assert answers[0].json()["code"] == "engine_failed"
         assert "2 engines died while they ran this image" in answers[0].json()["detail"]
         running.wait_for(r"image \d+ was being run by 2 engines that died; it is not run again")
         running.wait_for(r"(?s)(vitserve.http_worker: ready.*){3}")
-        assert classify(client, encoded(picture())).status_code == 200
+        assert classify(client, encoded(random_image())).status_code == 200
         assert metric(client, "vitserve_images_total", outcome="engine_failed") == 1
         assert metric(client, "vitserve_images_in_flight") == 0
         assert running.stop() == 0
@@ -262,7 +257,7 @@ def test_a_killed_front_breaks_only_its_own_connections_and_is_back(
     bundle: Bundle, expected: dict[tuple[str, str], np.ndarray]
 ) -> None:
     with serving("--bundle", str(bundle.path), *PATIENT, "--workers", "2") as running:
-        wait_until(lambda: count(running, "vitserve.http_worker: ready") == 2, "both HTTP workers ready")
+        eventually(lambda: count(running, "vitserve.http_worker: ready") == 2, "both HTTP workers ready")
         with Load(running.url, expected) as load:
             load.wait_for(200)
             doomed, spared = running.pids(HTTP_WORKER)
@@ -270,7 +265,7 @@ def test_a_killed_front_breaks_only_its_own_connections_and_is_back(
             assert theirs
             before = dict(load.ports)
             kill(doomed)
-            wait_until(lambda: count(running, "vitserve.http_worker: ready") == 3, "the HTTP worker back")
+            eventually(lambda: count(running, "vitserve.http_worker: ready") == 3, "the HTTP worker back")
             load.wait_for(500)
         assert set(load.counts) <= {"200", "broken"}, load.complaints[:3]
         assert set(load.broken) <= theirs, "a connection of the other HTTP worker broke"
@@ -281,7 +276,7 @@ def test_a_killed_front_breaks_only_its_own_connections_and_is_back(
         assert spared in running.pids(HTTP_WORKER)
         assert doomed not in running.pids(HTTP_WORKER)
         with httpx.Client(base_url=running.url) as client:
-            wait_until(lambda: metric(client, "vitserve_images_in_flight") == 0, "all slots reclaimed")
+            eventually(lambda: metric(client, "vitserve_images_in_flight") == 0, "all slots reclaimed")
             assert metric(client, "vitserve_restarts_total", process="worker", cause="died") == 1
             assert metric(client, "vitserve_ready") == 1, "one sample: a dead process leaves no ghost"
         assert running.stop() == 0
@@ -293,7 +288,7 @@ def test_clients_who_leave_free_their_places(slow: Bundle) -> None:
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         host, port = running.url.removeprefix("http://").split(":")
-        image = encoded(picture())
+        image = encoded(random_image())
         heading = (
             f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"
         )
@@ -301,11 +296,11 @@ def test_clients_who_leave_free_their_places(slow: Bundle) -> None:
         for connection in connections:
             connection.sendall(heading.encode() + image)
         slot_table = slot_table_of(running.pids(ENGINE)[0])
-        wait_until(lambda: slot_table.count(WAITING) >= 20, "twenty of them decoded and waiting")
+        eventually(lambda: slot_table.count(WAITING) >= 20, "twenty of them decoded and waiting")
         for connection in connections:
             connection.close()
         assert classify(client, image).status_code == 200
-        wait_until(lambda: metric(client, "vitserve_images_in_flight") == 0, "all places free")
+        eventually(lambda: metric(client, "vitserve_images_in_flight") == 0, "all places free")
         assert metric(client, "vitserve_requests_total", status="499") > 20
         assert metric(client, "vitserve_batch_size_sum") < 15, "nobody ran those that nobody waits for"
         assert running.stop() == 0
@@ -350,15 +345,15 @@ def test_reloads_between_two_models_under_load_lose_nothing(
                     assert answer.json() == {"model": target.manifest.name, "version": target.manifest.version}
                 else:
                     running.process.send_signal(signal.SIGHUP)
-                    wait_until(lambda: count(running, "reload: ok") == number + 1, "reloaded")  # noqa: B023
-                    assert classify(client, encoded(picture())).json()["model"] == target.manifest.name
+                    eventually(lambda: count(running, "reload: ok") == number + 1, "reloaded")  # noqa: B023
+                    assert classify(client, encoded(random_image())).json()["model"] == target.manifest.name
             load.wait_for(50)
         assert set(load.counts) == {"200"}, load.complaints[:3]
         assert set(load.versions) == set(expected), "each was served"
         assert metric(client, "vitserve_reloads_total", result="ok") == times
         assert metric(client, "vitserve_restarts_total") == 0
         assert metric(client, "vitserve_images_in_flight") == 0
-        wait_until(lambda: len(running.pids(ENGINE)) == 1, "the old engines gone")
+        eventually(lambda: len(running.pids(ENGINE)) == 1, "the old engines gone")
         assert running.stop() == 0
 
 
@@ -389,17 +384,17 @@ def test_a_bundle_that_cannot_be_served_is_refused_and_the_old_one_serves_on(
         assert client.get("/readyz").status_code == 200
         # An engine that dies now finds only the bad one.
         kill(running.pids(ENGINE)[0])
-        wait_until(
+        eventually(
             lambda: any("the bundle cannot be served" in each for each in client.get("/readyz").json()["reasons"]),
             "unready",
         )
-        answer = classify(client, encoded(picture()))
+        answer = classify(client, encoded(random_image()))
         assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
         assert "golden.npz" in answer.json()["detail"]
         switch.to(bundle.path)
         assert reload(client).status_code == 200
         assert client.get("/readyz").status_code == 200
-        assert classify(client, encoded(picture())).status_code == 200
+        assert classify(client, encoded(random_image())).status_code == 200
         assert running.stop() == 0
 
 
@@ -430,7 +425,7 @@ def test_an_engine_killed_while_it_opens_the_new_bundle_leaves_the_old_model_ser
             (serving_now,) = running.pids(ENGINE)
             switch.to(other.path)
             running.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: len(running.pids(ENGINE)) == 2, "a second engine")
+            eventually(lambda: len(running.pids(ENGINE)) == 2, "a second engine")
             (opening,) = set(running.pids(ENGINE)) - {serving_now}
             kill(opening)
             running.wait_for(r"ended by SIGKILL while it opened the bundle")
@@ -452,9 +447,9 @@ def test_an_engine_that_is_replaced_during_a_reload_does_not_take_the_old_model_
                 load.wait_for(20)
                 kill(running.pids(ENGINE)[0])
                 running.process.send_signal(signal.SIGHUP)
-                wait_until(lambda: count(running, "reload: ok") == number + 1, "reloaded")  # noqa: B023
+                eventually(lambda: count(running, "reload: ok") == number + 1, "reloaded")  # noqa: B023
             load.wait_for(20)
-            wait_until(lambda: len(running.pids(ENGINE)) == 1, "one engine left")
+            eventually(lambda: len(running.pids(ENGINE)) == 1, "one engine left")
             load.wait_for(20)
         assert set(load.counts) == {"200"}, load.complaints[:3]
         assert running.stop() == 0
@@ -476,7 +471,7 @@ def test_an_engine_that_finds_another_bundle_after_a_crash_serves_that_as_a_relo
             load.wait_for(100)
             for number in range(2):  # nothing is left of the model that ended so
                 running.process.send_signal(signal.SIGHUP)
-                wait_until(lambda: count(running, "reload: ok") == number + 2, "reloaded")  # noqa: B023
+                eventually(lambda: count(running, "reload: ok") == number + 2, "reloaded")  # noqa: B023
             load.wait_for(100)
         assert set(load.counts) == {"200"}, load.complaints[:3]
         assert set(load.versions) == set(expected)
@@ -495,7 +490,7 @@ def test_a_child_whose_fork_holds_its_channel_has_ended_all_the_same() -> None:
     fork, last, how = asyncio.run(watch())
     assert last is None
     assert how == "with exit status 3"
-    wait_until(lambda: ended(fork), "ended")
+    eventually(lambda: ended(fork), "ended")
 
 
 # -- the end
@@ -519,15 +514,15 @@ def test_draining_is_not_ready_at_once_and_closes_kept_connections(slow: Bundle)
         with httpx.Client(base_url=running.url, timeout=60) as asking, httpx.Client(base_url=running.url) as probe:
             assert probe.get("/readyz").status_code == 200
             answers: list[httpx.Response] = []
-            many = [("image", encoded(picture(seed=seed))) for seed in range(20)]
+            many = [("image", encoded(random_image(seed=seed))) for seed in range(20)]
             thread = threading.Thread(target=lambda: answers.append(asking.post("/v1/classify", files=many)))
             thread.start()
             slot_table = slot_table_of(running.pids(ENGINE)[0])
-            wait_until(lambda: slot_table.count(RUNNING), "running")
+            eventually(lambda: slot_table.count(RUNNING), "running")
             running.process.send_signal(signal.SIGTERM)
             running.wait_for("draining")
             said: list[httpx.Response] = []  # the supervisor says so a moment before its HTTP workers hear it
-            wait_until(lambda: said.append(probe.get("/readyz")) or said[-1].status_code == 503, "not ready")  # type: ignore[func-returns-value]
+            eventually(lambda: said.append(probe.get("/readyz")) or said[-1].status_code == 503, "not ready")  # type: ignore[func-returns-value]
             assert not answers, "it is still being answered"
             thread.join(60)
         assert said[-1].json()["reasons"] == ["draining: the service is stopping"]
@@ -550,14 +545,14 @@ def test_a_drain_has_its_bounds(slow: Bundle, why: str, arguments: tuple[str, ..
 
         def ask() -> None:
             try:
-                client.post("/v1/classify", files=[("image", encoded(picture(seed=seed))) for seed in range(60)])
+                client.post("/v1/classify", files=[("image", encoded(random_image(seed=seed))) for seed in range(60)])
             except httpx.HTTPError as error:
                 failures.append(error)
 
         thread = threading.Thread(target=ask)
         thread.start()
         slot_table = slot_table_of(running.pids(ENGINE)[0])
-        wait_until(lambda: slot_table.count(RUNNING), "running")
+        eventually(lambda: slot_table.count(RUNNING), "running")
         children = running.pids(HTTP_WORKER) + running.pids(ENGINE)
         running.process.send_signal(signal.SIGTERM)
         running.wait_for("draining")
@@ -586,7 +581,7 @@ def test_when_the_supervisor_is_killed_nothing_is_left_of_it(
         with Load(running.url, expected) as load:
             load.wait_for(100)
             kill(running.process.pid)
-            wait_until(lambda: all(ended(pid) for pid in children), "all ended")
+            eventually(lambda: all(ended(pid) for pid in children), "all ended")
             load.join()  # rejected: nobody listens any more
         assert not directory.exists(), (
             "the counters' files are gone; the slot table went with the last process that had it"
@@ -598,7 +593,7 @@ def test_an_engine_that_ends_the_processes_that_open_it_is_left_out(tmp_path: Pa
     (tmp_path / "openvino.py").write_text("import os\nos._exit(3)\n")
     running = start_server("--bundle", str(bundle.path), environment={"PYTHONPATH": str(tmp_path)})
     with httpx.Client(base_url=running.url, timeout=60) as client:
-        assert classify(client, encoded(picture())).status_code == 200
+        assert classify(client, encoded(random_image())).status_code == 200
         serving = client.get("/v1/model").json()["serving"]
     assert (serving["engine"], serving["precision"]) == ("onnxruntime", "fp32")
     assert {(each["engine"], each["cause"], each["reason"]) for each in serving["rejected"]} == {
@@ -637,7 +632,7 @@ def test_idle_they_cost_next_to_nothing(bundle: Bundle) -> None:
     if not Path("/proc/self/schedstat").exists():
         pytest.skip("this kernel does not account for processor time in nanoseconds")
     with serving("--bundle", str(bundle.path)) as running, httpx.Client(base_url=running.url) as client:
-        assert classify(client, encoded(picture())).status_code == 200
+        assert classify(client, encoded(random_image())).status_code == 200
         pids = [running.process.pid, *running.pids(HTTP_WORKER), *running.pids(ENGINE)]
         before = cpu_seconds(pids)
         threading.Event().wait(5)
