@@ -49,7 +49,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def photos() -> list[Path]:
     found = sorted(PHOTOS.glob("*.jpg"))
     if not found:
-        pytest.skip("VITSERVE_TEST_PHOTOS names no directory of photos")
+        pytest.skip("TEST_PHOTOS names no directory of photos")
     return found
 
 

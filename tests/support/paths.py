@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PHOTOS = Path(os.environ.get("VITSERVE_TEST_PHOTOS", ROOT / "tests" / "photos"))  # real JPEGs, for tests that want them
+PHOTOS = Path(os.environ.get("TEST_PHOTOS", ROOT / "tests" / "photos"))  # real JPEGs, for tests that want them
 CIFAR10 = Path(
-    os.environ.get("VITSERVE_TEST_CIFAR10", ROOT / "data" / "cifar10_jpeg.npz")
+    os.environ.get("TEST_CIFAR10", ROOT / "data" / "cifar10_jpeg.npz")
 )  # the data that the default model was trained on

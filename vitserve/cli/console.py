@@ -1,0 +1,83 @@
+"""What several commands print: errors in one line, and the table of a bundle's artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from vitserve.model.bundle.bundle import Artifact, Bundle
+
+# Which extra installs a module that a stage needs. Everything else is in the base install.
+_EXTRAS = {
+    "torch": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnx_ir": "export",
+    "safetensors": "export",
+    "huggingface_hub": "export",
+    "nncf": "int8",
+    "matplotlib": "bench",
+    "onnxruntime": "onnxruntime",
+}
+
+
+@contextmanager
+def one_line_errors(extra: str = "") -> Iterator[None]:
+    """Ends the command with status 2 and one line instead of a traceback, for errors that the user can correct.
+
+    A missing package is reported with the pip command that installs it: of the ``extra`` that the command needs as a
+    whole, or else of the one that has the package.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        wanted = extra or _EXTRAS.get(package, "")
+        if not wanted:
+            raise
+        raise fail(f"{package} is not installed. Install it with: pip install 'vitserve[{wanted}]'") from error
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise fail(str(error)) from error
+
+
+def fail(message: str) -> typer.Exit:
+    """Prints the message. The caller raises the result, which ends the command with status 2."""
+    typer.secho(f"vitserve: {message}", fg="red", err=True)
+    return typer.Exit(2)
+
+
+def print_artifacts(bundle: Bundle) -> None:
+    """Prints the bundle's artifacts with the numerical parity and accuracy that each one showed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("engine", "precision", "Δ golden", "images", "agree", "Δ p", "accuracy", "loss"):
+        table.add_column(title, justify="left" if title in ("engine", "precision") else "right", no_wrap=True)
+    for artifact in bundle.manifest.artifacts:
+        table.add_row(*_row(artifact))
+    Console().print(table)
+    for artifact in bundle.manifest.artifacts:
+        if artifact.attention is not None:
+            kernels = (
+                ", ".join(f"{count} × {name}" for name, count in artifact.attention.kernels.items()) or "not fused"
+            )
+            softmax = artifact.attention.softmax_layers
+            typer.echo(
+                f"attention, {artifact.engine} {artifact.precision}: {kernels}; {softmax} softmax layers outside"
+            )
+
+
+def _row(artifact: Artifact) -> tuple[str, ...]:
+    precision = artifact.precision + (" (simulated)" if artifact.simulated else "")
+    row = (artifact.engine, precision, f"{artifact.parity.logits:.1e}")
+    evaluation = artifact.evaluation
+    if evaluation is None:
+        return (*row, "", "", "", "", "")
+    accuracy = "" if evaluation.accuracy is None else f"{evaluation.accuracy:.2%}"
+    agreement, difference = f"{evaluation.top1_agreement:.2%}", f"{evaluation.probability:.1e}"
+    return (*row, str(evaluation.images), agreement, difference, accuracy, f"{evaluation.loss:.2f}")

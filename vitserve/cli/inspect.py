@@ -1,0 +1,46 @@
+"""``vitserve inspect``: what a bundle holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vitserve.cli.console import one_line_errors, print_artifacts
+
+
+def inspect(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Directory of a bundle. Default: the bundled model.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a table.")] = False,
+) -> None:
+    """Show what a bundle contains.
+
+    Prints the network, its artifacts, their numerical parity, and which kernels run the attention.
+    """
+    from rich.console import Console
+
+    with one_line_errors():
+        from vitserve.model.bundle.bundle import open_bundle
+        from vitserve.service import machine
+        from vitserve.service.engines.gpu_artifacts import plans_of
+        from vitserve.service.engines.tensorrt.plan_report import PlanReport
+        from vitserve.service.settings import DEFAULT_BUNDLE
+
+        opened = open_bundle(bundle or DEFAULT_BUNDLE)
+        if as_json:
+            typer.echo(json.dumps(opened.summary(), indent=1))
+            return
+        manifest, console = opened.manifest, Console()
+        size, classes = manifest.preprocessing.image_size, manifest.config.classes
+        title = f"[bold]{manifest.name}[/bold] {manifest.version}"
+        console.print(f"{title}: {manifest.variant}, {size} × {size} pixels, {classes} classes", highlight=False)
+        print_artifacts(opened)
+        for plan in plans_of(machine.plan_dir(), opened):
+            report = PlanReport.from_json(plan.with_suffix(".json").read_text())
+            console.print(f"{plan.stem}: {report}", highlight=False)
+        for reason in opened.damaged.values():
+            console.print(f"[red]damaged: {reason}[/red]")

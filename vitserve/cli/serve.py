@@ -1,0 +1,102 @@
+"""``vitserve serve``: one option per setting, each also an environment variable."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from vitserve import __version__
+from vitserve.cli.console import one_line_errors
+from vitserve.service.settings import Settings, SettingsError
+
+_PREFIX = "VITSERVE_"
+# Kubernetes sets these in every pod of a namespace that has a Service called vitserve (enableServiceLinks).
+_SERVICE_LINK = re.compile(r"VITSERVE_(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
+
+
+def serve(source: str, **values: Any) -> None:
+    """Serve a model over HTTP.
+
+    SOURCE is a bundle, or a checkpoint, which is exported into the cache first. Without a source and without --bundle,
+    the bundled demonstration model is served.
+    """
+    with one_line_errors():
+        _check_environment(os.environ)
+        if source and values["bundle"]:
+            raise SettingsError(
+                f"a source ({source}) and a bundle ({values['bundle']}) are both given; give one of them"
+            )
+        if source:
+            values["bundle"] = _bundle_of(source)
+        if values["bundle"]:
+            _check_bundle(Path(values["bundle"]))
+        settings = Settings(**values)
+        from vitserve.service.supervisor.supervisor import serve as run
+
+        status = run(settings)
+    raise typer.Exit(status)
+
+
+def _bundle_of(source: str) -> str:
+    """The path of the source's bundle: the source itself, or what is exported from it."""
+    if (Path(source) / "bundle.json").exists():
+        return source
+    from vitserve.export.cache import cached_bundle
+
+    return str(cached_bundle(source, __version__, lambda step: typer.echo(step, err=True)))
+
+
+def _check_bundle(path: Path) -> None:
+    """Raises SettingsError where there is no bundle. The engine worker checks what is in it."""
+    if not path.is_dir():
+        raise SettingsError(f"{path} is not a directory; a bundle is a directory made by `vitserve export`")
+    if not (path / "bundle.json").is_file():
+        raise SettingsError(f"{path} is not a bundle: it has no bundle.json; `vitserve export` makes bundles")
+
+
+def _check_environment(environment: Mapping[str, str]) -> None:
+    """Raises SettingsError for a variable that begins as ours do and names no setting."""
+    known = [_variable(setting.name) for setting in dataclasses.fields(Settings)]
+    unknown = [name for name in environment if name.startswith(_PREFIX) and name not in known]
+    for name in sorted(unknown):
+        if not _SERVICE_LINK.fullmatch(name):
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {similar[0]}?" if similar else "`vitserve serve --help` lists all settings"
+            raise SettingsError(f"the environment variable {name} is not a setting; {hint}")
+
+
+def _variable(setting: str) -> str:
+    return f"{_PREFIX}{setting.upper()}"
+
+
+def _signature() -> inspect.Signature:
+    """One option per setting, --like-this, with VITSERVE_LIKE_THIS as its environment variable."""
+    hints = get_type_hints(Settings)
+    help_text = (
+        "Directory or file of a checkpoint or bundle, hf:owner/name[@revision], or timm:NAME. See docs/models.md."
+    )
+    source = Annotated[str, typer.Argument(help=help_text, show_default=False)]
+    parameters = [inspect.Parameter("source", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="", annotation=source)]
+    for setting in dataclasses.fields(Settings):
+        option = typer.Option(help=setting.metadata["help"], envvar=_variable(setting.name))
+        parameters.append(
+            inspect.Parameter(
+                setting.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=setting.default,
+                annotation=Annotated[hints[setting.name], option],
+            )
+        )
+    return inspect.Signature(parameters)
+
+
+serve.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads it
+serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _signature().parameters.values()}
