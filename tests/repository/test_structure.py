@@ -1,0 +1,75 @@
+"""Limits that keep the code readable: sizes of files, classes, functions and directories, and complete annotations."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+from tests.support.paths import ROOT
+
+SOURCE = ("model", "export", "service", "bench", "benchmarks", "vitserve/cli")
+MOST_LINES_IN_A_FILE = 300
+MOST_LINES_IN_A_CLASS = 220
+MEDIAN_LINES_IN_A_FUNCTION = 7
+MOST_FILES_IN_A_DIRECTORY = 14
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def python_files(*directories: str) -> list[Path]:
+    return [path for directory in directories for path in sorted((ROOT / directory).rglob("*.py"))]
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def functions(path: Path) -> list[Function]:
+    return [node for node in ast.walk(tree(path)) if isinstance(node, Function)]
+
+
+def lines_of(node: ast.ClassDef | Function) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def test_no_file_is_too_long() -> None:
+    sizes = {str(path): len(path.read_text().splitlines()) for path in python_files(*SOURCE, "tests")}
+    assert not {path: size for path, size in sizes.items() if size > MOST_LINES_IN_A_FILE}
+
+
+def test_no_class_is_too_long() -> None:
+    classes = [(path, node) for path in python_files(*SOURCE, "tests") for node in ast.walk(tree(path))]
+    sizes = {f"{path}:{node.name}": lines_of(node) for path, node in classes if isinstance(node, ast.ClassDef)}
+    assert not {name: size for name, size in sizes.items() if size > MOST_LINES_IN_A_CLASS}
+
+
+def test_functions_are_short() -> None:
+    sizes = [lines_of(function) for path in python_files(*SOURCE) for function in functions(path)]
+    assert statistics.median(sizes) <= MEDIAN_LINES_IN_A_FUNCTION
+
+
+def test_no_directory_is_crowded() -> None:
+    counts = Counter(path.parent for path in python_files(*SOURCE) if path.name != "__init__.py")
+    assert not {str(path): count for path, count in counts.items() if count > MOST_FILES_IN_A_DIRECTORY}
+
+
+def test_every_function_is_typed() -> None:
+    untyped = [
+        f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
+        for path in python_files(*SOURCE, "tests")
+        for function in functions(path)
+        if not is_typed(function)
+    ]
+    assert not untyped
+
+
+def is_typed(function: Function) -> bool:
+    arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    arguments += [extra for extra in (function.args.vararg, function.args.kwarg) if extra is not None]
+    named = [argument for argument in arguments if argument.arg not in ("self", "cls")]
+    return function.returns is not None and all(argument.annotation is not None for argument in named)
