@@ -99,7 +99,7 @@ def sources() -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that the file imports, also inside functions. ``from a import b`` counts as a.b if that is a module."""
+    """Every module that the file imports, also inside functions. ``from a import b`` is a.b if that is a module."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -46,7 +46,7 @@ WORDS = {
     r"coloured|colours?|behaviours?|neighbours?|grey|labelled|licence|centres?|catalogues?": "American spelling",
     r"who (asks|waits|sends)|what (waits|serves|runs|arrives|is read)|it is (its|theirs)": "the noun that is meant",
     r"(hears|obeys|is told|are told|tells|lone|told)": "receives, reports, single",
-    r"\d %": "a percent sign without a space",
+    r"[\d.]+ %": "a percent sign without a space",
 }
 PATTERN = re.compile(r"(?<![\w-])(?:" + "|".join(WORDS) + r")(?![\w-])", re.IGNORECASE)
 # Written by others, or by tools.
