@@ -47,7 +47,7 @@ def links(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to the headings: https://github.com/gjtorikian/html-pipeline, TableOfContentsFilter."""
+    """The anchors that GitHub gives to the headings, as html-pipeline's TableOfContentsFilter computes them."""
     seen, names = Counter[str](), set()
     for heading in re.findall(r"^#+ +(.+?) *$", _FENCED.sub("", text), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
