@@ -23,7 +23,7 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from tests.support.documents import anchors, code_blocks, links, markdown_files, prose
+from tests.support.documents import anchors, code_blocks, links, markdown_files, named_files, prose
 from tests.support.images import encoded, random_image
 from tests.support.networks import TINY, network
 from tests.support.paths import ROOT
@@ -44,8 +44,8 @@ SHORTER = {
 }
 
 _INSTALLS = "needs a package index"
-_HUB = "needs the Hugging Face hub; tests/export/test_hub.py downloads from a local one"
-_DOCKER = "needs Docker; tests/deploy/test_deployment.py compares docker-compose.yml with the code"
+_HUB = "needs the Hugging Face hub; tests/export/checkpoint downloads from a local one"
+_DOCKER = "needs Docker; tests/deploy compares docker-compose.yml with the code"
 NOT_RUN = {
     "pip install .": _INSTALLS,
     'pip install ".[export]"': _INSTALLS,
@@ -53,9 +53,9 @@ NOT_RUN = {
     "pip install torch --index-url https://download.pytorch.org/whl/cpu": _INSTALLS,
     "vitserve serve hf:google/vit-base-patch16-224": _HUB,
     "vitserve serve timm:vit_small_patch16_224.augreg_in21k_ft_in1k": _HUB,
-    "vitserve train data.npz --output runs/mine": "trains for half an hour; tests/model/test_train.py trains less",
+    "vitserve train data.npz --output runs/mine": "trains for half an hour; tests/model trains a smaller network",
     "vitserve export my-checkpoint --output my-bundle --precision int8 --images photos": (
-        "calibrates for a minute; tests/export/test_precision.py exports int8"
+        "calibrates for a minute; tests/export exports int8"
     ),
     "docker compose up": _DOCKER,
     "VITSERVE_BUNDLE_DIR=$PWD/my-bundle docker compose up": _DOCKER,
@@ -207,6 +207,11 @@ def test_links_resolve(path: Path) -> None:
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("path", markdown_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_files_exist(path: Path) -> None:
+    assert [name for name in named_files(path.read_text()) if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

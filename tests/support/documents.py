@@ -46,6 +46,13 @@ def links(text: str) -> list[str]:
     return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
 
+def named_files(text: str) -> list[str]:
+    """Files and directories of the repository in inline code. Names with placeholders in capitals are omitted."""
+    top = "model|export|service|bench|benchmarks|tests|docs|docker|k8s|vitserve|examples"
+    names: list[str] = re.findall(rf"`((?:{top})/[\w./-]*)`", _FENCED.sub("", text))
+    return [name for name in names if not re.search(r"\b[A-Z]{4,}", name)]
+
+
 def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives to the headings, as html-pipeline's TableOfContentsFilter computes them."""
     seen, names = Counter[str](), set()
