@@ -27,7 +27,7 @@ class CodeBlock:
 
 
 def markdown_files() -> list[Path]:
-    patterns = ("*.md", "docs/*.md", "examples/**/*.md", "service/default_bundle/*.md")
+    patterns = ("*.md", ".github/**/*.md", "benchmarks/**/*.md", "docs/*.md", "examples/**/*.md", "service/**/*.md")
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 
 
