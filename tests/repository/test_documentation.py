@@ -1,7 +1,7 @@
 """The commands in the documents run, the responses that they show have the shape of real ones, and their links resolve.
 
-Commands run in a directory with the files that the documents name: photo.jpg, my-bundle, my-checkpoint, and so on.
-Only the address of the server is replaced, and measurements are shortened (SHORTER).
+Commands run in a directory with the files that the documents name: examples, my-bundle, my-checkpoint, and so on.
+Only the address of the server is replaced (in the copied examples too), and measurements are shortened (SHORTER).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,9 +32,10 @@ from tests.support.server import Server, start_server
 from vitserve.cli.main import app
 from vitserve.model.bundle.bundle import Bundle
 
-DOCUMENTS = ("README.md", "docs/quickstart.md", "examples/README.md")
+DOCUMENTS = ("README.md", "docs/quickstart.md", "examples/README.md", "examples/images/README.md")
 ADDRESS = "http://127.0.0.1:8000"
 ADMIN_KEY = "secret"  # as the quickstart sets it
+CLIENTS = ("python3?", "node", "bash", "sh")
 
 # Options added to commands that measure: what they compute does not change, only for how long.
 SHORTER = {
@@ -77,7 +79,7 @@ def text_of(document: str) -> str:
 
 def commands() -> list[str]:
     """Every command of the documents, once."""
-    blocks = [block for document in DOCUMENTS for block in code_blocks(text_of(document)) if block.language == "sh"]
+    blocks = [block for document in DOCUMENTS for block in code_blocks(text_of(document)) if block.is_shell]
     return list(dict.fromkeys(command for block in blocks for command in block.commands))
 
 
@@ -86,7 +88,7 @@ def responses() -> list[Response]:
     for document in DOCUMENTS:
         blocks = code_blocks(text_of(document))
         for before, block in pairwise(blocks):
-            if block.language == "json" and before.language == "sh" and before.commands[-1].startswith("curl"):
+            if block.language == "json" and before.is_shell and before.commands[-1].startswith("curl"):
                 pairs.append(Response(before.commands[-1], json.loads(block.text)))
     return pairs
 
@@ -99,12 +101,12 @@ def commands_of(*programs: str) -> list[str]:
 @pytest.fixture
 def directory(tmp_path: Path, bundle: Bundle, transformers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with the files that the documents name."""
-    (tmp_path / "notes.txt").write_text("This is not an image.\n")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    if (ROOT / "examples").exists():  # test_documents_exist reports it
+        shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "photos").mkdir()
     for index in range(4):
         (tmp_path / f"photos/{index}.jpg").write_bytes(encoded(random_image(seed=index), "JPEG"))
-    for name in ("photo.jpg", "photo2.jpg"):
-        shutil.copy(tmp_path / "photos/0.jpg", tmp_path / name)
     shutil.copytree(bundle.path, tmp_path / "my-bundle")
     for name in ("my-model", "runs/mine"):
         (tmp_path / name).mkdir(parents=True)
@@ -137,13 +139,17 @@ def running_server() -> Iterator[Server]:
     assert running.stop() == 0
 
 
-def curl(command: str, server: Server, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the command; its status is 22 if the server responds with an error."""
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
+def run(command: str, server: Server, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a shell. The status of curl is 22 if the server responds with an error."""
+    if shutil.which(command.split()[0]) is None:
+        pytest.skip(f"{command.split()[0]} is not installed")
     (directory / ".curlrc").write_text("fail-with-body\nsilent\n")
+    for path in directory.glob("examples/**/*"):
+        if path.suffix in (".py", ".js", ".mjs", ".html", ".sh"):
+            path.write_text(path.read_text().replace(ADDRESS, server.url))
     script = command.replace(ADDRESS, server.url)
-    environment = os.environ | {"CURL_HOME": str(directory)}
+    path_variable = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"CURL_HOME": str(directory), "PATH": path_variable}
     return subprocess.run(
         ["bash", "-c", script], cwd=directory, env=environment, capture_output=True, text=True, check=False
     )
@@ -164,8 +170,8 @@ def test_documents_exist(document: str) -> None:
 
 
 def test_every_command_is_run_or_listed() -> None:
-    run = {*commands_of("make"), *commands_of("curl"), *commands_of("vitserve")}
-    assert set(commands()) == run | set(NOT_RUN), "run the command in a test, or give the reason in NOT_RUN"
+    tested = commands_of("make", "curl", "vitserve", *CLIENTS)
+    assert set(commands()) == {*tested, *NOT_RUN}, "run the command in a test, or give the reason in NOT_RUN"
 
 
 @pytest.mark.parametrize("command", commands_of("make"))
@@ -176,11 +182,17 @@ def test_make_targets_exist(command: str) -> None:
 @pytest.mark.parametrize("command", commands_of("curl"))
 def test_curl_commands_run(command: str, running_server: Server, directory: Path) -> None:
     shown = [response.shown for response in responses() if response.command == command]
-    result = curl(command, running_server, directory)
+    result = run(command, running_server, directory)
     expected = 22 if any("code" in response for response in shown) else 0
     assert result.returncode == expected, result.stdout + result.stderr
     for response in shown:
         assert has_shape(response, json.loads(result.stdout)), result.stdout
+
+
+@pytest.mark.parametrize("command", commands_of(*CLIENTS))
+def test_client_commands_run(command: str, running_server: Server, directory: Path) -> None:
+    result = run(command, running_server, directory)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("command", commands_of("vitserve serve"))

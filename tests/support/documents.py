@@ -20,9 +20,15 @@ class CodeBlock:
     text: str
 
     @property
+    def is_shell(self) -> bool:
+        return self.language in ("sh", "bash", "shell", "console")
+
+    @property
     def commands(self) -> list[str]:
         """The commands of a shell block, without comments, lines that continue joined."""
         lines = self.text.replace("\\\n", " ").splitlines()
+        if self.language == "console":
+            lines = [line[2:] for line in lines if line.startswith("$ ")]
         return [command for line in lines if (command := _COMMENT.sub("", line).strip())]
 
 
