@@ -1,7 +1,11 @@
 """torchvision's vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14: a state dict.
 
-Expected: class_token, conv_proj.{weight,bias}, encoder.pos_embedding, encoder.ln.*, heads.head.* (heads.pre_logits.*), and of each block
-encoder.layers.encoder_layer_N: ln_1.*, self_attention.in_proj_{weight,bias}, self_attention.out_proj.*, ln_2.*, mlp.{0,3}.* or mlp.linear_{1,2}.*
+Tensors (optional ones in parentheses):
+
+    class_token, conv_proj.{weight,bias}, encoder.pos_embedding, encoder.ln.*, heads.head.*, (heads.pre_logits.*)
+    encoder.layers.encoder_layer_N:
+        ln_1.*, self_attention.in_proj_{weight,bias}, self_attention.out_proj.*, ln_2.*,
+        mlp.{0,3}.* or mlp.linear_{1,2}.*
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from vitserve.export.checkpoint.state_dict import Tensors
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig
 
-MARK = "encoder.pos_embedding"  # a tensor that only this source has
+MARK = "encoder.pos_embedding"  # a tensor that only this format has
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -58,7 +62,7 @@ def read(tensors: Tensors) -> Source:
                     f"{block.format(index)}.{theirs}{dot}{part}"
                 )
     tensors.expect_nothing_more()
-    # What torchvision publishes beside these weights: ImageClassification(crop_size=224, resize_size=256), bilinear.
+    # torchvision publishes these weights with ImageClassification(crop_size=224, resize_size=256), bilinear.
     preprocessing = Preprocessing(
         config.image_size, crop=0.875, interpolation="bilinear", mean=_IMAGENET_MEAN, std=_IMAGENET_STD
     )
