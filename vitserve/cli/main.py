@@ -258,7 +258,7 @@ def inspect_bundle(
     _show(opened)
     for plan in plans_of(machine.plan_dir(), opened):
         console.print(f"{plan.stem}: {PlanReport.from_json(plan.with_suffix('.json').read_text())}", highlight=False)
-    for reason in opened.damaged.values():
+    for reason in opened.damaged_files.values():
         console.print(f"[red]damaged: {reason}[/red]")
 
 
@@ -484,10 +484,12 @@ def train(
     from dataclasses import replace
 
     from vitserve.model.config import any_variant
-    from vitserve.model.training.train import LONG, QUICK, device_called, train
+    from vitserve.model.training.device import select_device
+    from vitserve.model.training.recipe import LONG, QUICK
+    from vitserve.model.training.train import train
 
     try:
-        place = device_called(device)
+        place = select_device(device)
         recipe = LONG if place.type == "cuda" else QUICK
         recipe = replace(
             recipe, epochs=epochs or recipe.epochs, seed=seed, share=share, batch_size=batch_size or recipe.batch_size

@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face's transformers: ViT, DeiT (with or without teacher), DINOv2 (with or without registers).
+"""Image classifiers of transformers: ViT, DeiT (with or without teacher), DINOv2 (with or without registers).
 
 Tensors (optional ones in parentheses), with the prefix vit., deit., dinov2. or dinov2_with_registers.:
 

@@ -26,6 +26,6 @@ def heads_of(width: int) -> int:
     """The number of heads. Raises CheckpointError for a width other than the published sizes'."""
     if width not in _HEADS:
         raise CheckpointError(
-            f"cannot determine the number of heads for width {width} from weights alone; known widths and heads: {_HEADS}"
+            f"cannot determine the number of heads for width {width} from weights alone; known widths: {_HEADS}"
         )
     return _HEADS[width]
