@@ -57,7 +57,9 @@ def fetch(source: str) -> Snapshot:
     files = _files(repository, path)
     if CONFIG not in files:
         raise HubError(f"{repository} has no {CONFIG}")
-    _download(repository, path.name, _weights(repository, path, files))
+    missing = [name for name in _weights(repository, path, files) if not (path / name).exists()]
+    if missing:
+        _download(repository, path.name, missing)
     return Snapshot(path, path.name)
 
 
@@ -77,13 +79,17 @@ def _download(repository: str, revision: str, files: list[str]) -> Path:
     except RevisionNotFoundError as error:
         raise HubError(f"{repository} has no revision {revision}") from error
     except LocalEntryNotFoundError as error:
-        reason = error.__cause__ or error
+        reason = _first_line(error.__cause__ or error)
         raise HubError(
             f"{hub} cannot be reached, and {repository}@{revision} is not complete in the cache "
             f"({constants.HF_HUB_CACHE}): {reason}"
         ) from error
     except Exception as error:  # huggingface_hub raises the errors of its HTTP client and does not export them
-        raise HubError(f"cannot download {repository} from {hub}: {error}") from error
+        raise HubError(f"cannot download {repository} from {hub}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _files(repository: str, snapshot: Path) -> set[str]:

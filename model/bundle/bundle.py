@@ -67,7 +67,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Lost accuracy in percentage points. Without labels half the disagreement: a changed prediction may be right."""
+        """Lost accuracy in percentage points. Without labels half the disagreement, which may be right either way."""
         if self.accuracy is not None and self.source_accuracy is not None:
             return 100 * (self.source_accuracy - self.accuracy)
         return 50 * (1 - self.top1_agreement)
