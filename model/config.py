@@ -44,9 +44,8 @@ class ViTConfig:
     # The embedding: the class token, the mean of the patch tokens, or both (DINOv2's classifier).
     pool: Pool = "token"
     representation_width: int | None = None  # width of the tanh layer before the head (the paper's pre-training head)
-    stem: tuple[int, ...] | None = (
-        None  # hybrid: channels of a convolutional stem, whose feature map becomes the tokens
-    )
+    # Hybrid: channels of a convolutional stem. The pixels of its feature map become the tokens.
+    stem: tuple[int, ...] | None = None
     stem_convolutions: int = 1  # per residual branch of the stem
     # Hybrid of the paper: blocks per stage of a ResNet instead of the stem. R50 without its last stage is 3, 4, 9.
     resnet: tuple[int, ...] | None = None

@@ -67,7 +67,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Lost accuracy in percentage points. Without labels half the disagreement, which may be right either way."""
+        """Lost accuracy in percentage points; without labels, half the percentage of changed predictions."""
         if self.accuracy is not None and self.source_accuracy is not None:
             return 100 * (self.source_accuracy - self.accuracy)
         return 50 * (1 - self.top1_agreement)
@@ -148,8 +148,8 @@ def open_bundle(path: Path) -> Bundle:
 def _read_manifest(path: Path) -> Manifest:
     try:
         fields = json.loads((path / MANIFEST).read_bytes())
-        outdated = isinstance(fields, dict) and fields.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION
-        manifest = None if outdated else pydantic.TypeAdapter(Manifest).validate_python(fields)
+        other_schema = isinstance(fields, dict) and fields.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION
+        manifest = None if other_schema else pydantic.TypeAdapter(Manifest).validate_python(fields)
     except OSError as error:
         raise BundleError(f"{path} is not a bundle: {error.strerror}: {MANIFEST}") from error
     except ValueError as error:

@@ -17,7 +17,7 @@ from vitserve.export.checkpoint.formats.source import Source
 from vitserve.export.checkpoint.position_embeddings import square_side
 from vitserve.export.checkpoint.state_dict import Tensors
 from vitserve.model.bundle.preprocess import Preprocessing
-from vitserve.model.config import ResNetConfig, ViTConfig
+from vitserve.model.config import Pool, ResNetConfig, ViTConfig
 
 MARK = "patch_embed.proj.weight"  # a tensor that only timm's ViTs have
 BIT_MARK = "head.fc.weight"  # a tensor that only timm's BiT ResNets have
@@ -52,52 +52,62 @@ def read(
 
 
 def _vit_config(tensors: Tensors, name: str, pool: str | None, heads: int | None) -> ViTConfig:
-    parts = _NAME.fullmatch(name)
-    unknown = [part for part in (parts[2].split("_")[1:] if parts else [name]) if not _KNOWN_PARTS.fullmatch(part)]
-    if parts is None or parts[1] not in _HEADS or unknown:
-        raise CheckpointError(
-            f"unsupported architecture {name!r}: unknown part {', '.join(unknown) or (parts and parts[1])}"
-        )
-    options = parts[2].split("_")
-    width, _, patch, _ = tensors.shape(MARK)
+    size, options = _size_and_options(name)
+    width, _, patch_size, _ = tensors.shape(MARK)
     resnet = _stages(tensors)
     if resnet:
-        patch *= 4 * 2 ** (len(resnet) - 1)
-    swiglu = tensors.shape("blocks.0.mlp.fc1.weight")[0] == 2 * tensors.shape("blocks.0.mlp.fc2.weight")[1]
+        patch_size *= 4 * 2 ** (len(resnet) - 1)
     class_token, distilled = "cls_token" in tensors, "dist_token" in tensors
     registers = tensors.shape("reg_token")[1] if "reg_token" in tensors else 0
+    prefix = class_token + distilled + registers
     positions = tensors.shape("pos_embed")[1]
     # In deit3 and DINOv2 with registers only patches have positions: then their number is a square.
     prefix_positions = not _is_square(positions)
-    patches = positions - (class_token + distilled + registers if prefix_positions else 0)
-    mean = pool == "avg" or (pool is None and ("gap" in options or "fc_norm.weight" in tensors))
-    if pool not in (None, "avg", "token"):
-        raise CheckpointError(f"unsupported pooling {pool!r}; supported are token and avg")
+    mlp_width = tensors.shape("blocks.0.mlp.fc2.weight")[1]
     return ViTConfig(
-        image_size=square_side(patches) * patch,
-        patch_size=patch,
+        image_size=square_side(positions - prefix if prefix_positions else positions) * patch_size,
+        patch_size=patch_size,
         width=width,
         depth=tensors.count("blocks.{}.norm1.weight"),
-        heads=heads or _heads(name, size=parts[1], options=options),
-        mlp_width=tensors.shape("blocks.0.mlp.fc2.weight")[1],
+        heads=heads or _heads(name, size, options),
+        mlp_width=mlp_width,
         classes=_classes(tensors, "head.weight"),
-        pool="mean" if mean else "token",
+        pool=_pool(tensors, pool, options),
         representation_width=tensors.shape("pre_logits.fc.weight")[0] if "pre_logits.fc.weight" in tensors else None,
         resnet=resnet or None,
         class_token=class_token,
         distillation_token=distilled,
         distillation_head="head_dist.weight" in tensors,
         registers=registers,
-        prefix_positions=prefix_positions and class_token + distilled + registers > 0,
+        prefix_positions=prefix_positions and prefix > 0,
         pre_norm="norm_pre.weight" in tensors,
         norm_after_pool="fc_norm.weight" in tensors,
         norm_epsilon=1e-5 if "clip" in options else 1e-6,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         qk_norm="blocks.0.attn.q_norm.weight" in tensors,
         layer_scale="blocks.0.ls1.gamma" in tensors,
-        swiglu=swiglu,
+        swiglu=tensors.shape("blocks.0.mlp.fc1.weight")[0] == 2 * mlp_width,
         activation="quick_gelu" if "quickgelu" in options else "gelu",
     )
+
+
+def _size_and_options(name: str) -> tuple[str, list[str]]:
+    """("base", ["patch16", "224"]) for vit_base_patch16_224. Raises CheckpointError for an unknown part."""
+    match = _NAME.fullmatch(name)
+    if match is None or match[1] not in _HEADS:
+        raise CheckpointError(f"unsupported architecture {name!r}: not a known size of ViT or DeiT")
+    options = match[2].split("_")[1:]
+    unknown = [option for option in options if not _KNOWN_PARTS.fullmatch(option)]
+    if unknown:
+        raise CheckpointError(f"unsupported architecture {name!r}: unknown part {', '.join(unknown)}")
+    return match[1], options
+
+
+def _pool(tensors: Tensors, pool: str | None, options: list[str]) -> Pool:
+    if pool not in (None, "avg", "token"):
+        raise CheckpointError(f"unsupported pooling {pool!r}; supported are token and avg")
+    by_default = pool is None and ("gap" in options or "fc_norm.weight" in tensors)
+    return "mean" if pool == "avg" or by_default else "token"
 
 
 def _heads(name: str, size: str, options: list[str]) -> int:

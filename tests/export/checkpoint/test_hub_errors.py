@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
 from tests.support.hub_client import PLAIN, SHARDED, SHARDS, ClientMachine
@@ -47,7 +50,7 @@ def test_an_uncached_model_is_rejected_offline(
     cache = offline_machine.home / "hf" / "hub"
     assert f"{offline_machine.endpoint} cannot be reached" in error
     assert f"owner/name@main is not complete in the cache ({cache})" in error
-    assert error.endswith("Connection refused")
+    assert error.endswith(os.strerror(errno.ECONNREFUSED))
     assert "HF_HUB_OFFLINE" in machine.error("owner/name", HF_HUB_OFFLINE="1")
     assert not hub.downloaded()
 
