@@ -41,7 +41,7 @@ class Parity:
         )
         for name, difference in judged.items():
             if not difference <= limit:  # NaN is a failure too
-                return f"{name} differ by {difference:.2e} of their range; the tolerance of {precision} is {limit:.0e}"
+                return f"{name} differ by {difference:.2e} of their range; {precision} allows {limit:.0e}"
         return None
 
 

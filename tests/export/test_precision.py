@@ -367,7 +367,7 @@ def test_images_of_a_folder_with_classes(tmp_path: Path) -> None:
 
 
 def test_images_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds 0 images; at least 2"):
+    with pytest.raises(ValueError, match="contains 0 images; at least 2"):
         read_images(tmp_path, Preprocessing(16), [], 5, 5)
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(b"?")
