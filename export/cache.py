@@ -1,4 +1,4 @@
-"""A source's bundle, exported the first time it is asked for and kept."""
+"""Bundles of checkpoints, exported on first use and kept in the user's cache directory. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,37 +7,49 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vitserve.export.build_bundle import build_bundle
-from vitserve.export.checkpoint.load import fetched, load_checkpoint
+from vitserve.export.checkpoint.locate import check_source, fetch_snapshot
+from vitserve.export.requirements import EXPORT_PACKAGES, require_packages
 from vitserve.model.bundle.bundle import BundleError, open_bundle, sha256
 from vitserve.service.machine import cache_dir
 
 
-def cached_bundle(source: str, exporter: str, progress: Callable[[str], None] = lambda step: None) -> Path:
-    """The directory of the bundle. A changed checkpoint, or another ``exporter`` (vitserve's version), is another bundle.
+def cached_bundle(source: str, version: str, progress: Callable[[str], None] = lambda step: None) -> Path:
+    """The directory of the source's bundle, exported now unless it is cached.
 
-    Raises CheckpointError, ExportError, OSError.
+    A changed checkpoint or another ``version`` of vitserve is exported again.
+    Checks the path first, then the cache. Only an export imports torch.
+
+    Raises CheckpointError, ExportError, MissingPackageError, ValueError, OSError.
     """
-    digest = hashlib.sha256("\n".join([exporter, *_identity(source)]).encode()).hexdigest()
+    check_source(source)
+    digest = hashlib.sha256("\n".join([version, *_identity(source)]).encode()).hexdigest()
     name = source if ":" in source else Path(source).resolve().name
     path = cache_dir() / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-.')[:80]}-{digest[:16]}"
     try:
         open_bundle(path)
-    except BundleError:  # not there, or damaged: then it is made again
+    except BundleError:  # missing or damaged
+        require_packages(*EXPORT_PACKAGES)
         progress(f"exporting {source} to {path}")
-        build_bundle(load_checkpoint(source), path, name=name, progress=progress)
+        _export(source, path, name, progress)
     return path
 
 
+def _export(source: str, path: Path, name: str, progress: Callable[[str], None]) -> None:
+    from vitserve.export.build_bundle import build_bundle
+    from vitserve.export.checkpoint.load import load_checkpoint
+
+    build_bundle(load_checkpoint(source), path, name=name, progress=progress)
+
+
 def _identity(source: str) -> Iterator[str]:
-    """What the bundle depends on: names of files with their sha256; of a model on the hub, its commit."""
-    located = fetched(source)
-    if located is not None:
-        yield f"{source}@{located.revision}"
+    """What the bundle depends on: the commit of a model on the hub, else the names and sha256 of the files."""
+    snapshot = fetch_snapshot(source)
+    if snapshot is not None:
+        yield f"{source}@{snapshot.commit}"
         return
     path = Path(source)
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
     yield "" if files else source
-    for each in files:
-        if each.is_file():
-            yield f"{each.name} {sha256(each)}"
+    for file in files:
+        if file.is_file():
+            yield f"{file.name} {sha256(file)}"

@@ -1,4 +1,4 @@
-"""The arrays that travel between the stages, and the names of the precisions. numpy only."""
+"""Array types shared by all stages, the names of the precisions, and softmax. Imports numpy only."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ class Outputs(NamedTuple):
 
 
 def softmax(logits: Floats) -> Floats:
-    """Logits [n, classes] → probabilities, float32. The maximum is subtracted first, so that nothing overflows."""
-    greatest: Floats = np.maximum.reduce(
-        logits, axis=-1, keepdims=True
-    )  # half the time of .max(), which matters for one row
-    exponentials = np.exp(logits - greatest)
+    """Logits [n, classes] → probabilities, float32. Subtracts the maximum first, so that exp() cannot overflow."""
+    # maximum.reduce takes half the time of .max(), which matters for a single row.
+    maximum: Floats = np.maximum.reduce(logits, axis=-1, keepdims=True)
+    exponentials = np.exp(logits - maximum)
     total: Floats = np.add.reduce(exponentials, axis=-1, keepdims=True)
     probabilities: Floats = exponentials / total
     return probabilities

@@ -1,4 +1,4 @@
-"""The shape of a Vision Transformer as plain numbers, and the table of named variants."""
+"""Configurations of Vision Transformers and ResNets, and the tables of named variants."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """A pre-activation ResNet with group norm and weight standardization: BiT (arXiv:1912.11370), the ViT paper's baseline."""
+    """A pre-activation ResNet with group norm and weight standardization: BiT (arXiv:1912.11370).
 
-    image_size: int  # pixels, side of the square the model sees
-    blocks: tuple[int, ...]  # of each stage; every stage but the first halves the map
+    It is the baseline of the ViT paper.
+    """
+
+    image_size: int  # pixels, side of the square input
+    blocks: tuple[int, ...]  # per stage; every stage but the first halves the feature map
     width_factor: int
     classes: int
 
@@ -26,42 +29,44 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """What a ViT is made of, in the terms of "An Image is Worth 16x16 Words" (arXiv:2010.11929), section 3.1, with its relatives as options.
+    """A ViT in the terms of "An Image is Worth 16x16 Words" (arXiv:2010.11929), section 3.1; later variants as options.
 
-    Raises ValueError, naming both numbers, for sizes that do not divide and options that exclude one another.
+    Raises ValueError for sizes that do not divide evenly, naming both, and for conflicting options.
     """
 
-    image_size: int  # pixels, side of the square the model sees
-    patch_size: int  # pixels, side of a patch of the image
+    image_size: int  # pixels, side of the square input
+    patch_size: int  # pixels, side of a patch
     width: int  # D, length of a token
     depth: int  # L, number of blocks
     heads: int
-    mlp_width: int  # between the MLP's two matrices; of SwiGLU, after its gate
+    mlp_width: int  # between the MLP's two matrices; for SwiGLU, after the gate
     classes: int
-    pool: Pool = "token"  # what becomes the embedding: the class token, the mean of the patch tokens, or both (DINOv2's classifier)
+    # The embedding: the class token, the mean of the patch tokens, or both (DINOv2's classifier).
+    pool: Pool = "token"
     representation_width: int | None = None  # width of the tanh layer before the head (the paper's pre-training head)
-    stem: tuple[int, ...] | None = None  # channels of a convolutional stem; its feature map becomes the tokens (hybrid)
-    stem_convolutions: int = 1  # of each of its residual branches
-    resnet: tuple[int, ...] | None = (
-        None  # blocks per stage of a ResNet in its place (the paper's hybrid, R50 less its last stage: 3, 4, 9)
-    )
+    # Hybrid: channels of a convolutional stem. The pixels of its feature map become the tokens.
+    stem: tuple[int, ...] | None = None
+    stem_convolutions: int = 1  # per residual branch of the stem
+    # Hybrid of the paper: blocks per stage of a ResNet instead of the stem. R50 without its last stage is 3, 4, 9.
+    resnet: tuple[int, ...] | None = None
     class_token: bool = True
     distillation_token: bool = False  # a second token after the class token (DeiT, arXiv:2012.12877)
-    distillation_head: bool = False  # a second head, for that token; logits are the mean of both
-    registers: int = 0  # tokens that only hold what the network likes to put down (arXiv:2309.16588)
-    prefix_positions: bool = True  # class token and the like have positions too; otherwise they are put before the patches once those have theirs
-    pre_norm: bool = False  # a norm before the first block, and patches projected without bias (CLIP)
-    norm_after_pool: bool = False  # the last norm acts on the mean instead of on each token
+    distillation_head: bool = False  # a second head, for that token; the logits are the mean of both heads
+    registers: int = 0  # extra tokens without a patch (arXiv:2309.16588)
+    prefix_positions: bool = True  # the tokens before the patches have position embeddings too
+    pre_norm: bool = False  # a norm before the first block, and a patch projection without bias (CLIP)
+    norm_after_pool: bool = False  # the last norm is applied to the mean instead of to each token
     norm_epsilon: float = 1e-6  # the paper's released code and timm
     qkv_bias: bool = True
     qk_norm: bool = False  # layer norm of each head's queries and keys (arXiv:2302.05442)
-    layer_scale: bool = False  # each branch's output times a learned vector (arXiv:2103.17239)
-    swiglu: bool = False  # gated MLP (arXiv:2002.05202); its activation is SiLU
-    activation: Activation = "gelu"  # the MLP's
-    # Which patches a patch attends to: all; those of its row, in every other block of its column (arXiv:1912.12180, in the paper's appendix D.6);
-    # or those of a square around it. Tokens before the patches attend to all and are attended to by all.
+    layer_scale: bool = False  # each branch's output is multiplied by a learned vector (arXiv:2103.17239)
+    swiglu: bool = False  # gated MLP (arXiv:2002.05202) with SiLU
+    activation: Activation = "gelu"  # of the MLP
+    # The patches that a patch attends to. global: all. axial: its row in even blocks, its column in odd ones
+    # (arXiv:1912.12180; the paper's appendix D.6). local: a square around it.
+    # Tokens before the patches attend to all tokens, and all tokens attend to them.
     attention: AttentionKind = "global"
-    window: int = 0  # patches, side of that square; odd
+    window: int = 0  # local attention: patches, side of the square; odd
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -73,17 +78,18 @@ class ViTConfig:
                 f"patch size {self.patch_size} is not a multiple of the stem's reduction {self.stem_reduction}"
             )
         if self.stem is not None and self.resnet is not None:
-            raise ValueError("stem and resnet exclude one another: both make the map whose pixels become tokens")
+            raise ValueError("stem and resnet cannot be combined: either one computes the feature map")
         if "token" in self.pool and not self.class_token:
             raise ValueError(f"pool is {self.pool!r}, but there is no class token")
         if self.distillation_head and not self.distillation_token:
             raise ValueError("a distillation head needs a distillation token")
         if (self.attention == "local") is not (self.window > 0) or (self.window and self.window % 2 == 0):
             raise ValueError(
-                f"attention is {self.attention!r} and window {self.window}; local attention wants an odd window, any other none"
+                f"attention is {self.attention!r} and window is {self.window};"
+                " local attention requires an odd window, other kinds require window 0"
             )
         if self.norm_after_pool and self.pool != "mean":
-            raise ValueError(f"norm_after_pool is of the mean; pool is {self.pool!r}")
+            raise ValueError(f"norm_after_pool requires pool 'mean', not {self.pool!r}")
 
     @property
     def grid(self) -> int:
@@ -92,14 +98,14 @@ class ViTConfig:
 
     @property
     def stem_reduction(self) -> int:
-        """Pixels of the image per pixel of the stem's feature map: every stage after the first halves it, and a ResNet begins at a quarter."""
+        """Image pixels per feature-map pixel, per side. Stages after the first halve the map; a ResNet starts at 4."""
         if self.resnet is not None:
             return int(4 * 2 ** (len(self.resnet) - 1))
         return 1 if self.stem is None else int(2 ** (len(self.stem) - 1))
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patches'."""
+        """Number of tokens before the patches."""
         return self.class_token + self.distillation_token + self.registers
 
     @property
@@ -109,7 +115,7 @@ class ViTConfig:
 
     @property
     def embedding_width(self) -> int:
-        """Length of the feature that the head sees before any representation layer."""
+        """Length of the embedding, before any representation layer."""
         return 2 * self.width if self.pool == "token+mean" else self.width
 
 
@@ -131,24 +137,24 @@ def _imagenet(size: str, patch_size: int) -> ViTConfig:
 VARIANTS: dict[str, ViTConfig] = {
     f"{size}/{patch}": _imagenet(size, patch) for size in _SIZES for patch in (8, 14, 16, 32)
 } | {
-    # For 32-pixel images on a CPU's budget: a plain compact ViT, and the hybrid that is served by default.
+    # For 32-pixel images, small enough to train on a CPU. The default model is compact-hybrid-deep/4.
     "compact/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10),
-    # So small that the server around it is what is timed.
+    # A minimal network, to measure the server rather than the model.
     "one-block/4": ViTConfig(32, 4, 32, 1, 1, 64, classes=10),
     "compact-hybrid/4": ViTConfig(32, 4, 192, 4, 3, 768, classes=10, stem=(32, 64, 192)),
     "compact-hybrid-deep/4": ViTConfig(32, 4, 192, 3, 3, 768, classes=10, stem=(48, 96, 160), stem_convolutions=2),
-    # The paper's comparisons at that size and about that cost.
+    # The paper's alternatives, at the same size and a similar cost.
     "compact-mean/4": ViTConfig(
         32, 4, 192, 6, 3, 768, classes=10, pool="mean", class_token=False, norm_after_pool=True
     ),
     "compact-axial/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, attention="axial"),
     "compact-local/4": ViTConfig(32, 4, 192, 6, 3, 768, classes=10, attention="local", window=3),
-    # The hybrid of the paper's released models: a ResNet-50 without its last stage, one token for each pixel of its 14 × 14 map.
+    # The paper's released hybrid: a ResNet-50 without its last stage, one token per pixel of its 14 × 14 map.
     "R50+B/16": replace(_imagenet("B", 16), resnet=(3, 4, 9)),
 }
 
 
-# The paper's baseline: BiT's names, R and the layers that have weights, x the width factor.
+# The paper's baseline, with BiT's names: R, the number of layers with weights, x, the width factor.
 RESNETS: dict[str, ResNetConfig] = {
     "R50x1": ResNetConfig(224, (3, 4, 6, 3), 1, classes=1000),
     "R101x1": ResNetConfig(224, (3, 4, 23, 3), 1, classes=1000),
@@ -157,26 +163,23 @@ RESNETS: dict[str, ResNetConfig] = {
 
 
 def any_variant(name: str) -> ViTConfig | ResNetConfig:
-    """Of either family. Raises ValueError for a name that is in neither table."""
+    """The named ViT or ResNet. Raises ValueError for an unknown name."""
     if name in RESNETS:
         return RESNETS[name]
     if name not in VARIANTS:
-        raise ValueError(f"there is no variant {name!r}; known: {', '.join([*VARIANTS, *RESNETS])}")
+        raise ValueError(f"unknown variant {name!r}; known: {', '.join([*VARIANTS, *RESNETS])}")
     return VARIANTS[name]
 
 
 def variant(name: str, **changes: int | str | None) -> ViTConfig:
-    """The named variant with fields changed: ``variant("B/16", classes=10)``.
-
-    Raises ValueError for a name that is not in VARIANTS.
-    """
+    """The named ViT with fields changed: ``variant("B/16", classes=10)``. Raises ValueError for an unknown name."""
     if name not in VARIANTS:
-        raise ValueError(f"there is no variant {name!r}; known: {', '.join(VARIANTS)}")
-    return replace(VARIANTS[name], **changes)  # type: ignore[arg-type]  # replace() checks the names, __post_init__ the values
+        raise ValueError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
+    return replace(VARIANTS[name], **changes)  # type: ignore[arg-type]  # replace() and __post_init__ check them
 
 
 def variant_of(config: ViTConfig | ResNetConfig) -> str:
-    """The name in VARIANTS of a configuration, whatever its image size and number of classes; "custom" if it has none."""
+    """The variant's name, ignoring image size and number of classes; "custom" if no variant matches."""
     for name, known in (VARIANTS | RESNETS).items():
         if type(config) is type(known) and replace(config, image_size=known.image_size, classes=known.classes) == known:
             return name

@@ -1,10 +1,11 @@
-"""Finds out whose checkpoint it is, and makes the network of it: with its labels and preprocessing, at another image size if asked.
+"""Reads a checkpoint: recognizes its layout and builds the network with its weights, labels and preprocessing.
 
+The source is one of locate.py's. Files may be:
 
-random:VARIANT            a variant with random weights              hf:owner/name[@revision]  a model on the hub
-FILE.safetensors          written by `vitserve train`                timm:NAME                 likewise, of timm's own there
-FOLDER                    config.json and weights, of transformers or timm
-FILE                      .npz of Google's, or a state dict of torchvision's or (with its architecture named) timm's
+    DIRECTORY             config.json and weights, written by transformers or timm
+    FILE.safetensors      written by `vitserve train`
+    FILE.npz              in the layout of Google's release
+    FILE                  a state dict of torchvision or, with the architecture's name, of timm
 """
 
 from __future__ import annotations
@@ -13,24 +14,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.formats import google, huggingface, timm, torchvision
 from vitserve.export.checkpoint.formats.source import Source
+from vitserve.export.checkpoint.locate import check_source, fetch_snapshot, split_scheme
 from vitserve.export.checkpoint.position_embeddings import at_image_size
-from vitserve.export.checkpoint.state_dict import CheckpointError, Tensors, fill, read_tensors
+from vitserve.export.checkpoint.state_dict import Tensors, fill, read_tensors
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig, any_variant
 from vitserve.model.network.build import Network, network_of
 
-if TYPE_CHECKING:
-    from vitserve.export.checkpoint.hub import Located
-
 IMAGENET_LABELS = Path(__file__).parent / "imagenet_labels.txt"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a directory, the first that is there
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 
 
 @dataclass(frozen=True)
@@ -43,98 +43,91 @@ class Checkpoint:
 def load_checkpoint(
     source: str | Path, *, image_size: int | None = None, labels: Sequence[str] | None = None, architecture: str = ""
 ) -> Checkpoint:
-    """``labels`` take the place of the checkpoint's; ``architecture`` is timm's name for a bare state dict.
+    """Reads the checkpoint, at another image size if one is given.
 
-    Raises CheckpointError, naming each tensor that is missing, unexpected or misshapen; ValueError for sizes that do not divide.
+    ``labels`` replace the checkpoint's own. ``architecture`` is timm's name of the network, for a bare state dict.
+
+    Raises CheckpointError, naming each tensor that is missing, unexpected or of another shape;
+    ValueError if the image size is not a multiple of the patch size.
     """
-    kind, _, name = str(source).partition(":")
-    if kind == "random" and name:
+    check_source(str(source))
+    scheme, name = split_scheme(str(source))
+    if scheme == "random":
         return random_checkpoint(name)
-    located = fetched(str(source))
-    path = Path(source) if located is None else located.path
-    return _made(_from_directory(path) if path.is_dir() else _from_file(path, architecture), image_size, labels)
+    snapshot = fetch_snapshot(str(source))
+    path = Path(source) if snapshot is None else snapshot.path
+    read = _read_directory(path) if path.is_dir() else _read_file(path, architecture)
+    return _checkpoint(read, image_size, labels)
 
 
 def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
-    """The named variant with random weights: nothing to learn from it but how fast it runs. Raises ValueError for an unknown name."""
+    """The named variant with random weights, for measuring speed. Raises ValueError for an unknown name."""
     config = any_variant(name)
     torch.manual_seed(seed)
     network = network_of(config).eval()
     torch.nn.init.trunc_normal_(network.head.weight, std=0.02)
-    return Checkpoint(
-        network, tuple(f"class {index}" for index in range(config.classes)), Preprocessing(config.image_size)
-    )
+    return Checkpoint(network, _numbered_labels(config.classes), Preprocessing(config.image_size))
 
 
-def _made(source: Source, image_size: int | None, labels: Sequence[str] | None) -> Checkpoint:
+def _checkpoint(source: Source, image_size: int | None, labels: Sequence[str] | None) -> Checkpoint:
     config, weights, preprocessing = source.config, source.weights, source.preprocessing
-    wanted = image_size or preprocessing.image_size
+    side = image_size or preprocessing.image_size
     if isinstance(config, ResNetConfig):
-        config = replace(config, image_size=wanted)
+        config = replace(config, image_size=side)
     else:
-        config, weights = at_image_size(config, weights, wanted)
+        config, weights = at_image_size(config, weights, side)
     network = network_of(config)
     fill(network, weights)
-    return Checkpoint(network.eval(), _labels(source, labels), replace(preprocessing, image_size=wanted))
+    return Checkpoint(network.eval(), _labels(source, labels), replace(preprocessing, image_size=side))
 
 
-def _labels(source: Source, given: Sequence[str] | None) -> tuple[str, ...]:
+def _labels(source: Source, replacement: Sequence[str] | None) -> tuple[str, ...]:
     classes = source.config.classes
-    if given is not None:
-        if len(given) != classes:
-            raise CheckpointError(f"{len(given)} labels were given; the head has {classes} classes")
-        return tuple(given)
+    if replacement is not None:
+        if len(replacement) != classes:
+            raise CheckpointError(f"the model has {classes} classes, but {len(replacement)} labels were given")
+        return tuple(replacement)
     if source.labels is not None:
         return source.labels
     if classes == 1000:
         return tuple(IMAGENET_LABELS.read_text(encoding="utf-8").splitlines())
+    return _numbered_labels(classes)
+
+
+def _numbered_labels(classes: int) -> tuple[str, ...]:
     return tuple(f"class {index}" for index in range(classes))
 
 
-def fetched(source: str) -> Located | None:
-    """A model on the hub, downloaded; None where the source is not there. Raises CheckpointError."""
-    kind, _, name = source.partition(":")
-    if kind not in ("hf", "timm") or not name:
-        return None
-    from vitserve.export.checkpoint.hub import HubError, fetch  # only who asks for it needs huggingface_hub
-
-    try:
-        return fetch(name if kind == "hf" else f"timm/{name}")
-    except HubError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _from_directory(directory: Path) -> Source:
+def _read_directory(directory: Path) -> Source:
     config = _json(directory / "config.json")
-    found = [directory / name for name in _WEIGHTS if (directory / name).exists()]
+    tensors = Tensors(_directory_tensors(directory))
+    if "architecture" not in config:
+        return huggingface.read(tensors, config, _json(directory / "preprocessor_config.json"))
+    heads = config.get("model_args", {}).get("num_heads")
+    pretrained = config.get("pretrained_cfg", config)
+    return timm.read(tensors, config["architecture"], pretrained, config.get("global_pool"), heads)
+
+
+def _directory_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    for name in _WEIGHTS:
+        if (directory / name).exists():
+            return read_tensors(directory / name)
     index = directory / "model.safetensors.index.json"
-    if not found and index.exists():
-        named: dict[str, torch.Tensor] = {}
-        for shard in sorted(set(_json(index).get("weight_map", {}).values())):
-            if Path(shard).name != shard:
-                raise CheckpointError(f"{index} names a file outside its directory: {shard!r}")
-            named |= read_tensors(directory / shard)
-    elif found:
-        named = read_tensors(found[0])
-    else:
-        raise CheckpointError(f"{directory} holds no weights; looked for {', '.join(_WEIGHTS)}")
-    if "architecture" in config:
-        arguments = config.get("model_args", {})
-        return timm.read(
-            Tensors(named),
-            config["architecture"],
-            config.get("pretrained_cfg", config),
-            config.get("global_pool"),
-            arguments.get("num_heads"),
-        )
-    return huggingface.read(Tensors(named), config, _json(directory / "preprocessor_config.json"))
+    if not index.exists():
+        raise CheckpointError(f"{directory} has no weights: none of {', '.join(_WEIGHTS)}, {index.name}")
+    named: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(_json(index).get("weight_map", {}).values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names a file outside its directory: {shard!r}")
+        named |= read_tensors(directory / shard)
+    return named
 
 
-def _from_file(path: Path, architecture: str) -> Source:
+def _read_file(path: Path, architecture: str) -> Source:
     if path.suffix == ".safetensors" and not architecture:
-        ours = _own(path)
-        if ours is not None:
-            return ours
+        trained = _read_trained(path)
+        if trained is not None:
+            return trained
     tensors = Tensors(read_tensors(path))
     if google.MARK in tensors:
         return google.read(tensors)
@@ -143,31 +136,33 @@ def _from_file(path: Path, architecture: str) -> Source:
     if timm.MARK in tensors or timm.BIT_MARK in tensors:
         if not architecture:
             raise CheckpointError(
-                f"{path} has timm's names; say which architecture it is (--architecture vit_base_patch16_224), or export its directory"
+                f"{path} is a state dict in timm's layout; name its architecture"
+                " (--architecture vit_base_patch16_224), or export the directory that save_for_hf writes"
             )
         return timm.read(tensors, architecture, _pretrained_cfg(architecture))
     raise CheckpointError(
-        f"{path} is nobody's whose names are known: not Google's, torchvision's, timm's, nor written by `vitserve train`"
+        f"unrecognized checkpoint layout: {path}; supported are Google's, torchvision's, timm's and `vitserve train`'s"
     )
 
 
 def _pretrained_cfg(architecture: str) -> dict[str, Any]:
-    """timm's, who alone knows how the images of a bare state dict are to be prepared."""
+    """timm's table of preprocessing, which a bare state dict does not contain."""
     try:
         from timm import get_pretrained_cfg
     except (ImportError, RuntimeError) as error:
         raise CheckpointError(
-            f"how {architecture} wants its images only timm knows, and it is not installed; export the directory of save_for_hf"
+            f"timm is required to determine the preprocessing of {architecture}: pip install timm,"
+            " or export the directory that save_for_hf writes"
         ) from error
-    found = get_pretrained_cfg(architecture)
-    if found is None:
-        raise CheckpointError(f"timm knows no architecture {architecture!r}")
-    settings: dict[str, Any] = found.to_dict()  # type: ignore[no-untyped-call]  # as timm has it
+    pretrained = get_pretrained_cfg(architecture)
+    if pretrained is None:
+        raise CheckpointError(f"timm has no architecture {architecture!r}")
+    settings: dict[str, Any] = pretrained.to_dict()  # type: ignore[no-untyped-call]  # untyped in timm
     return settings
 
 
-def _own(path: Path) -> Source | None:
-    """What `vitserve train` wrote, with shape, labels and normalization in its metadata; None where it did not write this."""
+def _read_trained(path: Path) -> Source | None:
+    """A file that `vitserve train` wrote, with config, labels and normalization in its metadata; None for any other."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -175,21 +170,17 @@ def _own(path: Path) -> Source | None:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     if not {"config", "labels", "mean", "std"} <= metadata.keys():
         return None
-    fields = json.loads(metadata["config"])
-    config: ViTConfig | ResNetConfig
-    if "blocks" in fields:
-        config = ResNetConfig(**fields | {"blocks": tuple(fields["blocks"])})
-    else:
-        config = ViTConfig(
-            **fields | {name: tuple(fields[name]) if fields.get(name) else None for name in ("stem", "resnet")}
-        )
+    config = _trained_config(json.loads(metadata["config"]))
     mean, std = (tuple(json.loads(metadata[name])) for name in ("mean", "std"))
-    return Source(
-        config,
-        read_tensors(path),
-        Preprocessing(config.image_size, mean=mean, std=std),
-        tuple(json.loads(metadata["labels"])),
-    )
+    preprocessing = Preprocessing(config.image_size, mean=mean, std=std)
+    return Source(config, read_tensors(path), preprocessing, tuple(json.loads(metadata["labels"])))
+
+
+def _trained_config(fields: dict[str, Any]) -> ViTConfig | ResNetConfig:
+    if "blocks" in fields:
+        return ResNetConfig(**fields | {"blocks": tuple(fields["blocks"])})
+    stages = {name: tuple(fields[name]) if fields.get(name) else None for name in ("stem", "resnet")}
+    return ViTConfig(**fields | stages)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A network at another image size: its position embedding interpolated to the new grid."""
+"""Changes a network's image size by interpolating its position embeddings to the new grid."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitserve.export.checkpoint.state_dict import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.model.config import ViTConfig
 
 
 def square_side(patches: int) -> int:
-    """Raises CheckpointError where the grid is not square."""
+    """Patches per side. Raises CheckpointError if the grid is not square."""
     side = math.isqrt(patches)
     if side * side != patches:
         raise CheckpointError(
-            f"{patches} positions are not a square grid; the nearest have {side**2} and {(side + 1) ** 2}"
+            f"{patches} positions do not form a square grid; the nearest squares are {side**2} and {(side + 1) ** 2}"
         )
     return side
 
@@ -26,7 +26,11 @@ def square_side(patches: int) -> int:
 def at_image_size(
     config: ViTConfig, weights: dict[str, Tensor], image_size: int
 ) -> tuple[ViTConfig, dict[str, Tensor]]:
-    """Bicubic with antialiasing, as timm does when it loads a checkpoint; tokens before the patches keep theirs. Raises ValueError for an inexact division."""
+    """The configuration and weights at another image size.
+
+    Interpolates as timm does: bicubic with antialiasing. The embeddings of prefix tokens do not change.
+    Raises ValueError if the image size is not a multiple of the patch size.
+    """
     resized = replace(config, image_size=image_size)
     if resized.grid == config.grid:
         return resized, weights

@@ -1,6 +1,6 @@
-"""Reads the tensors of anybody's checkpoint file and puts them into a network, executing nothing that the file holds.
+"""Reads the tensors of a checkpoint file and loads them into a network. Never executes code from the file.
 
-Safetensors, numpy's .npz, and torch's own files as far as torch's restricted unpickler reads them.
+Formats: safetensors, numpy's .npz, and torch files that torch's restricted unpickler accepts.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-_SHOWN = 5  # names in a message; of a thousand wrong ones, the first tell what happened
-_WRAPPERS = ("state_dict", "model")  # keys under which training scripts put the weights
+from vitserve.export.checkpoint.errors import CheckpointError
 
-
-class CheckpointError(ValueError):
-    """The file is not a checkpoint that can be exported."""
+_MAX_NAMES = 5  # tensor names listed in an error message
+_WRAPPERS = ("state_dict", "model")  # keys under which training scripts save the weights
 
 
 class Tensors:
-    """A checkpoint's tensors under their foreign names. Each is taken once, so that what is left over was not expected."""
+    """A checkpoint's tensors by their original names. Each is taken once; the remaining ones are unexpected."""
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         self._named = dict(named)
@@ -34,47 +32,46 @@ class Tensors:
         return name in self._named
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Raises CheckpointError where it is missing."""
-        return tuple(self._look(name).shape)
+        """Raises CheckpointError if the tensor is missing."""
+        return tuple(self._get(name).shape)
 
     def take(self, name: str) -> Tensor:
-        """Raises CheckpointError where it is missing."""
-        tensor = self._look(name)
+        """Removes and returns a tensor. Raises CheckpointError if it is missing."""
+        tensor = self._get(name)
         del self._named[name]
         return tensor
 
     def count(self, pattern: str, first: int = 0) -> int:
-        """How many of ``pattern.format(first)``, ``pattern.format(first + 1)`` … are there."""
+        """How many of ``pattern.format(first)``, ``pattern.format(first + 1)`` … exist in sequence."""
         number = first
         while pattern.format(number) in self._named:
             number += 1
         return number - first
 
-    def rest(self) -> dict[str, Tensor]:
-        """Takes all that is left, for a source whose names are ours."""
+    def take_all(self) -> dict[str, Tensor]:
+        """Takes all remaining tensors, for a format that uses our parameter names."""
         named, self._named = self._named, {}
         return named
 
     def ignore(self, *names: str) -> None:
-        """What is known to be of no use for classifying."""
+        """Drops tensors that classification does not use."""
         for name in names:
             self._named.pop(name, None)
 
     def expect_nothing_more(self) -> None:
-        """Raises CheckpointError naming what is left."""
+        """Raises CheckpointError naming the remaining tensors."""
         if self._named:
-            raise CheckpointError(
-                f"unexpected: {_some(f'{name} {list(tensor.shape)}' for name, tensor in self._named.items())}"
-            )
+            names = _first_names(f"{name} {list(tensor.shape)}" for name, tensor in self._named.items())
+            raise CheckpointError(f"unexpected tensors: {names}")
 
-    def _look(self, name: str) -> Tensor:
+    def _get(self, name: str) -> Tensor:
         if name not in self._named:
-            raise CheckpointError(f"missing: {name}")
+            raise CheckpointError(f"missing tensor: {name}")
         return self._named[name]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of the file, floating ones in float32. Raises CheckpointError."""
+    """All tensors of the file, floating-point ones in float32. Raises CheckpointError."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -90,30 +87,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError naming every tensor that is missing, unexpected or misshapen, with both shapes."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    """Loads the weights. Raises CheckpointError naming the missing, unexpected and misshapen tensors, with shapes."""
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     faults = {
-        "missing": [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in given],
-        "unexpected": [f"{name} {list(shape)}" for name, shape in given.items() if name not in wanted],
-        "misshapen": [
-            f"{name} is {list(given[name])} and should be {list(shape)}"
-            for name, shape in wanted.items()
-            if given.get(name, shape) != shape
+        "missing": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in actual],
+        "unexpected": [f"{name} {list(shape)}" for name, shape in actual.items() if name not in expected],
+        "wrong shape": [
+            f"{name} is {list(actual[name])}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if actual.get(name, shape) != shape
         ],
     }
     if any(faults.values()):
-        raise CheckpointError(
-            "the weights do not fit the network; "
-            + "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
-        )
+        details = "; ".join(f"{kind}: {_first_names(names)}" for kind, names in faults.items() if names)
+        raise CheckpointError(f"the weights do not fit the network; {details}")
     network.load_state_dict(weights, strict=True)
 
 
-def _some(names: Iterable[str]) -> str:
+def _first_names(names: Iterable[str]) -> str:
     listed = list(names)
-    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more
+    more = f" and {len(listed) - _MAX_NAMES} more" if len(listed) > _MAX_NAMES else ""
+    return ", ".join(listed[:_MAX_NAMES]) + more
 
 
 def _from_safetensors(path: Path) -> dict[str, Tensor]:
@@ -129,15 +124,15 @@ def _from_torch(path: Path) -> dict[str, Tensor]:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors, and what else a pickle holds is not executed: {str(error).splitlines()[0]}"
+            f"{path} contains a pickle with more than tensors, which is not executed: {str(error).splitlines()[0]}"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is truncated or not a file of torch: {error}") from error
+        raise CheckpointError(f"{path} is truncated or not a torch file: {error}") from error
     for wrapper in _WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{path} is not a state dict: a name for each tensor, and nothing else")
+        raise CheckpointError(f"{path} is not a state dict, a mapping of names to tensors")
     return loaded
 
 
@@ -145,21 +140,21 @@ def _from_npz(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                _check_claim(archive, member)
+                _check_claimed_size(archive, member)
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is not an archive of plain arrays: {error}") from error
+        raise CheckpointError(f"{path} is not an archive of numeric arrays: {error}") from error
 
 
-def _check_claim(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """That an array's header claims as many bytes as are there: memory is taken by the claim."""
+def _check_claimed_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Raises ValueError if an array's header claims more bytes than the file has: numpy allocates what it claims."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, kind = read(file)
     claimed = int(np.prod(shape, dtype=np.float64)) * kind.itemsize
     if kind.hasobject:
-        raise ValueError(f"{member.filename} holds objects, which only executing them would read")
+        raise ValueError(f"{member.filename} contains Python objects, which are not loaded")
     if not claimed <= member.file_size or member.file_size > 1000 * max(1, member.compress_size):
-        raise ValueError(f"{member.filename} claims {claimed:,} bytes; {member.compress_size:,} are there")
+        raise ValueError(f"{member.filename} claims {claimed:,} bytes but has {member.compress_size:,}")

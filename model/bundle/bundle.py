@@ -1,13 +1,16 @@
-"""The bundle: the directory that holds all that serving one model needs. Read by service/, written by export/; needs no torch.
+"""The bundle: a directory with everything needed to serve one model. Reading it does not import torch.
 
-bundle.json   the Manifest below        labels.txt   one label a line
-model.onnx    the reference graph       golden.npz   pixels, and the source network's float32 outputs for them
-model.onnx.data  its weights, mapped into memory by whoever reads them; the graphs of other dialects share them
+bundle.json      the manifest, see Manifest
+labels.txt       one label per line
+golden.npz       golden images and the source network's float32 outputs for them
+model.onnx       the optimized graph
+model.onnx.data  its weights, memory-mapped when read; runtime-specific graphs share them
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -32,38 +35,39 @@ _STRICT = pydantic.ConfigDict(extra="forbid")
 
 
 class BundleError(ValueError):
-    """The directory is not a bundle, or not the one that its manifest describes."""
+    """The directory is not a bundle that this version can read, or it does not match its manifest."""
 
 
 class DamagedFileError(BundleError):
-    """A file of the bundle is missing or not the one that the manifest describes."""
+    """A file of the bundle is missing, or its sha256 differs from the manifest's."""
 
 
 @validated(frozen=True, config=_STRICT)
 class AttentionKernels:
-    """What the runtime made of the attention, read from its own optimized graph on the machine that made the bundle."""
+    """How the runtime executes attention, read from its compiled graph on the machine that exported the bundle."""
 
-    kernels: dict[str, int]  # the fused ones, by name
-    softmax_layers: int  # left outside of them
+    kernels: dict[str, int]  # fused attention kernels: name → count
+    softmax_layers: int  # softmax layers outside of fused kernels
 
     @property
     def fused(self) -> int:
+        """Number of fused kernels."""
         return sum(self.kernels.values())
 
 
 @validated(frozen=True, config=_STRICT)
 class Evaluation:
-    """What real images say about an artifact, against the float32 network and, where they are labeled, against the truth."""
+    """An artifact's results on real images, compared with the float32 network and, if given, with the labels."""
 
     images: int
-    top1_agreement: float  # with the float32 network
-    probability: float  # greatest difference of a class probability
-    accuracy: float | None = None
-    source_accuracy: float | None = None  # of the float32 network
+    top1_agreement: float  # share of images with the same most probable class as the float32 network
+    probability: float  # largest difference of a class probability
+    accuracy: float | None = None  # None for images without labels
+    source_accuracy: float | None = None  # the float32 network's
 
     @property
     def loss(self) -> float:
-        """Points of accuracy lost; of images without labels, half the points of disagreement, since a changed answer may as well be the better one."""
+        """Lost accuracy in percentage points; without labels, half the percentage of changed predictions."""
         if self.accuracy is not None and self.source_accuracy is not None:
             return 100 * (self.source_accuracy - self.accuracy)
         return 50 * (1 - self.top1_agreement)
@@ -71,16 +75,16 @@ class Evaluation:
 
 @validated(frozen=True, config=_STRICT)
 class Artifact:
-    """One way of running the model that was verified equal to its source when the bundle was made."""
+    """One runtime's form of the model, verified against the source network during export."""
 
     engine: str
     precision: Precision
     path: str  # relative to the bundle
     parity: Parity
-    weights: str | None = None  # a second file that ``path`` needs
+    weights: str | None = None  # a second file that ``path`` refers to
     attention: AttentionKernels | None = None
     evaluation: Evaluation | None = None
-    simulated: bool = False  # verified by simulated arithmetic, on a machine without the real one
+    simulated: bool = False  # verified by simulating the precision, on a machine that does not support it
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -91,13 +95,13 @@ class Artifact:
 class Manifest:
     schema_version: int
     name: str
-    version: str  # by default the first twelve digits of the graph's sha256
+    version: str  # default: the first twelve digits of a sha256 over graph and weights
     variant: str
     config: ViTConfig | ResNetConfig
     preprocessing: Preprocessing
     artifacts: tuple[Artifact, ...]
     files: dict[str, str] = field(default_factory=dict)  # name → sha256
-    training: dict[str, Any] | None = None  # the trained model's own record: recipe, seconds, machine, accuracy
+    training: dict[str, Any] | None = None  # `vitserve train`'s report: recipe, seconds, machine, accuracy
 
 
 @dataclass(frozen=True)
@@ -111,16 +115,14 @@ class Bundle:
     path: Path
     manifest: Manifest
     labels: tuple[str, ...]
-    damaged: Mapping[str, str] = field(
-        default_factory=dict
-    )  # artifacts' files that are not what the manifest says → why
+    damaged_files: Mapping[str, str] = field(default_factory=dict)  # of artifacts: name → what is wrong
 
     def golden(self) -> Golden:
         with np.load(self.path / "golden.npz", allow_pickle=False) as arrays:
             return Golden(arrays["pixels"], Outputs(arrays["logits"], arrays["embedding"]))
 
     def summary(self) -> dict[str, Any]:
-        """The manifest as plain JSON, without the training record's tables."""
+        """The manifest as JSON-compatible values, without the training report."""
         plain: dict[str, Any] = pydantic.TypeAdapter(Manifest).dump_python(
             self.manifest, mode="json", exclude={"training"}
         )
@@ -128,51 +130,68 @@ class Bundle:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Reads a bundle and verifies the sha256 of every file. Raises BundleError, saying what is wrong.
+    """Reads a bundle and verifies the sha256 of every file. Raises BundleError.
 
-    A damaged file that only artifacts need is left to open_engine(), which rejects those and serves another.
+    Damaged files that only artifacts use are listed in the result: open_engine() rejects those artifacts
+    and opens another one.
     """
-    try:
-        manifest = pydantic.TypeAdapter(Manifest).validate_json((path / MANIFEST).read_bytes())
-    except OSError as error:
-        raise BundleError(f"{path} is not a bundle: {error.strerror}: bundle.json") from error
-    except ValueError as error:
-        raise BundleError(f"{path}/bundle.json is not a manifest: {error}") from error
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise BundleError(f"{path} has schema version {manifest.schema_version}; this vitserve reads {SCHEMA_VERSION}")
-    of_artifacts = {name for artifact in manifest.artifacts for name in artifact.files}
-    damaged = {}
-    for name, expected in manifest.files.items():
-        try:
-            _verify(path, name, expected)
-        except DamagedFileError as error:
-            if name not in of_artifacts:
-                raise
-            damaged[name] = str(error)
+    manifest = _read_manifest(path)
+    damaged_files = _damaged_files(path, manifest)
     labels = tuple((path / "labels.txt").read_text(encoding="utf-8").splitlines())
     if len(labels) != manifest.config.classes:
         raise BundleError(
             f"{path}/labels.txt has {len(labels)} labels; the model has {manifest.config.classes} classes"
         )
-    return Bundle(path, manifest, labels, damaged)
+    return Bundle(path, manifest, labels, damaged_files)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        fields = json.loads((path / MANIFEST).read_bytes())
+        other_schema = isinstance(fields, dict) and fields.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION
+        manifest = None if other_schema else pydantic.TypeAdapter(Manifest).validate_python(fields)
+    except OSError as error:
+        raise BundleError(f"{path} is not a bundle: {error.strerror}: {MANIFEST}") from error
+    except ValueError as error:
+        raise BundleError(f"{path}/{MANIFEST} is not a valid manifest: {error}") from error
+    if manifest is None:
+        raise BundleError(
+            f"{path} has bundle schema {fields['schema_version']}, but this version of vitserve reads {SCHEMA_VERSION};"
+            " export the model again with `vitserve export`"
+        )
+    return manifest
+
+
+def _damaged_files(path: Path, manifest: Manifest) -> dict[str, str]:
+    """The damaged files of artifacts → what is wrong. Raises DamagedFileError for any other damaged file."""
+    artifact_files = {name for artifact in manifest.artifacts for name in artifact.files}
+    damaged_files = {}
+    for name, expected in manifest.files.items():
+        try:
+            _verify(path, name, expected)
+        except DamagedFileError as error:
+            if name not in artifact_files:
+                raise
+            damaged_files[name] = str(error)
+    return damaged_files
 
 
 def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
-    """Makes the directory ``contents`` (labels.txt, golden.npz, graph and artifacts) into the bundle ``path``, all of it or nothing.
+    """Writes the files of the directory ``contents`` and the manifest, with their sha256, to ``path``, atomically.
 
-    Adds the sha256 of each file to the manifest. A bundle already at ``path`` is replaced; anything else there raises BundleError.
+    Replaces a bundle at ``path``. Raises BundleError if anything else is there.
     """
     if path.exists() and not (path / MANIFEST).exists():
-        raise BundleError(f"{path} exists and is not a bundle; it is left alone")
-    files = {each.name: sha256(each) for each in sorted(contents.iterdir())}
+        raise BundleError(f"{path} exists and is not a bundle; choose another directory")
+    files = {file.name: sha256(file) for file in sorted(contents.iterdir())}
     complete = pydantic.TypeAdapter(Manifest).dump_python(manifest, mode="json") | {"files": files}
     text = pydantic.TypeAdapter(dict[str, Any]).dump_json(complete, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
         fresh = Path(beside) / "bundle"
-        fresh.mkdir()  # as readable as other directories made here, whatever ``contents`` is
-        for each in contents.iterdir():
-            shutil.copy2(each, fresh)
+        fresh.mkdir()  # with the default permissions, because ``contents`` may be a private temporary directory
+        for file in contents.iterdir():
+            shutil.copy2(file, fresh)
         (fresh / MANIFEST).write_bytes(text)
         if path.exists():
             path.rename(Path(beside) / "old")
@@ -192,7 +211,7 @@ def sha256(path: Path) -> str:
 
 def _verify(path: Path, name: str, expected: str) -> None:
     if Path(name).name != name:
-        raise BundleError(f"{path}/bundle.json names a file outside the bundle: {name!r}")
+        raise BundleError(f"{path}/{MANIFEST} names a file outside the bundle: {name!r}")
     try:
         actual = sha256(path / name)
     except OSError as error:

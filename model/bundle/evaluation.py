@@ -1,4 +1,4 @@
-"""Images that a model is calibrated with and judged on, decoded as the service decodes them."""
+"""Images for calibrating and evaluating a model, decoded as the service decodes them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 @dataclass(frozen=True)
 class Images:
     pixels: Pixels  # [n, H, W, 3]
-    classes: Classes | None  # [n]; None where nobody says what they show
+    classes: Classes | None  # [n]; None if unknown
 
 
 def read_images(
     source: Path, preprocessing: Preprocessing, labels: Sequence[str], calibration: int, evaluation: int
 ) -> tuple[Images, Images]:
-    """Up to ``calibration`` images to calibrate with, and up to ``evaluation`` others to judge on.
+    """Reads up to ``calibration`` images for calibration and up to ``evaluation`` other images for evaluation.
 
-    ``source`` is an archive as `vitserve train` takes it (calibrated with its train split, judged on its test split), or a directory, searched through;
-    if the directories that hold its images are called as labels, those are their classes. Raises ValueError where there are none, too few, or a broken one.
+    ``source`` is an archive in the format of `vitserve train`, whose train split is for calibration and test split
+    for evaluation, or a directory that is searched recursively. If every image lies in a directory named after a label,
+    that label is its class.
+
+    Raises ValueError if there are fewer than two images or one cannot be decoded.
     """
     decoder = Decoder(preprocessing)
     if source.is_dir():
@@ -39,14 +42,12 @@ def read_images(
 
 
 def evaluate(run: Callable[[Pixels], Outputs], reference: Outputs, images: Images) -> Evaluation:
-    """What ``run`` says to the images against what the float32 network says, and against the truth where that is known."""
+    """Compares the outputs of ``run`` with the fp32 network's and, if the classes are known, with the classes."""
     outputs = run(images.pixels)
     predicted, expected = outputs.logits.argmax(1), reference.logits.argmax(1)
-    accuracy, source_accuracy = (
-        (None, None)
-        if images.classes is None
-        else (float((each == images.classes).mean()) for each in (predicted, expected))
-    )
+    accuracy = source_accuracy = None
+    if images.classes is not None:
+        accuracy, source_accuracy = (float((top1 == images.classes).mean()) for top1 in (predicted, expected))
     return Evaluation(
         images=len(images.pixels),
         top1_agreement=float((predicted == expected).mean()),
@@ -57,12 +58,9 @@ def evaluate(run: Callable[[Pixels], Outputs], reference: Outputs, images: Image
 
 
 def _of_archive(arrays: np.lib.npyio.NpzFile, split: str, decoder: Decoder, count: int) -> Images:
-    encoded, offsets, classes = (
-        arrays[f"{split}_jpeg"],
-        arrays[f"{split}_offsets"],
-        arrays[f"{split}_labels"].astype(np.int64),
-    )
-    chosen = np.sort(_some(len(classes), count))
+    encoded, offsets = arrays[f"{split}_jpeg"], arrays[f"{split}_offsets"]
+    classes = arrays[f"{split}_labels"].astype(np.int64)
+    chosen = np.sort(_random_indices(len(classes), count))
     pixels = [decoder.decode(encoded[offsets[index] : offsets[index + 1]].tobytes()) for index in chosen]
     return Images(np.stack(pixels), classes[chosen])
 
@@ -70,15 +68,15 @@ def _of_archive(arrays: np.lib.npyio.NpzFile, split: str, decoder: Decoder, coun
 def _of_directory(
     directory: Path, decoder: Decoder, labels: Sequence[str], calibration: int, evaluation: int
 ) -> tuple[Images, Images]:
-    files = sorted(each for each in directory.rglob("*") if each.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in directory.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if len(files) < 2:
         raise ValueError(
-            f"{directory} holds {len(files)} images; at least 2 are needed, one to calibrate with and another to judge on"
+            f"{directory} contains {len(files)} images; at least 2 are needed, for calibration and evaluation"
         )
     calibration = min(calibration, len(files) // 2)
-    order = _some(len(files), calibration + evaluation)
+    order = _random_indices(len(files), calibration + evaluation)
     index = {label: number for number, label in enumerate(labels)}
-    classes = np.array([index.get(each.parent.name, -1) for each in files])
+    classes = np.array([index.get(path.parent.name, -1) for path in files])
     known = bool((classes >= 0).all())
     pixels = [_decode(files[number], decoder) for number in order]
     parts = []
@@ -94,18 +92,18 @@ def _decode(file: Path, decoder: Decoder) -> Pixels:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _some(of: int, count: int) -> npt.NDArray[np.int64]:
-    """Indices of ``count`` out of ``of``, mixed, always the same."""
-    return np.random.default_rng(0).permutation(of)[:count]
+def _random_indices(total: int, count: int) -> npt.NDArray[np.int64]:
+    """``count`` of ``total`` indices in random order, the same in every run."""
+    return np.random.default_rng(0).permutation(total)[:count]
 
 
 def in_batches(run: Callable[[Pixels], Outputs], size: int) -> Callable[[Pixels], Outputs]:
-    """Of any number of images, ``size`` at a time."""
+    """Runs any number of images, ``size`` at a time."""
 
-    def whole(pixels: Pixels) -> Outputs:
+    def run_all(pixels: Pixels) -> Outputs:
         parts = [run(pixels[start : start + size]) for start in range(0, len(pixels), size)]
         return Outputs(
             np.concatenate([part.logits for part in parts]), np.concatenate([part.embedding for part in parts])
         )
 
-    return whole
+    return run_all

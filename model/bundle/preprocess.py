@@ -1,11 +1,11 @@
-"""Encoded image → pixels, exactly as the source library's evaluation transform would make them. Pillow and numpy only.
- The order of work:
-header → size check → decode (JPEGs at a reduced scale where allowed) → EXIF orientation → RGB → resize → center crop.
+"""Encoded image → pixels, identical to the evaluation transform of the source library. Uses Pillow and numpy only.
+
+Steps: header → size check → decode (JPEGs at a reduced scale if allowed) → EXIF orientation → RGB → resize → crop.
 
     ImageError
-    ├── NotAnImage       no allowed format recognizes the bytes
-    ├── DamagedImage     the header is fine, the data is truncated or broken
-    └── TooManyPixels    decoding or resizing would exceed the limit; found from the header alone
+    ├── NotAnImageError       the bytes are in none of the allowed formats
+    ├── DamagedImageError     the header is valid, the data is truncated or broken
+    └── TooManyPixelsError    decoding or resizing would exceed the limit; decided from the header alone
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _ORIENTATION_TAG = 0x0112
-# EXIF 2.32, 4.6.4: what undoes each orientation. 1 is upright.
+# EXIF 2.32, 4.6.4: orientation → the transposition that undoes it. 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,11 +40,13 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DRAFT_GAP = 3.0  # a JPEG is never decoded smaller than this many times what the resize wants; docs/log.md has the differences measured
+# JPEGs are decoded at a reduced scale only if at least this multiple of the resized size remains.
+# docs/experiments.md has the measured differences.
+_DRAFT_GAP = 3.0
 
 
 class ImageError(ValueError):
-    """The image cannot be classified, and whoever sent it can be told why."""
+    """The image cannot be decoded. The message is for the client."""
 
 
 class NotAnImageError(ImageError):
@@ -61,24 +63,25 @@ class TooManyPixelsError(ImageError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the network was trained to see. Mean and standard deviation are applied inside the graph, not here."""
+    """How images are prepared for the network. The graph, not the decoder, applies mean and standard deviation."""
 
-    image_size: int  # pixels, side of the square that comes out
-    crop: float = 1.0  # share of the resized shorter side that the center crop keeps (timm: crop_pct)
+    image_size: int  # pixels, side of the square output
+    crop: float = 1.0  # share of the resized shorter side that the center crop keeps (timm's crop_pct)
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    squash: bool = False  # both sides become what otherwise the shorter one does, whatever the image's shape
-    floor_crop: bool = False  # where the crop cannot be centered to the pixel: further left and up (transformers), or to the even pixel (torchvision)
+    squash: bool = False  # resize both sides to the same size, ignoring the aspect ratio
+    # Rounding of a crop offset of half a pixel: down (transformers) or to the even pixel (torchvision).
+    floor_crop: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop is {self.crop}; it must be above 0 and at most 1")
         if self.interpolation not in _RESAMPLING:
-            raise ValueError(f"there is no interpolation {self.interpolation!r}; known: {', '.join(_RESAMPLING)}")
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; known: {', '.join(_RESAMPLING)}")
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after the resize: the shorter side becomes floor(image size / crop), as in timm's evaluation transform."""
+        """Width and height after the resize. The shorter side becomes floor(image size / crop), as in timm."""
         short = math.floor(self.image_size / self.crop)
         if self.squash:
             return short, short
@@ -87,29 +90,29 @@ class Preprocessing:
         return int(short * width / height), short
 
     def cropped(self, width: int, height: int) -> tuple[int, int, int]:
-        """Left, top and side of what the center crop keeps of the resized image."""
+        """Left, top and side of the center crop."""
         half = math.floor if self.floor_crop else round
         return half((width - self.image_size) / 2), half((height - self.image_size) / 2), self.image_size
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an image says of itself before it is decoded."""
+    """The properties of an encoded image, known before decoding."""
 
     format: str  # Pillow's name
-    mode: str  # likewise
-    orientation: int  # EXIF's; 1 is upright
-    pixels: int  # of the image as it is stored
-    wanted: tuple[int, int]  # width and height to resize that to
+    mode: str  # Pillow's name
+    orientation: int  # EXIF; 1 is upright
+    pixels: int  # width × height as stored
+    wanted: tuple[int, int]  # width and height after the resize, as stored
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Turns encoded images into pixels uint8 [image size, image size, 3]. Safe to share between threads."""
+    """Decodes images to pixels, uint8 [image size, image size, 3]. Safe to share between threads."""
 
     preprocessing: Preprocessing
-    max_pixels: int = 50_000_000  # of the encoded image, and of what the resize makes of it
-    jpeg_draft: bool = True  # let libjpeg decode at 1/2, 1/4 or 1/8 where twice the needed size remains
+    max_pixels: int = 50_000_000  # of the encoded image, and of the resized one
+    jpeg_draft: bool = True  # let libjpeg decode at 1/2, 1/4 or 1/8 if three times the needed size remains
 
     def decode(self, encoded: bytes | memoryview) -> Pixels:
         """Raises ImageError."""
@@ -119,18 +122,17 @@ class Decoder:
             stored = image.size
             self._load(image, wanted)
             upright = _upright(image)
-            if (
-                upright.size != stored
-            ):  # turned by a quarter, or decoded at a reduced scale: then still by the whole image's sides
-                wanted = wanted if (upright.width < upright.height) == (wanted[0] < wanted[1]) else wanted[::-1]
+            # Transposed, or decoded at a reduced scale: the size was computed from the sides as stored.
+            if upright.size != stored and (upright.width < upright.height) != (wanted[0] < wanted[1]):
+                wanted = wanted[::-1]
             return self._resize_and_crop(_rgb(upright), wanted)
-        except Exception as error:  # a decoder given hostile bytes may raise anything at all
+        except Exception as error:  # Pillow's decoders may raise any exception for hostile bytes
             raise DamagedImageError("the image's data is truncated or damaged") from error
         finally:
             image.close()
 
     def header(self, encoded: bytes | memoryview) -> Header:
-        """Raises NotAnImage or TooManyPixels; whether the data behind it is whole is not known yet."""
+        """Raises NotAnImageError, TooManyPixelsError or DamagedImageError. Does not check the data after the header."""
         with self._open(encoded) as image:
             return Header(
                 image.format or "",
@@ -144,21 +146,22 @@ class Decoder:
         try:
             return Image.open(io.BytesIO(encoded), formats=allowed_formats())
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise TooManyPixelsError(f"{error}; the limit here is {self.max_pixels:,} pixels") from error
+            raise TooManyPixelsError(f"{error}; the limit is {self.max_pixels:,} pixels") from error
         except Exception as error:
             raise NotAnImageError(f"not an image in one of the formats {', '.join(allowed_formats())}") from error
 
     def _size_to_resize_to(self, image: Image.Image) -> tuple[int, int]:
-        """From the header alone, and rejected from it: nothing has been decoded yet."""
+        """Checks the size limits, from the header alone."""
         width, height = image.size
         if width < 1 or height < 1:
             raise DamagedImageError(f"the image is {width} × {height} pixels")
         if width * height > self.max_pixels:
             raise TooManyPixelsError(f"the image is {width} × {height} pixels; the limit is {self.max_pixels:,} pixels")
         wide, high = self.preprocessing.resized(width, height)
-        if wide * high > self.max_pixels:  # a sliver of 1 × 1,000,000 would be blown up to the model's width
+        if wide * high > self.max_pixels:  # for example, 1 × 1,000,000 pixels scaled up to the model's width
             raise TooManyPixelsError(
-                f"the image of {width} × {height} pixels becomes {wide} × {high} when resized; the limit is {self.max_pixels:,} pixels"
+                f"the image is {width} × {height} pixels and {wide} × {high} when resized;"
+                f" the limit is {self.max_pixels:,} pixels"
             )
         return wide, high
 
@@ -179,10 +182,10 @@ def allowed_formats() -> tuple[str, ...]:
 
 
 def prepare_pillow() -> None:
-    """For a process that decodes hostile images through Decoder alone; what it sets in Pillow is process-wide.
+    """Configures Pillow for a process that decodes untrusted images with Decoder only. Applies to the whole process.
 
-    Pillow's own guard against large images warns where ours rejects, and knows one limit only. Its warnings about broken
-    metadata would let any client write to our log.
+    Decoder replaces Pillow's own size limit. Pillow's warnings about broken metadata are suppressed, because they would
+    let any client write to the log.
     """
     Image.MAX_IMAGE_PIXELS = None
     warnings.filterwarnings("ignore", module="PIL")
@@ -191,7 +194,7 @@ def prepare_pillow() -> None:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation: int = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # broken metadata is ignored, as browsers do; the image itself is fine
+    except Exception:  # broken metadata is ignored, as in browsers
         return 1
     return orientation
 
@@ -202,7 +205,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Every mode that Pillow can decode → RGB; transparency is laid over white, 16 bits are scaled and not clipped."""
+    """Converts any Pillow mode to RGB: transparency is composed over white, 16 bits are scaled to 8."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -1,4 +1,4 @@
-"""Which token attends to which, where that is not all to all."""
+"""The mask of axial and local attention."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from vitserve.model.config import ViTConfig
 
 
 def mask(config: ViTConfig, block: int) -> Tensor | None:
-    """bool [tokens, tokens], true where the row's token attends to the column's; None where all do.
+    """bool [tokens, tokens], true if the row's token attends to the column's; None for global attention.
 
-    A mask and not a factorised form: the sequence of a ViT is short, the operator stays the fused one, and nothing loops when it is exported.
+    A mask keeps the fused attention operator and exports without a loop. At a ViT's sequence lengths a factorized form
+    would save little.
     """
     if config.attention == "global":
         return None
@@ -20,6 +21,6 @@ def mask(config: ViTConfig, block: int) -> Tensor | None:
     across = (x.flatten()[:, None] - x.flatten()[None]).abs()
     axial = (down if block % 2 == 0 else across) == 0
     near = axial if config.attention == "axial" else torch.maximum(down, across) <= config.window // 2
-    whole = torch.ones(config.tokens, config.tokens, dtype=torch.bool)
-    whole[config.prefix :, config.prefix :] = near
-    return whole
+    attends = torch.ones(config.tokens, config.tokens, dtype=torch.bool)
+    attends[config.prefix :, config.prefix :] = near
+    return attends

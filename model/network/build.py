@@ -1,4 +1,4 @@
-"""The network of a configuration, of whichever family it is."""
+"""Builds the network of a configuration."""
 
 from __future__ import annotations
 

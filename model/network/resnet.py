@@ -1,7 +1,8 @@
-"""ResNetV2 with group norm and weight standardization (BiT, arXiv:1912.11370): the paper's baseline, and the stem of its hybrid.
+"""ResNetV2 with group norm and weight standardization (BiT, arXiv:1912.11370).
 
-Parameters carry the names that timm gives them. The two differ as published: the classifier normalizes before each convolution and pads alike on
-both sides; the hybrid's stem normalizes after and pads as TensorFlow does ("SAME": at stride 2 more on the right and below).
+It is the ViT paper's baseline classifier and the stem of its hybrid. Parameters have timm's names.
+The two differ as published: the classifier normalizes before each convolution and pads symmetrically. The hybrid's stem
+normalizes after each convolution and pads like TensorFlow's "SAME": at stride 2, more on the right and at the bottom.
 """
 
 from __future__ import annotations
@@ -13,23 +14,17 @@ from torch import Tensor, nn
 from vitserve.model.config import ResNetConfig
 
 GROUPS = 32
-_EPSILON = 1e-8  # of the weight's standardization, as in BiT's release
+_EPSILON = 1e-8  # of weight standardization, as in BiT's release
 
 
 class StdConv(nn.Conv2d):
-    """A convolution whose filters have mean 0 and variance 1 (arXiv:1903.10520). ``same`` pads as TensorFlow does."""
+    """A convolution with weight standardization (arXiv:1903.10520). ``same`` selects TensorFlow's padding."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, same: bool = False) -> None:
-        # At stride 1 "SAME" is symmetric, and so it is for an even number of pixels at kernel 1.
-        super().__init__(
-            channels_in,
-            channels_out,
-            kernel,
-            stride,
-            padding=0 if same and stride > 1 else (kernel - 1) // 2,
-            bias=False,
-        )
-        self.same = same and stride > 1
+        same_padding = same and stride > 1  # at stride 1, "SAME" is symmetric
+        padding = 0 if same_padding else (kernel - 1) // 2
+        super().__init__(channels_in, channels_out, kernel, stride, padding, bias=False)
+        self.same = same_padding
 
     def forward(self, x: Tensor) -> Tensor:
         mean = self.weight.mean(dim=(1, 2, 3), keepdim=True)
@@ -41,15 +36,13 @@ class StdConv(nn.Conv2d):
 
 
 def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
-    """Zeros (or ``value``) around a map, so that ceil(size / stride) pixels come out; the odd one is added right and below."""
-    missing = [max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in (x.shape[-1], x.shape[-2])]
-    return F.pad(
-        x, [missing[0] // 2, missing[0] - missing[0] // 2, missing[1] // 2, missing[1] - missing[1] // 2], value=value
-    )
+    """Pads a map so that the output has ceil(size / stride) pixels; an odd pixel goes to the right or bottom."""
+    wide, high = (max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in (x.shape[-1], x.shape[-2]))
+    return F.pad(x, [wide // 2, wide - wide // 2, high // 2, high - high // 2], value=value)
 
 
 class Norm(nn.GroupNorm):
-    """Group norm, and ReLU unless told otherwise."""
+    """Group norm with optional ReLU."""
 
     def __init__(self, channels: int, activate: bool = True) -> None:
         super().__init__(GROUPS, channels)
@@ -61,7 +54,7 @@ class Norm(nn.GroupNorm):
 
 
 class Downsample(nn.Module):
-    """The shortcut where the map changes its size or channels."""
+    """The shortcut of a block that changes the map's size or channels."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, same: bool, preact: bool) -> None:
         super().__init__()
@@ -121,7 +114,7 @@ class Stage(nn.Module):
 
 
 class Root(nn.Module):
-    """7 × 7 convolution and maximum pool, each halving the map."""
+    """7 × 7 convolution and max pooling, each of which halves the map."""
 
     def __init__(self, channels: int, preact: bool) -> None:
         super().__init__()
@@ -131,9 +124,7 @@ class Root(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
-        if (
-            self.preact
-        ):  # BiT pads with zeros, and not with what no maximum would take: after no ReLU that is not the same
+        if self.preact:  # BiT pads with zeros, which differs from -inf because no ReLU precedes
             return F.max_pool2d(F.pad(x, [1, 1, 1, 1]), 3, 2)
         return F.max_pool2d(pad_same(x, 3, 2, value=-torch.inf), 3, 2)
 
@@ -160,13 +151,13 @@ class ResNetMap(nn.Module):
 
 
 class Head(nn.Module):
-    """A linear head, which the published weights keep as a 1 × 1 convolution."""
+    """A linear head, stored as a 1 × 1 convolution in the published weights."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.fc = nn.Conv2d(channels, classes, 1)
         nn.init.zeros_(self.fc.weight)
-        nn.init.zeros_(self.fc.bias)  # type: ignore[arg-type]  # it has one
+        nn.init.zeros_(self.fc.bias)  # type: ignore[arg-type]  # a Conv2d has a bias by default
 
     @property
     def weight(self) -> Tensor:
@@ -185,6 +176,6 @@ class ResNet(ResNetMap):
         self.norm = Norm(self.channels)
         self.head = Head(self.channels, config.classes)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # a classifier has more to say than its map
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # returns a pair
         embedding = self.norm(super().forward(images)).mean(dim=(2, 3))
         return self.head(embedding), embedding

@@ -1,4 +1,4 @@
-"""The convolutional stem of the hybrid: an image becomes a feature map, whose pixels become tokens."""
+"""The convolutional stem of the compact hybrids. The pixels of its feature map become the tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ConvNorm(nn.Module):
-    """A 3 × 3 convolution and its batch norm, halved by a maximum pool where asked, then ReLU."""
+    """3 × 3 convolution, optional 2 × 2 max pooling, batch norm, ReLU."""
 
     def __init__(self, channels_in: int, channels_out: int, halve: bool = False) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class ConvNorm(nn.Module):
 
 
 class Residual(nn.Module):
-    """Adds to a feature map what one or several convolutions make of it."""
+    """A residual branch of one or more convolutions."""
 
     def __init__(self, channels: int, convolutions: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """The Vision Transformer of "An Image is Worth 16x16 Words" (arXiv:2010.11929), in PyTorch.
 
-Parameters carry the names that timm gives them, so that its state dicts load strictly.
+Parameters have timm's names, so that timm's state dicts load strictly.
 File order: attention → MLPs → block → patch embedding → ViT.
 """
 
@@ -67,7 +67,7 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """Gate and value in one matrix, the gate first."""
+    """Gated MLP; one matrix holds gate and value, in this order."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[n, 3, H, W] → [n, grid², width]: every patch of the image, or of the stem's feature map, projected to a token."""
+    """[n, 3, H, W] → [n, grid², width]: projects each patch of the image or of the stem's feature map to a token."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Normalized images [n, 3, image size, image size] → logits [n, classes] and embedding [n, embedding width], both in the input's type."""
+    """Normalized images [n, 3, image size, image size] → logits [n, classes] and embedding [n, embedding width]."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class ViT(nn.Module):
         self.norm_pre = nn.LayerNorm(config.width, config.norm_epsilon) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         norm = nn.LayerNorm(config.width, config.norm_epsilon)
-        # timm's names: the norm that comes after the pooling is called fc_norm.
+        # timm's name for the norm after the pooling is fc_norm.
         self.norm = nn.Identity() if config.norm_after_pool else norm
         self.fc_norm = norm if config.norm_after_pool else nn.Identity()
         self.pre_logits: nn.Sequential | nn.Identity = nn.Identity()
@@ -156,7 +156,7 @@ class ViT(nn.Module):
         self._initialize()
 
     def forward(self, images: Tensor, intermediates: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Logits and embedding. A dict given as ``intermediates`` is filled with "tokens", "block00"…, "norm", each [n, tokens, width]."""
+        """Logits and embedding. Fills ``intermediates``: "tokens", "block00"…, "norm", each [n, tokens, width]."""
         seen: dict[str, Tensor] = {} if intermediates is None else intermediates
         x = seen["tokens"] = self.norm_pre(self._tokens(images))
         for index, block in enumerate(self.blocks):
@@ -169,13 +169,10 @@ class ViT(nn.Module):
         return logits, embedding
 
     def _tokens(self, images: Tensor) -> Tensor:
-        """Patches with their positions, behind the class token and its like: [n, tokens, width]."""
+        """Prefix tokens and patches, with position embeddings: [n, tokens, width]."""
         x = self.patch_embed(images)  # [n, grid², width]
-        prefix = [
-            each.expand(x.shape[0], -1, -1)
-            for each in (self.cls_token, self.dist_token, self.reg_token)
-            if each is not None
-        ]
+        tokens = (self.cls_token, self.dist_token, self.reg_token)
+        prefix = [token.expand(x.shape[0], -1, -1) for token in tokens if token is not None]
         if self.config.prefix_positions:
             return torch.cat([*prefix, x], dim=1) + self.pos_embed
         return torch.cat([*prefix, x + self.pos_embed], dim=1)
@@ -188,7 +185,7 @@ class ViT(nn.Module):
         return mean if self.config.pool == "mean" else torch.cat([x[:, 0], mean], dim=1)
 
     def _initialize(self) -> None:
-        """Truncated normal of 0.02 for linear layers and positions, as timm and DeiT; the head starts at zero, as in the paper's code."""
+        """Truncated normal (0.02) for linear layers and positions, as in timm; zero for the head, as in the paper."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):

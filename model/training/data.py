@@ -1,4 +1,4 @@
-"""Labeled images for training: reading an archive of encoded images, and augmenting batches of pixels."""
+"""Labeled images for training: reads an archive of encoded images and augments batches of pixels."""
 
 from __future__ import annotations
 
@@ -32,35 +32,39 @@ class Labeled:
 
 
 class ImageArchive:
-    """An .npz with arrays {split}_jpeg (encoded images end to end, uint8), {split}_offsets [n + 1], {split}_labels [n], and classes (names)."""
+    """An .npz archive of encoded images.
+
+    Its arrays, for the splits "train" and "test": {split}_jpeg, concatenated files, uint8; {split}_offsets [n + 1];
+    {split}_labels [n]; and classes, the labels of the classes.
+    """
 
     def __init__(self, path: Path) -> None:
         self._arrays = np.load(path, allow_pickle=False)
         self.labels: list[str] = [str(name) for name in self._arrays["classes"]]
 
     def split(self, name: str) -> Labeled:
-        """Decodes one split, "train" or "test"."""
+        """Decodes the split "train" or "test"."""
         encoded, offsets = self._arrays[f"{name}_jpeg"], self._arrays[f"{name}_offsets"]
         images = [
-            np.asarray(Image.open(io.BytesIO(encoded[a:b].tobytes())).convert("RGB"))
-            for a, b in itertools.pairwise(offsets)
+            np.asarray(Image.open(io.BytesIO(encoded[start:end].tobytes())).convert("RGB"))
+            for start, end in itertools.pairwise(offsets)
         ]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
         return Labeled(pixels, torch.from_numpy(self._arrays[f"{name}_labels"].astype(np.int64)))
 
 
 def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [n, 3, H, W] → float32, (pixels / 255 - mean) / std per channel, in the memory order that convolutions like best."""
+    """uint8 [n, 3, H, W] → float32, (pixels / 255 - mean) / std per channel, channels last."""
     shift = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
     scale = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
     return ((pixels.float() / 255 - shift) / scale).contiguous(memory_format=torch.channels_last)
 
 
-# Every random number comes from a generator of the CPU, so that a run goes on alike wherever it computes.
+# All random numbers come from a CPU generator, so that a run gives the same ones on every device.
 
 
 def augment(images: Tensor, shift_pixels: int, generator: torch.Generator) -> Tensor:
-    """Each image mirrored with probability one half and moved by up to shift_pixels each way, what comes in reflected. Keeps the shape."""
+    """Mirrors each image with probability 1/2 and shifts it by up to ``shift_pixels``, with reflection padding."""
     n, _, side, _ = images.shape
     padded = F.pad(images, [shift_pixels] * 4, mode="reflect")
     top, left = (torch.randint(2 * shift_pixels + 1, (n, 1), generator=generator) for _ in range(2))
@@ -68,13 +72,13 @@ def augment(images: Tensor, shift_pixels: int, generator: torch.Generator) -> Te
     columns = left + torch.arange(side)
     mirrored = torch.rand(n, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
-    each, rows, columns = (index.to(images.device) for index in (torch.arange(n), rows, columns))
-    moved = padded.permute(0, 2, 3, 1)[each[:, None, None], rows[:, :, None], columns[:, None, :]]  # [n, side, side, 3]
-    return moved.permute(0, 3, 1, 2)  # already channels-last
+    image, rows, columns = (index.to(images.device) for index in (torch.arange(n), rows, columns))
+    shifted = padded.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return shifted.permute(0, 3, 1, 2)  # channels last
 
 
 def warp(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Each image turned by up to strength radians, and stretched and sheared by up to that share of its side, about its center."""
+    """Rotates each image by up to ``strength`` radians, and stretches and shears it by up to that share of its side."""
     turn, shear, wide, high = ((2 * torch.rand(len(images), generator=generator) - 1) * strength for _ in range(4))
     cosine, sine = torch.cos(turn), torch.sin(turn)
     rows = (torch.stack([cosine * (1 + wide), shear - sine], 1), torch.stack([sine, cosine * (1 + high)], 1))
@@ -86,7 +90,7 @@ def warp(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
 
 
 def recolor(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation of each image changed by up to strength, of normalized pixels whose range is about -1 … 1."""
+    """Changes brightness, contrast and saturation of each normalized image by up to ``strength``."""
     brightness, contrast, saturation = (
         ((2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1) * strength).to(images.device) for _ in range(3)
     )
@@ -97,18 +101,21 @@ def recolor(images: Tensor, strength: float, generator: torch.Generator) -> Tens
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Blends each image and its target with another of the batch, one Beta(alpha, alpha) share a batch (arXiv:1710.09412)."""
+    """Blends images and targets with others of the batch, in a share from Beta(alpha, alpha) (arXiv:1710.09412)."""
     share, other = _beta(alpha, generator), torch.randperm(len(images), generator=generator).to(images.device)
     return torch.lerp(images[other], images, share), torch.lerp(targets[other], targets, share)
 
 
 def cutmix(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Puts a rectangle of another image of the batch into each, of uniform area, the same place for all, and blends targets by that area (arXiv:1905.04899)."""
+    """Pastes a rectangle of another image of the batch into each image and blends the targets by area.
+
+    The rectangle is the same for the whole batch, and its area is uniformly distributed (arXiv:1905.04899).
+    """
     side = images.shape[-1]
     share, other = _beta(1.0, generator), torch.randperm(len(images), generator=generator).to(images.device)
     half = side * (1 - share) ** 0.5 / 2
-    middle = torch.randint(side, (2,), generator=generator).tolist()
-    (top, bottom), (left, right) = ((max(round(at - half), 0), min(round(at + half), side)) for at in middle)
+    center = torch.randint(side, (2,), generator=generator).tolist()
+    (top, bottom), (left, right) = ((max(round(at - half), 0), min(round(at + half), side)) for at in center)
     images = images.clone()
     images[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
     return images, torch.lerp(targets, targets[other], (bottom - top) * (right - left) / side**2)

@@ -145,7 +145,7 @@ def open_artifact(
     bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Callable[[str], None] = lambda step: None
 ) -> Engine:
     """As open_one(), of what candidates() gives; what it needs is built first. Not yet verified. Raises Damaged, EngineUnavailable, and what libraries raise."""
-    damage = [bundle.damaged[name] for name in artifact.files if name in bundle.damaged]
+    damage = [bundle.damaged_files[name] for name in artifact.files if name in bundle.damaged_files]
     if damage:
         raise DamagedArtifactError("; ".join(damage))
     try:

@@ -310,7 +310,7 @@ def test_a_layer_whose_scale_is_doubled_is_refused(quantized: Bundle, tmp_path: 
     opened.engine.close()
     for row in (0, 3, 5, 4 * SMALL.depth - 3, 4 * SMALL.depth - 1):
         broken = open_bundle(tampered(quantized, tmp_path / str(row), row))
-        assert broken.damaged == {}
+        assert broken.damaged_files == {}
         opened = open_engine(broken, EngineOptions(), first=("openvino", "int8"))
         opened.engine.close()
         assert opened.engine.precision != "int8", f"layer {row}"
@@ -367,7 +367,7 @@ def test_images_of_a_folder_with_classes(tmp_path: Path) -> None:
 
 
 def test_images_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds 0 images; at least 2"):
+    with pytest.raises(ValueError, match="contains 0 images; at least 2"):
         read_images(tmp_path, Preprocessing(16), [], 5, 5)
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(b"?")

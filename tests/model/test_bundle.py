@@ -1,4 +1,4 @@
-"""The bundle: what was written is what is opened, and nothing else."""
+"""Writing and opening bundles: damaged files, wrong manifests and other schemas are rejected."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ def copy(bundle: Bundle, tmp_path: Path) -> Path:
 
 
 def test_a_bundle_opens_as_it_was_written(bundle: Bundle) -> None:
-    again = open_bundle(bundle.path)
-    assert again == bundle
-    assert again.manifest.config.classes == len(again.labels) == 7
-    assert {(each.engine, each.precision) for each in again.manifest.artifacts} >= {
-        ("onnxruntime", "fp32"),
-        ("openvino", "fp32"),
-    }
+    opened = open_bundle(bundle.path)
+    assert opened == bundle
+    assert opened.manifest.config.classes == len(opened.labels) == 7
+    artifacts = {(artifact.engine, artifact.precision) for artifact in opened.manifest.artifacts}
+    assert artifacts >= {("onnxruntime", "fp32"), ("openvino", "fp32")}
 
 
 @pytest.mark.parametrize("name", ["labels.txt", "golden.npz"])
-def test_a_changed_byte_is_refused(copy: Path, name: str) -> None:
+def test_a_changed_byte_is_rejected(copy: Path, name: str) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).write_bytes(data)
@@ -36,16 +34,16 @@ def test_a_changed_byte_is_refused(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "model.onnxruntime.onnx"])
-def test_a_changed_byte_of_an_artifact_is_noted(copy: Path, name: str) -> None:
+def test_a_changed_byte_of_an_artifact_is_listed(copy: Path, name: str) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).write_bytes(data)
     opened = open_bundle(copy)
-    assert list(opened.damaged) == [name]
-    assert f"{name} has sha256" in opened.damaged[name]
+    assert list(opened.damaged_files) == [name]
+    assert f"{name} has sha256" in opened.damaged_files[name]
 
 
-def test_a_missing_file_is_refused(copy: Path) -> None:
+def test_a_missing_file_is_rejected(copy: Path) -> None:
     (copy / "labels.txt").unlink()
     with pytest.raises(BundleError, match=r"labels\.txt: No such file"):
         open_bundle(copy)
@@ -54,32 +52,50 @@ def test_a_missing_file_is_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 99}, "schema version 99; this vitserve reads 1"),
+        ({"schema_version": 99}, "bundle schema 99, but this version of vitserve reads 2"),
         ({"surprise": 1}, "surprise"),
         ({"files": {"../../etc/passwd": "0"}}, "outside the bundle"),
-        ({"config": {"image_size": 17}}, "not a manifest"),
+        ({"config": {"image_size": 17}}, "not a valid manifest"),
     ],
 )
-def test_a_manifest_that_is_wrong_is_refused(copy: Path, change: dict[str, object], message: str) -> None:
+def test_a_wrong_manifest_is_rejected(copy: Path, change: dict[str, object], message: str) -> None:
     manifest = json.loads((copy / "bundle.json").read_text())
     (copy / "bundle.json").write_text(json.dumps(manifest | change))
     with pytest.raises(BundleError, match=message):
         open_bundle(copy)
 
 
-def test_others_can_read_what_was_made_where_nobody_else_may_look(tmp_path: Path, bundle: Bundle) -> None:
+def test_a_schema_1_bundle_must_be_exported_again(copy: Path) -> None:
+    """Its manifest has other keys, which the message does not mention."""
+    manifest = json.loads((copy / "bundle.json").read_text())
+    manifest |= {"schema_version": 1, "artefacts": manifest.pop("artifacts")}
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError) as rejection:
+        open_bundle(copy)
+    message = "has bundle schema 1, but this version of vitserve reads 2; export the model again with `vitserve export`"
+    assert str(rejection.value) == f"{copy} {message}"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '"text"', "null", "{}", "\udcff"])
+def test_a_file_that_is_no_manifest_is_rejected(copy: Path, text: str) -> None:
+    (copy / "bundle.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(BundleError, match=r"bundle\.json is not a valid manifest"):
+        open_bundle(copy)
+
+
+def test_a_bundle_has_the_default_permissions(tmp_path: Path, bundle: Bundle) -> None:
     contents = Path(shutil.copytree(bundle.path, tmp_path / "contents"))
     (contents / "bundle.json").unlink()
     contents.chmod(0o700)
-    (tmp_path / "usual").mkdir()
-    made = write_bundle(tmp_path / "made", bundle.manifest, contents)
-    assert made.path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+    (tmp_path / "default").mkdir()
+    written = write_bundle(tmp_path / "written", bundle.manifest, contents)
+    assert written.path.stat().st_mode == (tmp_path / "default").stat().st_mode
 
 
-def test_a_folder_that_is_no_bundle_is_neither_opened_nor_overwritten(tmp_path: Path, bundle: Bundle) -> None:
+def test_another_directory_is_neither_opened_nor_overwritten(tmp_path: Path, bundle: Bundle) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(BundleError, match="is not a bundle"):
         open_bundle(tmp_path)
-    with pytest.raises(BundleError, match="left alone"):
+    with pytest.raises(BundleError, match="choose another directory"):
         write_bundle(tmp_path, bundle.manifest, bundle.path)
     assert (tmp_path / "precious.txt").read_text() == "mine"

@@ -1,18 +1,21 @@
-"""Image bytes → pixels: equal to timm's evaluation transform, upright, over white, and rejected before it costs anything."""
+"""Image bytes → pixels: identical to the source libraries' transforms; invalid images are rejected early."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.support.images import encoded, png_header, random_image
 from vitserve.export.checkpoint.formats import huggingface
+from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.preprocess import (
     DamagedImageError,
     Decoder,
@@ -23,14 +26,14 @@ from vitserve.model.bundle.preprocess import (
 )
 
 EXACT = Decoder(Preprocessing(32), jpeg_draft=False)
-# The greatest mean difference, in levels of 255, that decoding JPEGs at a reduced scale may make to a photo, by image size.
+# Image size → largest mean difference of a photo decoded at a reduced scale, in levels of 255.
 DRAFT_MEAN_DIFFERENCE = {32: 3.0, 224: 0.3}
 
 
 @pytest.mark.parametrize("size", [32, 224, 384])
 @pytest.mark.parametrize("crop", [0.875, 0.9, 1.0])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_pixels_equal_timms_evaluation_transform_to_the_bit(
+def test_pixels_are_identical_to_timms_transform(
     size: int, crop: float, interpolation: Interpolation, timm: ModuleType
 ) -> None:
     decoder = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
@@ -42,21 +45,22 @@ def test_pixels_equal_timms_evaluation_transform_to_the_bit(
         assert np.array_equal(decoder.decode(image), timm_pixels(transform, image))
 
 
-# In the suite, two of the combinations; all of them take a minute.
+# Two of the combinations run by default; all of them take a minute.
 COMBINATIONS = [
     (size, crop, interpolation)
     for size in (224, 384)
     for crop in (0.875, 0.9, 0.95, 1.0)
     for interpolation in ("bicubic", "bilinear")
 ]
-SOME = [
-    each if each in ((224, 0.9, "bicubic"), (384, 1.0, "bilinear")) else pytest.param(*each, marks=pytest.mark.slow)
-    for each in COMBINATIONS
+FAST_COMBINATIONS = ((224, 0.9, "bicubic"), (384, 1.0, "bilinear"))
+MARKED_COMBINATIONS = [
+    pytest.param(*combination, marks=() if combination in FAST_COMBINATIONS else pytest.mark.slow)
+    for combination in COMBINATIONS
 ]
 
 
-@pytest.mark.parametrize(("size", "crop", "interpolation"), SOME)
-def test_photos_equal_timms_evaluation_transform_to_the_bit(
+@pytest.mark.parametrize(("size", "crop", "interpolation"), MARKED_COMBINATIONS)
+def test_photos_are_identical_to_timms_transform(
     size: int, crop: float, interpolation: Interpolation, photos: list[Path], timm: ModuleType
 ) -> None:
     decoder = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
@@ -103,10 +107,10 @@ PROCESSORS = {
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 @pytest.mark.parametrize(("processor", "settings"), PROCESSORS.values(), ids=PROCESSORS.keys())
-def test_photos_equal_transformers_image_processors_to_the_bit(
+def test_photos_are_identical_to_transformers_processors(
     processor: str, settings: dict[str, Any], photos: list[Path], transformers: ModuleType
 ) -> None:
-    """Those that work with Pillow, as ours does; the ones that work with torch round otherwise."""
+    """The processors that use Pillow; those that use torch round differently."""
     theirs = getattr(transformers, processor)(do_rescale=False, do_normalize=False, **settings)
     full = settings | {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     decoder = Decoder(huggingface.preprocessing(full), jpeg_draft=False)
@@ -115,9 +119,10 @@ def test_photos_equal_transformers_image_processors_to_the_bit(
         assert np.array_equal(decoder.decode(photo.read_bytes()), expected), photo.name
 
 
-def timm_pixels(transform: object, image: bytes) -> np.ndarray:
-    tensor = transform(Image.open(io.BytesIO(image)).convert("RGB"))  # type: ignore[operator]
-    return (tensor.numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
+def timm_pixels(transform: Callable[[Image.Image], torch.Tensor], image: bytes) -> Pixels:
+    tensor = transform(Image.open(io.BytesIO(image)).convert("RGB"))
+    pixels: Pixels = (tensor.numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
+    return pixels
 
 
 @pytest.mark.parametrize("size", [32, 224])
@@ -128,7 +133,16 @@ def test_reduced_decoding_stays_within_its_stated_difference(size: int, photos: 
         image = photo.read_bytes()
         differences.append(np.abs(exact.decode(image).astype(int) - draft.decode(image)).mean())
     assert max(differences) <= DRAFT_MEAN_DIFFERENCE[size]
-    assert max(differences) > 0, "no photo was large enough for the reduced scale to be used"
+    assert max(differences) > 0, "no photo is large enough to be decoded at a reduced scale"
+
+
+@pytest.mark.parametrize(("side", "reduced"), [(190, False), (192, True)])
+def test_a_jpeg_is_reduced_if_three_times_the_size_remains(side: int, reduced: bool) -> None:
+    """At half the scale, 192 pixels are three times the image size of 32."""
+    exact, draft = (Decoder(Preprocessing(32), jpeg_draft=allowed) for allowed in (False, True))
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    image = encoded(Image.fromarray(noise), "JPEG")
+    assert np.array_equal(exact.decode(image), draft.decode(image)) is not reduced
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -158,16 +172,16 @@ def test_broken_exif_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "I;16"])
-def test_every_opaque_mode_becomes_its_rgb(mode: str) -> None:
+def test_every_opaque_mode_is_converted_to_rgb(mode: str) -> None:
     gray = random_image(64, 64, seed=1).convert("L")
     stored = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257) if mode == "I;16" else gray.convert(mode)
     expected = EXACT.decode(encoded(stored.convert("L") if mode == "1" else gray))
     decoded = EXACT.decode(encoded(stored, "TIFF"))
-    assert np.abs(decoded.astype(int) - expected).max() <= 2, mode  # YCbCr and CMYK round once more
+    assert np.abs(decoded.astype(int) - expected).max() <= 2, mode  # YCbCr and CMYK are rounded twice
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "L with a transparent gray"])
-def test_transparency_is_laid_over_white(kind: str) -> None:
+def test_transparency_is_composed_over_white(kind: str) -> None:
     image = Image.new("RGBA", (40, 40), (200, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 20, 40))
     options = {}
@@ -183,53 +197,56 @@ def test_transparency_is_laid_over_white(kind: str) -> None:
         assert pixels[16, 28].tolist() == [200, 0, 0]
 
 
-def test_the_first_frame_of_an_animation_is_taken() -> None:
+def test_the_first_frame_of_an_animation_is_used() -> None:
     frames = [Image.new("RGB", (40, 40), color) for color in ("red", "green", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
         animated = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
         assert np.abs(EXACT.decode(animated)[16, 16].astype(int) - [255, 0, 0]).max() <= 3, kind
 
 
-def test_a_single_pixel_is_an_image() -> None:
+def test_an_image_of_one_pixel_is_decoded() -> None:
     assert np.array_equal(EXACT.decode(encoded(Image.new("RGB", (1, 1), (9, 8, 7)))), np.full((32, 32, 3), (9, 8, 7)))
 
 
-def test_nothing_and_noise_are_not_images() -> None:
-    for data in (
+@pytest.mark.parametrize(
+    "data",
+    [
         b"",
         b"\0",
         b"GIF89a",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    ):
-        with pytest.raises((NotAnImageError, DamagedImageError)):
-            EXACT.decode(data)
+    ],
+)
+def test_bytes_that_are_no_image_are_rejected(data: bytes) -> None:
+    with pytest.raises((NotAnImageError, DamagedImageError)):
+        EXACT.decode(data)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_a_truncated_image_is_refused(kind: str) -> None:
+def test_a_truncated_image_is_rejected(kind: str) -> None:
     whole = encoded(random_image(200, 150), kind)
     with pytest.raises((DamagedImageError, NotAnImageError)):
         EXACT.decode(whole[: len(whole) * 2 // 3])
 
 
-def test_too_many_pixels_are_refused_from_the_header() -> None:
+def test_too_many_pixels_are_rejected_from_the_header() -> None:
     with pytest.raises(
         TooManyPixelsError,
-        match=r"400000000 pixels.*limit here is 50,000,000|20000 × 20000 pixels; the limit is 50,000,000",
+        match=r"400000000 pixels.*limit is 50,000,000|20000 × 20000 pixels; the limit is 50,000,000",
     ):
         EXACT.decode(png_header(20000, 20000))
     with pytest.raises(TooManyPixelsError, match="8000 × 8000 pixels; the limit is 50,000,000"):
         EXACT.decode(png_header(8000, 8000))
 
 
-def test_a_sliver_that_the_resize_would_blow_up_is_refused() -> None:
-    with pytest.raises(TooManyPixelsError, match="1 × 2000000 pixels becomes 32 × 64000000"):
+def test_a_resize_to_too_many_pixels_is_rejected() -> None:
+    with pytest.raises(TooManyPixelsError, match="1 × 2000000 pixels and 32 × 64000000 when resized"):
         EXACT.decode(png_header(1, 2_000_000))
 
 
-def test_unknown_preprocessing_is_refused() -> None:
+def test_invalid_preprocessing_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"crop is 1\.5"):
         Preprocessing(32, crop=1.5)
-    with pytest.raises(ValueError, match="no interpolation 'box'"):
+    with pytest.raises(ValueError, match="unknown interpolation 'box'"):
         Preprocessing(32, interpolation="box")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Training: it learns, it can be interrupted, and what it stores is what it tested."""
+"""Training: the network learns, a run can be resumed, and the stored weights are the tested ones."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import vitserve.model.training.train
 from tests.support.images import encoded
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.model.config import ResNetConfig, ViTConfig
+from vitserve.model.training import train as train_module
 from vitserve.model.training.data import ImageArchive, Labeled, augment, cutmix, mixup, recolor, warp
-from vitserve.model.training.train import LONG, Recipe, device_called, evaluate, hold_out, train
+from vitserve.model.training.device import select_device
+from vitserve.model.training.epoch import train_epoch, train_step
+from vitserve.model.training.recipe import LONG, Recipe
+from vitserve.model.training.state import TrainingState, initial_state
+from vitserve.model.training.train import evaluate, hold_out, train
 from vitserve.service.engines.engine import EngineOptions
 from vitserve.service.engines.selection import open_engine
 
@@ -28,10 +33,9 @@ RECIPE = Recipe(epochs=3, batch_size=16, validation_images=16)
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Reddish and greenish noise."""
-    from PIL import Image
-
-    random, arrays = np.random.default_rng(0), {"classes": np.array(["red", "green"])}
+    """Images of reddish and of greenish noise."""
+    random = np.random.default_rng(0)
+    arrays: dict[str, Any] = {"classes": np.array(["red", "green"])}
     for split, count in (("train", 176), ("test", 32)):
         labels = random.integers(0, 2, count).astype(np.uint8)
         images = []
@@ -41,7 +45,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
             images.append(encoded(Image.fromarray(pixels), "JPEG"))
         arrays |= {
             f"{split}_jpeg": np.frombuffer(b"".join(images), np.uint8),
-            f"{split}_offsets": np.cumsum([0] + [len(each) for each in images]),
+            f"{split}_offsets": np.cumsum([0] + [len(image) for image in images]),
             f"{split}_labels": labels,
         }
     path = tmp_path_factory.mktemp("data") / "colors.npz"
@@ -49,10 +53,10 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_learns_and_what_is_stored_is_what_was_tested(archive: Path, tmp_path: Path) -> None:
+def test_a_network_learns_and_the_tested_weights_are_stored(archive: Path, tmp_path: Path) -> None:
     report = train(CONFIG, RECIPE, archive, tmp_path)
     assert report["test_accuracy"] > 0.9
-    assert [each["epoch"] for each in report["history"]] == [1, 2, 3]
+    assert [epoch["epoch"] for epoch in report["history"]] == [1, 2, 3]
     assert np.sum(report["confusion"]) == report["test_images"] == 32
     assert np.trace(report["confusion"]) / 32 == pytest.approx(report["test_accuracy"])
     assert json.loads((tmp_path / "training.json").read_text()) == json.loads(json.dumps(report))
@@ -61,37 +65,59 @@ def test_it_learns_and_what_is_stored_is_what_was_tested(archive: Path, tmp_path
     assert evaluate(stored.network, ImageArchive(archive).split("test"), RECIPE)[0] == report["test_accuracy"]
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+class InterruptedRunError(Exception):
+    pass
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Interrupted(Exception):
-        pass
+    save = TrainingState.save
 
-    def interrupt(*arguments: object) -> tuple[float, torch.Tensor]:
-        genuine_save(*arguments)  # type: ignore[arg-type]
-        raise Interrupted
+    def save_and_interrupt(self: TrainingState, path: Path) -> None:
+        save(self, path)
+        raise InterruptedRunError
 
     whole = train(CONFIG, RECIPE, archive, tmp_path / "whole")
-    genuine_save = vitserve.model.training.train.save_atomically
-    for _ in range(2):
-        monkeypatch.setattr(vitserve.model.training.train, "save_atomically", interrupt)
-        with pytest.raises(Interrupted):
-            train(CONFIG, RECIPE, archive, tmp_path / "parts")
-    monkeypatch.setattr(vitserve.model.training.train, "save_atomically", genuine_save)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "save", save_and_interrupt)
+        for _ in range(2):
+            with pytest.raises(InterruptedRunError):
+                train(CONFIG, RECIPE, archive, tmp_path / "parts")
     parts = train(CONFIG, RECIPE, archive, tmp_path / "parts")
-    assert [each["loss"] for each in parts["history"]] == [each["loss"] for each in whole["history"]]
+    assert [epoch["loss"] for epoch in parts["history"]] == [epoch["loss"] for epoch in whole["history"]]
     assert parts["confusion"] == whole["confusion"]
+
+
+def test_an_interrupted_save_keeps_the_previous_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = initial_state(CONFIG, RECIPE, steps=10)
+    state.save(tmp_path / "state.pt")
+    saved = (tmp_path / "state.pt").read_bytes()
+
+    def interrupt(state: object, path: Path) -> None:
+        path.write_bytes(b"incomplete")
+        raise InterruptedRunError
+
+    monkeypatch.setattr(torch, "save", interrupt)
+    with pytest.raises(InterruptedRunError):
+        state.save(tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").read_bytes() == saved
 
 
 def test_the_test_set_is_read_only_at_the_end(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    genuine_split, genuine_epoch = ImageArchive.split, vitserve.model.training.train.one_epoch
-    monkeypatch.setattr(ImageArchive, "split", lambda self, name: (order.append(name), genuine_split(self, name))[1])
-    monkeypatch.setattr(
-        vitserve.model.training.train,
-        "one_epoch",
-        lambda *arguments: (order.append("epoch"), genuine_epoch(*arguments))[1],
-    )
+    split = ImageArchive.split
+
+    def record_split(self: ImageArchive, name: str) -> Labeled:
+        order.append(name)
+        return split(self, name)
+
+    def record_epoch(*arguments: Any) -> float:
+        order.append("epoch")
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(ImageArchive, "split", record_split)
+    monkeypatch.setattr(train_module, "train_epoch", record_epoch)
     train(CONFIG, RECIPE, archive, tmp_path)
     assert order == ["train", "epoch", "epoch", "epoch", "test"]
 
@@ -104,70 +130,70 @@ def test_validation_images_are_held_out() -> None:
     assert sorted(torch.cat([training.classes, validation.classes]).tolist()) == list(range(100))
 
 
-def test_augmenting_moves_and_mirrors_whole_images() -> None:
+def test_augmentation_shifts_and_mirrors_images() -> None:
     image = torch.arange(64.0).view(1, 1, 8, 8).expand(2000, 3, 8, 8)
-    moved = augment(image, 2, torch.Generator().manual_seed(0))
-    assert moved.shape == image.shape
-    centres = {(int(each[0, 4, 3]), int(each[0, 4, 4])) for each in moved}
-    assert {abs(left - right) for left, right in centres} == {1}, "neighbors stay neighbors"
-    assert {left < right for left, right in centres} == {True, False}, "half are mirrored"
-    assert len(centres) == 2 * 5 * 5
+    shifted = augment(image, 2, torch.Generator().manual_seed(0))
+    assert shifted.shape == image.shape
+    centers = {(int(pixels[0, 4, 3]), int(pixels[0, 4, 4])) for pixels in shifted}
+    assert {abs(left - right) for left, right in centers} == {1}, "neighbors stay neighbors"
+    assert {left < right for left, right in centers} == {True, False}, "half are mirrored"
+    assert len(centers) == 2 * 5 * 5
     assert torch.equal(augment(image, 0, torch.Generator().manual_seed(0))[0].sort().values, image[0].sort().values)
 
 
-def test_mixup_blends_images_and_targets_alike() -> None:
+def test_mixup_blends_images_and_targets_in_the_same_share() -> None:
     images, targets = torch.eye(4).view(4, 4, 1, 1), torch.eye(4)
     mixed, blended = mixup(images, targets, 0.5, torch.Generator().manual_seed(3))
     torch.testing.assert_close(mixed.view(4, 4), blended)
     torch.testing.assert_close(blended.sum(1), torch.ones(4))
 
 
-def test_cutmix_takes_the_targets_in_the_shares_of_the_area() -> None:
-    """Of one-colored images, by whose color a pixel tells where it came from."""
+def test_cutmix_blends_the_targets_by_area() -> None:
+    """Each image has one color, which shows where a pixel comes from."""
     images, targets = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8), torch.eye(4)
     for seed in range(20):
         mixed, blended = cutmix(images, targets, torch.Generator().manual_seed(seed))
         shares = torch.stack([(mixed[:, 0] == source).float().mean((1, 2)) for source in range(4)], 1)
         torch.testing.assert_close(shares, blended)
-    assert torch.equal(images, torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)), "the batch itself is left alone"
+    assert torch.equal(images, torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)), "the batch is not modified"
 
 
 @pytest.mark.parametrize("change", [warp, recolor])
-def test_images_change_by_as_much_as_is_asked_for(
+def test_a_stronger_augmentation_changes_images_more(
     change: Callable[[torch.Tensor, float, torch.Generator], torch.Tensor],
 ) -> None:
     smooth = torch.linspace(-1, 1, 16).view(1, 1, 1, 16) * torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1, 1)
     images = smooth.expand(50, 3, 16, 16)
 
-    def by(strength: float) -> float:
+    def mean_change(strength: float) -> float:
         changed = change(images, strength, torch.Generator().manual_seed(0))
         assert changed.shape == images.shape
         return float((changed - images).abs().mean())
 
-    assert by(0.0) < 1e-6
-    assert 0.001 < by(0.05) < by(0.3) < 0.5
+    assert mean_change(0.0) < 1e-6
+    assert 0.001 < mean_change(0.05) < mean_change(0.3) < 0.5
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(ValueError, match="there is no device 'tpu'; known: auto, cpu, cuda"):
-        device_called("tpu")
+def test_an_unknown_or_unavailable_device_is_rejected() -> None:
+    with pytest.raises(ValueError, match="unknown device 'tpu'; known: auto, cpu, cuda"):
+        select_device("tpu")
     if not torch.cuda.is_available():
-        assert device_called("auto") == torch.device("cpu")
-        with pytest.raises(ValueError, match="torch sees no GPU here"):
-            device_called("cuda")
+        assert select_device("auto") == torch.device("cpu")
+        with pytest.raises(ValueError, match="device cuda is not available: torch finds no GPU"):
+            select_device("cuda")
 
 
 def test_the_long_recipe_learns(archive: Path, tmp_path: Path) -> None:
-    """With all that is done to images, in as few steps as there are."""
+    """With all of its augmentations, in a few steps."""
     recipe = replace(
         LONG, epochs=12, batch_size=16, validation_images=16, ema_decay=0.9, bf16=False, optimizer="adamw", recolor=0.05
     )
     assert train(CONFIG, recipe, archive, tmp_path)["test_accuracy"] > 0.8
 
 
-def test_an_archive_of_other_classes_is_refused(archive: Path, tmp_path: Path) -> None:
+def test_an_archive_with_other_classes_is_rejected(archive: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the archive has 2 classes; the variant has 10"):
-        train(ViTConfig(**{**CONFIG.__dict__, "classes": 10}), RECIPE, archive, tmp_path)
+        train(replace(CONFIG, classes=10), RECIPE, archive, tmp_path)
 
 
 FAMILIES = {
@@ -182,7 +208,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 def test_every_family_trains_exports_and_runs(config: ViTConfig | ResNetConfig, archive: Path, tmp_path: Path) -> None:
-    """With what it learned: the exported bundle, opened as the service opens it, is right about the test images."""
+    """The exported bundle, opened as the service opens it, classifies the test images."""
     train(config, replace(RECIPE, epochs=4, mixup_share=0.0), archive, tmp_path)
     bundle = build_bundle(
         load_checkpoint(tmp_path / "weights.safetensors"), tmp_path / "bundle", name="family", precisions=[]
@@ -196,7 +222,7 @@ def test_every_family_trains_exports_and_runs(config: ViTConfig | ResNetConfig, 
     assert (predicted == test.classes.numpy()).mean() > 0.8
 
 
-def test_a_smaller_share_is_a_part_of_a_greater_one_and_validates_on_the_same(archive: Path) -> None:
+def test_a_smaller_share_is_part_of_a_larger_one(archive: Path) -> None:
     everything = ImageArchive(archive).split("train")
     (tenth, validation), (half, same_validation) = (
         hold_out(everything, replace(RECIPE, share=share)) for share in (0.1, 0.5)
@@ -207,11 +233,11 @@ def test_a_smaller_share_is_a_part_of_a_greater_one_and_validates_on_the_same(ar
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_either_optimizer_moves_every_weight(optimizer: Literal["muon", "adamw"]) -> None:
+def test_both_optimizers_change_every_weight(optimizer: Literal["muon", "adamw"]) -> None:
     recipe = replace(RECIPE, optimizer=optimizer)
-    state = vitserve.model.training.train.begin(CONFIG, recipe, steps=10)
+    state = initial_state(CONFIG, recipe, steps=10)
     before = {name: weight.detach().clone() for name, weight in state.network.named_parameters()}
     batch = Labeled(torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), torch.randint(0, 2, (16,)))
-    for _ in range(2):  # the head begins at zero, so that the first step moves nothing before it
-        vitserve.model.training.train.one_step(state, state.network, batch, recipe, mix=False)
+    for _ in range(2):  # the head is initially zero, so that the first step changes nothing before it
+        train_step(state, state.network, batch, recipe, mix=False)
     assert [name for name, weight in state.network.named_parameters() if torch.equal(weight, before[name])] == []

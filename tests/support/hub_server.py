@@ -1,4 +1,4 @@
-"""A hub on loopback: as much of the Hugging Face hub's HTTP as huggingface_hub asks for when it downloads a model. It has no Xet."""
+"""A hub on loopback with the part of the Hugging Face hub's HTTP API that downloading a model uses. Without Xet."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Request:
 
 @dataclass
 class Repository:
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # by sha: the files by name
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # sha → files by name
     branches: dict[str, str] = field(default_factory=dict)  # name → sha
-    token: str | None = None  # gated: its files only for whoever brings this one
+    token: str | None = None  # gated: the token that downloads require
 
 
 @dataclass(frozen=True)
 class Cut:
-    after: int  # bytes of the body
+    after_bytes: int  # of the body
     reset: bool  # RST instead of FIN
 
 
@@ -45,9 +45,9 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
-        self.cuts: dict[str, Cut] = {}  # by file name; each is used once
-        self.sent: Counter[str] = Counter()  # bytes of the bodies of each file
-        self.instead: tuple[int, bytes] | None = None  # status and page that answer everything
+        self.cuts: dict[str, Cut] = {}  # by file name; used once
+        self.sent_bytes: Counter[str] = Counter()  # of bodies, by file name
+        self.override: tuple[int, bytes] | None = None  # status and body of every response
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -64,22 +64,18 @@ class HubServer:
         self._server.server_close()
 
     def commit(self, repository: str, files: dict[str, bytes], branch: str = "main") -> str:
-        """Makes these files what the branch stands for. Returns the commit's sha."""
-        into = self.repositories.setdefault(repository, Repository())
-        sha = hashlib.sha1(
-            repr((sorted(into.commits), sorted((name, _etag(body)) for name, body in files.items()))).encode()
-        ).hexdigest()
-        into.commits[sha] = files
-        into.branches[branch] = sha
+        """Commits the files to the branch. Returns the commit's sha."""
+        target = self.repositories.setdefault(repository, Repository())
+        contents = sorted((name, _etag(body)) for name, body in files.items())
+        sha = hashlib.sha1(repr((sorted(target.commits), contents)).encode()).hexdigest()
+        target.commits[sha] = files
+        target.branches[branch] = sha
         return sha
 
     def downloaded(self) -> list[str]:
-        """Names of the files of which a body was asked for, each as often as it was."""
-        return [
-            RESOLVE.fullmatch(each.path)[3]
-            for each in self.requests
-            if each.method == "GET" and RESOLVE.fullmatch(each.path)
-        ]  # type: ignore[index]
+        """The file name of every GET request for a file."""
+        paths = [RESOLVE.fullmatch(request.path) for request in self.requests if request.method == "GET"]
+        return [match[3] for match in paths if match]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -89,14 +85,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         self.hub.requests.append(Request(self.command, unquote(path), self.headers["Range"]))
-        if self.hub.instead:
-            self._answer(*self.hub.instead)
+        if self.hub.override:
+            self._respond(*self.hub.override)
         elif match := API.fullmatch(path):
             self._api(match[1], match[2], unquote(match[3] or "main"))
         elif match := RESOLVE.fullmatch(path):
             self._resolve(match[1], unquote(match[2]), unquote(match[3]))
         else:
-            self._answer(404, b"{}")
+            self._respond(404, b"{}")
 
     do_HEAD = do_GET
 
@@ -109,69 +105,71 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.hub.repositories[name].commits[sha]
         if kind == "tree":
             tree = [
-                {"type": "file", "path": each, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
-                for each, body in files.items()
+                {"type": "file", "path": path, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                for path, body in files.items()
             ]
-            self._answer(200, json.dumps(tree).encode())
+            self._respond(200, json.dumps(tree).encode())
         else:
-            model = {"id": name, "modelId": name, "sha": sha, "siblings": [{"rfilename": each} for each in files]}
-            self._answer(200, json.dumps(model).encode())
+            model = {"id": name, "modelId": name, "sha": sha, "siblings": [{"rfilename": path} for path in files]}
+            self._respond(200, json.dumps(model).encode())
 
     def _resolve(self, name: str, revision: str, file: str) -> None:
         if (sha := self._sha(name, revision)) is None:
             return
         repository = self.hub.repositories[name]
-        if repository.token is not None and (said := self.headers["Authorization"]) != f"Bearer {repository.token}":
-            return self._rejection(403 if said else 401, "GatedRepo", "Access to model is restricted")
+        authorization = self.headers["Authorization"]
+        if repository.token is not None and authorization != f"Bearer {repository.token}":
+            return self._reject(403 if authorization else 401, "GatedRepo", "Access to model is restricted")
         if file not in repository.commits[sha]:
-            return self._rejection(404, "EntryNotFound", "Entry not found")
+            return self._reject(404, "EntryNotFound", "Entry not found")
         self._file(file, repository.commits[sha][file], {"X-Repo-Commit": sha})
 
     def _file(self, file: str, body: bytes, headers: dict[str, str]) -> None:
         headers |= {"ETag": f'"{_etag(body)}"', "X-Linked-Size": str(len(body)), "Accept-Ranges": "bytes"}
         if (match := RANGE.fullmatch(self.headers["Range"] or "")) is None:
-            return self._answer(200, body, headers, file)
+            return self._respond(200, body, headers, file)
         start, end = int(match[1]), int(match[2] or len(body) - 1)
-        self._answer(206, body[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(body)}"}, file)
+        self._respond(206, body[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(body)}"}, file)
 
     def _sha(self, name: str, revision: str) -> str | None:
-        """The commit; or None, and the request is answered."""
+        """The commit; None after responding with an error."""
         repository = self.hub.repositories.get(name)
         sha = repository and repository.branches.get(revision, revision)
         if repository is None:
-            self._rejection(404, "RepoNotFound", "Repository not found")
+            self._reject(404, "RepoNotFound", "Repository not found")
         elif sha not in repository.commits:
-            self._rejection(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            self._reject(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         else:
             return sha
         return None
 
-    def _rejection(self, status: int, code: str, message: str) -> None:
-        self._answer(
+    def _reject(self, status: int, code: str, message: str) -> None:
+        self._respond(
             status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message}
         )
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, file: str | None = None) -> None:
+    def _respond(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, file: str | None = None
+    ) -> None:
         self.send_response(status)
-        for key, value in (
-            {"Content-Type": "application/octet-stream" if file else "application/json"} | (headers or {})
-        ).items():
+        content_type = "application/octet-stream" if file else "application/json"
+        for key, value in ({"Content-Type": content_type} | (headers or {})).items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
             return
         cut = self.hub.cuts.pop(file, None) if file else None
-        said = body[: cut.after] if cut else body
-        self.hub.sent[file or ""] += len(said)
-        self.wfile.write(said)
+        sent = body[: cut.after_bytes] if cut else body
+        self.hub.sent_bytes[file or ""] += len(sent)
+        self.wfile.write(sent)
         if cut:
-            self._hang_up(cut.reset)
+            self._close_connection(cut.reset)
 
-    def _hang_up(self, reset: bool) -> None:
+    def _close_connection(self, reset: bool) -> None:
         self.close_connection = True
         if reset:
-            # No time to linger and nobody else holding the socket: that is how closing sends RST. The server itself would first send FIN.
+            # Closing a socket without lingering sends RST. The server itself would send FIN first.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.rfile.close()
             self.connection.close()

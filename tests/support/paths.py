@@ -1,4 +1,4 @@
-"""Where the tests find files."""
+"""The files that tests read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PHOTOS = Path(os.environ.get("TEST_PHOTOS", ROOT / "tests" / "photos"))  # real JPEGs, for tests that want them
-CIFAR10 = Path(
-    os.environ.get("TEST_CIFAR10", ROOT / "data" / "cifar10_jpeg.npz")
-)  # the data that the default model was trained on
+# Optional data; tests that need it are skipped if it is missing.
+PHOTOS = Path(os.environ.get("TEST_PHOTOS", ROOT / "tests" / "photos"))  # a directory of JPEGs
+CIFAR10 = Path(os.environ.get("TEST_CIFAR10", ROOT / "data" / "cifar10_jpeg.npz"))  # as for `vitserve train`

@@ -42,5 +42,5 @@ def inspect(
         for plan in plans_of(machine.plan_dir(), opened):
             report = PlanReport.from_json(plan.with_suffix(".json").read_text())
             console.print(f"{plan.stem}: {report}", highlight=False)
-        for reason in opened.damaged.values():
+        for reason in opened.damaged_files.values():
             console.print(f"[red]damaged: {reason}[/red]")

@@ -46,10 +46,11 @@ def train(
         from dataclasses import replace
 
         from vitserve.model.config import any_variant
-        from vitserve.model.training.train import LONG, QUICK, device_called
+        from vitserve.model.training.device import select_device
+        from vitserve.model.training.recipe import LONG, QUICK
         from vitserve.model.training.train import train as run
 
-        place = device_called(device)
+        place = select_device(device)
         recipe = LONG if place.type == "cuda" else QUICK
         recipe = replace(
             recipe, epochs=epochs or recipe.epochs, seed=seed, share=share, batch_size=batch_size or recipe.batch_size

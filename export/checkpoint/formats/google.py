@@ -1,8 +1,13 @@
-"""The .npz of Google's release (github.com/google-research/vision_transformer): ViT and R+ViT, with and without representation layer.
- Expected, in JAX's order of axes (a kernel is [in, out], a convolution's [height, width, in, out]):
-cls, embedding/{kernel,bias}, Transformer/posembed_input/pos_embedding, Transformer/encoder_norm/{scale,bias}, head/*, (pre_logits/*), of each block
-Transformer/encoderblock_N: LayerNorm_0, MultiHeadDotProductAttention_1/{query,key,value,out}, LayerNorm_2, MlpBlock_3/{Dense_0,Dense_1};
-of a hybrid's ResNet conv_root, gn_root, and of each unit blockN/unitM: conv1…3, gn1…3, (conv_proj, gn_proj).
+"""Google's .npz release (github.com/google-research/vision_transformer): ViT and R+ViT.
+
+Axes are in JAX's order: a kernel is [in, out], a convolution's [height, width, in, out].
+Tensors (optional ones in parentheses):
+
+    cls, embedding/{kernel,bias}, head/*, (pre_logits/*)
+    Transformer/posembed_input/pos_embedding, Transformer/encoder_norm/{scale,bias}
+    Transformer/encoderblock_N:
+        LayerNorm_0, MultiHeadDotProductAttention_1/{query,key,value,out}, LayerNorm_2, MlpBlock_3/{Dense_0,Dense_1}
+    a hybrid's ResNet: conv_root, gn_root, and blockN/unitM: conv1…3, gn1…3, (conv_proj, gn_proj)
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from vitserve.export.checkpoint.state_dict import Tensors
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig
 
-MARK = "Transformer/posembed_input/pos_embedding"  # a tensor that only this source has
+MARK = "Transformer/posembed_input/pos_embedding"  # a tensor that only this format has
 
 _BLOCK, _ATTENTION = "Transformer/encoderblock_{}", "MultiHeadDotProductAttention_1"
 
@@ -57,12 +62,12 @@ def read(tensors: Tensors) -> Source:
         weights["patch_embed.backbone.stem.conv.weight"] = _filters(tensors.take("conv_root/kernel"))
         weights |= _norm(tensors, "gn_root", "patch_embed.backbone.stem.norm")
     tensors.expect_nothing_more()
-    # The release's own: (pixels / 255 - 0.5) / 0.5, resized to the image size whatever the shape, bilinear.
+    # The release's preprocessing: (pixels / 255 - 0.5) / 0.5, both sides resized to the image size, bilinear.
     return Source(config, weights, Preprocessing(config.image_size, interpolation="bilinear", squash=True))
 
 
 def _stages(tensors: Tensors) -> tuple[int, ...]:
-    """Units of each stage of the hybrid's ResNet; empty where there is none."""
+    """Units per stage of a hybrid's ResNet; empty for a plain ViT."""
     stages: list[int] = []
     while f"block{len(stages) + 1}/unit1/conv1/kernel" in tensors:
         stages.append(tensors.count(f"block{len(stages) + 1}/unit{{}}/conv1/kernel", first=1))

@@ -1,8 +1,12 @@
-"""Classifiers of Hugging Face's transformers: ViT, DeiT (with and without teacher), DINOv2 with and without registers.
+"""Image classifiers of transformers: ViT, DeiT (with or without teacher), DINOv2 (with or without registers).
 
-Expected, under the prefix vit., deit., dinov2. or dinov2_with_registers.: embeddings.{cls_token, position_embeddings,
-patch_embeddings.projection.*} (distillation_token, register_tokens), encoder.layer.N.{attention.attention.{query,key,value}.*,
-attention.output.dense.*, …}, layernorm.*; beside it classifier.*, or cls_classifier.* and distillation_classifier.*
+Tensors (optional ones in parentheses), with the prefix vit., deit., dinov2. or dinov2_with_registers.:
+
+    embeddings: cls_token, position_embeddings, patch_embeddings.projection.*, (distillation_token), (register_tokens)
+    encoder.layer.N: attention.attention.{query,key,value}.*, attention.output.dense.*, norms and MLP
+    layernorm.*
+
+and without a prefix: classifier.*, or cls_classifier.* and distillation_classifier.*
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.formats.source import Source
-from vitserve.export.checkpoint.state_dict import CheckpointError, Tensors
+from vitserve.export.checkpoint.state_dict import Tensors
 from vitserve.model.bundle.preprocess import Interpolation, Preprocessing
 from vitserve.model.config import Activation, ViTConfig
 
@@ -44,7 +49,7 @@ def read(tensors: Tensors, config: Mapping[str, Any], preprocessor: Mapping[str,
     """``config`` and ``preprocessor`` are config.json and preprocessor_config.json. Raises CheckpointError."""
     kind = config.get("model_type")
     if kind not in _PREFIXES:
-        raise CheckpointError(f"model_type is {kind!r}; known are {', '.join(_PREFIXES)}")
+        raise CheckpointError(f"unsupported model_type {kind!r}; supported are {', '.join(_PREFIXES)}")
     shape = _shape(tensors, config, kind)
     return Source(shape, _weights(tensors, shape, kind), preprocessing(preprocessor), _labels(config, shape.classes))
 
@@ -53,7 +58,7 @@ def _shape(tensors: Tensors, config: Mapping[str, Any], kind: str) -> ViTConfig:
     dino, teacher = kind.startswith("dinov2"), "distillation_classifier.weight" in tensors
     activation = config.get("hidden_act", "gelu")
     if activation not in _ACTIVATIONS:
-        raise CheckpointError(f"hidden_act is {activation!r}; known are {', '.join(_ACTIVATIONS)}")
+        raise CheckpointError(f"unsupported hidden_act {activation!r}; supported are {', '.join(_ACTIVATIONS)}")
     swiglu = bool(dino and config.get("use_swiglu_ffn", False))
     block = f"{_PREFIXES[kind]}.encoder.layer.0"
     second = "mlp.weights_out" if swiglu else "mlp.fc2" if dino else "output.dense"
@@ -85,7 +90,7 @@ def _weights(tensors: Tensors, shape: ViTConfig, kind: str) -> dict[str, Tensor]
         "cls_token": tensors.take(f"{embeddings}.cls_token"),
         "pos_embed": tensors.take(f"{embeddings}.position_embeddings"),
     }
-    if dino:  # the class token's position is added to it before the registers come between: the same sum, taken here
+    if dino:  # registers come between class token and patches, so the class token's position is added here
         weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
     if shape.distillation_token:
@@ -93,28 +98,28 @@ def _weights(tensors: Tensors, shape: ViTConfig, kind: str) -> dict[str, Tensor]
     if shape.registers:
         weights["reg_token"] = tensors.take(f"{embeddings}.register_tokens")
     tensors.ignore(f"{embeddings}.mask_token")
-    heads = (
-        {"cls_classifier": "head", "distillation_classifier": "head_dist"}
-        if shape.distillation_head
-        else {"classifier": "head"}
-    )
-    weights |= _pairs(
-        tensors,
-        {f"{embeddings}.patch_embeddings.projection": "patch_embed.proj", f"{prefix}.layernorm": "norm"} | heads,
-    )
-    names = _SWIGLU_BLOCK if shape.swiglu else _DINO_BLOCK if dino else _VIT_BLOCK
+    names = {f"{embeddings}.patch_embeddings.projection": "patch_embed.proj", f"{prefix}.layernorm": "norm"}
+    if shape.distillation_head:
+        names |= {"cls_classifier": "head", "distillation_classifier": "head_dist"}
+    else:
+        names["classifier"] = "head"
+    weights |= _pairs(tensors, names)
+    block_names = _SWIGLU_BLOCK if shape.swiglu else _DINO_BLOCK if dino else _VIT_BLOCK
     for index in range(shape.depth):
-        theirs, ours = f"{prefix}.encoder.layer.{index}", f"blocks.{index}"
-        weights |= _pairs(tensors, {f"{theirs}.{name}": f"{ours}.{our}" for name, our in names.items()})
-        weights |= _pairs(tensors, {f"{theirs}.attention.output.dense": f"{ours}.attn.proj"})
-        for part in ("weight", "bias") if shape.qkv_bias else ("weight",):
-            three = [tensors.take(f"{theirs}.attention.attention.{name}.{part}") for name in ("query", "key", "value")]
-            weights[f"{ours}.attn.qkv.{part}"] = torch.cat(three)
-        if shape.layer_scale:
-            weights |= {
-                f"{ours}.ls{number}.gamma": tensors.take(f"{theirs}.layer_scale{number}.lambda1") for number in (1, 2)
-            }
+        weights |= _block(tensors, shape, f"{prefix}.encoder.layer.{index}", f"blocks.{index}", block_names)
     tensors.expect_nothing_more()
+    return weights
+
+
+def _block(tensors: Tensors, shape: ViTConfig, theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, Tensor]:
+    weights = _pairs(tensors, {f"{theirs}.{name}": f"{ours}.{our}" for name, our in names.items()})
+    weights |= _pairs(tensors, {f"{theirs}.attention.output.dense": f"{ours}.attn.proj"})
+    for part in ("weight", "bias") if shape.qkv_bias else ("weight",):
+        qkv = [tensors.take(f"{theirs}.attention.attention.{name}.{part}") for name in ("query", "key", "value")]
+        weights[f"{ours}.attn.qkv.{part}"] = torch.cat(qkv)
+    if shape.layer_scale:
+        for number in (1, 2):
+            weights[f"{ours}.ls{number}.gamma"] = tensors.take(f"{theirs}.layer_scale{number}.lambda1")
     return weights
 
 
@@ -127,7 +132,7 @@ def _pairs(tensors: Tensors, names: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _labels(config: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
-    """id2label, unless it is what the library fills in where nobody named the classes."""
+    """id2label, unless it is the library's default for unnamed classes."""
     named = config.get("id2label")
     if not isinstance(named, dict) or named == {str(index): f"LABEL_{index}" for index in range(classes)}:
         return None
@@ -135,43 +140,51 @@ def _labels(config: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
         return tuple(str(named[str(index)]) for index in range(classes))
     except KeyError as error:
         raise CheckpointError(
-            f"id2label has {len(named)} labels and lacks {error}; the head has {classes} classes"
+            f"id2label has {len(named)} labels and lacks {error}; the model has {classes} classes"
         ) from error
 
 
 def preprocessing(preprocessor: Mapping[str, Any]) -> Preprocessing:
-    """size is what the image is resized to: both sides, or the shorter one; crop_size what is cut out of that."""
+    """``size`` is the size after the resize, of both sides or of the shorter one. ``crop_size`` is the center crop's.
+
+    Raises CheckpointError.
+    """
+    squash, resized, image_size = _sizes(preprocessor)
+    resample = preprocessor.get("resample", 2)
+    if resample not in _RESAMPLE:
+        raise CheckpointError(f"unsupported resample {resample!r}; supported are {_RESAMPLE}")
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if preprocessor.get("do_normalize", True):
+        mean, std = _triple(preprocessor, "image_mean"), _triple(preprocessor, "image_std")
+    crop = image_size / resized
+    if math.floor(image_size / crop) != resized:  # rounding; half a pixel more gives the same size
+        crop = image_size / (resized + 0.5)
+    return Preprocessing(image_size, crop, _RESAMPLE[resample], mean, std, squash=squash, floor_crop=True)
+
+
+def _sizes(preprocessor: Mapping[str, Any]) -> tuple[bool, int, int]:
+    """Whether both sides are resized alike, the size after the resize, and the image size after the crop."""
     size = preprocessor.get("size")
-    cut = _square(preprocessor.get("crop_size"), "crop_size") if preprocessor.get("do_center_crop", False) else None
     if isinstance(size, dict) and "shortest_edge" in size:
         squash, resized = False, int(size["shortest_edge"])
     else:
         squash, resized = True, _square(size, "size")
-    resample = preprocessor.get("resample", 2)
-    if resample not in _RESAMPLE:
-        raise CheckpointError(f"resample is {resample!r}; known are {_RESAMPLE}")
-    if not squash and cut is None:
-        raise CheckpointError(
-            "the preprocessor resizes the shorter side and cuts nothing out: what the network sees would not be square"
-        )
-    if cut is not None and cut > resized:
-        raise CheckpointError(f"crop_size is {cut}, more than the {resized} pixels that the image is resized to")
-    normal = bool(preprocessor.get("do_normalize", True))
-    mean, std = (
-        _triple(preprocessor, name) if normal else default
-        for name, default in (("image_mean", (0.0,) * 3), ("image_std", (1.0,) * 3))
-    )
-    image_size = cut or resized
-    crop = image_size / resized
-    if math.floor(image_size / crop) != resized:  # a float's last digit; half a pixel more is the same size
-        crop = image_size / (resized + 0.5)
-    return Preprocessing(image_size, crop, _RESAMPLE[resample], mean, std, squash=squash, floor_crop=True)
+    if not preprocessor.get("do_center_crop", False):
+        if not squash:
+            raise CheckpointError(
+                "the preprocessor resizes the shorter side without a center crop; only square images are supported"
+            )
+        return squash, resized, resized
+    crop_size = _square(preprocessor.get("crop_size"), "crop_size")
+    if crop_size > resized:
+        raise CheckpointError(f"crop_size is {crop_size}, but the image is resized to {resized} pixels")
+    return squash, resized, crop_size
 
 
 def _triple(preprocessor: Mapping[str, Any], name: str) -> tuple[float, float, float]:
     values = preprocessor.get(name)
     if not isinstance(values, list) or len(values) != 3:
-        raise CheckpointError(f"the preprocessor's {name} is {values!r}; three numbers are needed")
+        raise CheckpointError(f"the preprocessor's {name} must be three numbers, not {values!r}")
     red, green, blue = map(float, values)
     return red, green, blue
 
@@ -180,9 +193,11 @@ def _square(size: Any, name: str) -> int:
     if isinstance(size, int):
         return size
     if not isinstance(size, dict) or not {"height", "width"} <= size.keys():
-        raise CheckpointError(f"the preprocessor's {name} is {size!r}; height and width are needed")
+        raise CheckpointError(f"the preprocessor's {name} must have height and width, not {size!r}")
     if size["height"] != size["width"]:
-        raise CheckpointError(f"{name} is {size['width']} × {size['height']}: not square, and only squares are served")
+        raise CheckpointError(
+            f"unsupported {name} {size['width']} × {size['height']}: only square images are supported"
+        )
     return int(size["height"])
 
 
@@ -190,7 +205,7 @@ def _side(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
     if isinstance(value, list) and len(value) == 2:
         if value[0] != value[1]:
-            raise CheckpointError(f"{name} is {value[1]} × {value[0]}: not square, and only squares are served")
+            raise CheckpointError(f"unsupported {name} {value[1]} × {value[0]}: only square images are supported")
         return int(value[0])
     return _number(config, name)
 
@@ -198,5 +213,5 @@ def _side(config: Mapping[str, Any], name: str) -> int:
 def _number(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
     if not isinstance(value, int):
-        raise CheckpointError(f"config.json's {name} is {value!r}; a whole number is needed")
+        raise CheckpointError(f"{name} in config.json must be an integer, not {value!r}")
     return value

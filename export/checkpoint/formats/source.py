@@ -1,4 +1,4 @@
-"""What every source makes of its checkpoint: the shape, the weights under our names, labels and preprocessing."""
+"""The common result of all formats: configuration, weights under our parameter names, preprocessing and labels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vitserve.export.checkpoint.state_dict import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig
 
-# Of the published sizes, by width: Ti, S, B, L, H (the papers' tables). What a file of weights alone does not say.
+# Width → heads of the published sizes Ti, S, B, L and H. Weights alone do not show the number of heads.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
@@ -19,13 +19,13 @@ class Source:
     config: ViTConfig | ResNetConfig
     weights: dict[str, Tensor]
     preprocessing: Preprocessing
-    labels: tuple[str, ...] | None = None  # None where the checkpoint names none
+    labels: tuple[str, ...] | None = None  # None if the checkpoint has no labels
 
 
 def heads_of(width: int) -> int:
-    """Raises CheckpointError for a width that is none of the published sizes."""
+    """The number of heads. Raises CheckpointError for a width other than the published sizes'."""
     if width not in _HEADS:
         raise CheckpointError(
-            f"how many heads a width of {width} has cannot be told from weights alone; known are {_HEADS}"
+            f"cannot determine the number of heads for width {width} from weights alone; known widths: {_HEADS}"
         )
     return _HEADS[width]

@@ -1,0 +1,176 @@
+"""Checkpoints that timm writes with random weights have the same logits here, in torch and as served."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.checkpoints import SMALL_TIMM, assert_same_logits, randomized, save_with_timm
+from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.formats import timm as timm_format
+from vitserve.export.checkpoint.load import load_checkpoint
+from vitserve.export.checkpoint.state_dict import Tensors
+from vitserve.model.config import ViTConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # timm's own
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "class token": ("vit_base_patch16_224", SMALL_TIMM | {"num_heads": 12}),
+    "mean, norm before it": ("vit_base_patch16_gap_224", SMALL_TIMM | {"num_heads": 12}),
+    "mean, norm after it": ("vit_base_patch16_224", SMALL_TIMM | {"num_heads": 12, "global_pool": "avg"}),
+    "positions of patches only, layer scale": ("deit3_small_patch16_224", SMALL_TIMM | {"num_heads": 6}),
+    "distillation token": ("deit_tiny_distilled_patch16_224", SMALL_TIMM | {"num_heads": 3}),
+    "registers": ("vit_base_patch14_reg4_dinov2", SMALL_TIMM | {"num_heads": 12}),
+    "SwiGLU": ("vit_giant_patch14_reg4_dinov2", SMALL_TIMM | {"num_heads": 24}),
+    "norm before the blocks, quick GELU": ("vit_base_patch16_clip_quickgelu_224", SMALL_TIMM | {"num_heads": 12}),
+    "no bias of q, k, v": ("vit_base_patch16_224_miil", SMALL_TIMM | {"num_heads": 12}),
+    "norms of q and k": ("vit_base_patch16_224", SMALL_TIMM | {"num_heads": 12, "qk_norm": True}),
+    "hybrid": (
+        "vit_small_r26_s32_224",
+        {"img_size": 64, "embed_dim": 96, "depth": 2, "num_heads": 6, "num_classes": 5},
+    ),
+    "ResNet": ("resnetv2_50x1_bit", {"num_classes": 5}),
+}
+# The graphs of the other architectures are compared at full size, and in test_export.py.
+SERVED = {"registers", "SwiGLU", "norm before the blocks, quick GELU", "norms of q and k"}
+FULL_SIZE = [
+    "vit_base_patch16_224",
+    "vit_small_patch32_384",
+    "vit_base_patch16_gap_224",
+    "deit3_small_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "deit_base_distilled_patch16_224",
+    "vit_base_r50_s16_224",
+    "resnetv2_50x1_bit",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch14_reg4_dinov2",
+    "vit_large_patch16_384",
+    "vit_huge_patch14_224",
+]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_timm_directory_has_the_same_logits(kind: str, timm: ModuleType, tmp_path: Path) -> None:
+    architecture, arguments = ARCHITECTURES[kind]
+    source = save_with_timm(timm, tmp_path, architecture, arguments)
+    assert_same_logits(load_checkpoint(tmp_path), source, tmp_path if kind in SERVED else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", FULL_SIZE)
+def test_a_full_size_timm_directory_has_the_same_logits(architecture: str, timm: ModuleType, tmp_path: Path) -> None:
+    source = save_with_timm(timm, tmp_path, architecture, {})
+    checkpoint = load_checkpoint(tmp_path)
+    assert_same_logits(checkpoint, source, tmp_path)
+    assert len(checkpoint.labels) == 1000
+    assert checkpoint.labels[0] == "tench"
+
+
+@pytest.mark.slow
+def test_accepted_architectures_have_timms_configuration(timm: ModuleType) -> None:
+    """What only the architecture's name shows: heads, epsilon, activation, pooling and the kind of block."""
+    accepted = 0
+    for name in timm.list_models(["vit_*", "deit*"]):
+        with torch.device("meta"):
+            theirs = timm.create_model(name, num_classes=10)
+        tensors = Tensors(theirs.state_dict())
+        try:
+            ours = timm_format.read(tensors, name, theirs.pretrained_cfg, theirs.global_pool).config
+        except CheckpointError:
+            continue
+        accepted += 1
+        assert isinstance(ours, ViTConfig)
+        block = theirs.blocks[0]
+        kinds = (type(block).__name__, type(block.attn).__name__, type(block.norm1).__name__)
+        assert kinds == ("Block", "Attention", "LayerNorm"), name
+        assert (block.attn.num_heads, block.norm1.eps) == (ours.heads, ours.norm_epsilon), name
+        activations = {"gelu": "GELU(approximate='none')", "quick_gelu": "QuickGELU()"}
+        assert str(block.mlp.act) == ("SiLU()" if ours.swiglu else activations[ours.activation]), name
+        assert theirs.global_pool == {"token": "token", "mean": "avg"}[ours.pool], name
+        assert not ours.prefix or theirs.no_embed_class is not ours.prefix_positions, name
+    assert accepted > 75
+
+
+def test_a_timm_state_dict_requires_its_architecture(timm: ModuleType, tmp_path: Path) -> None:
+    source = randomized(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=1000))
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    for name in ("weights.pth", "weights.safetensors"):
+        with pytest.raises(CheckpointError, match=r"is a state dict in timm's layout; name its architecture"):
+            load_checkpoint(tmp_path / name)
+        checkpoint = load_checkpoint(tmp_path / name, architecture="vit_tiny_patch16_224")
+        assert_same_logits(checkpoint, source)
+        assert (checkpoint.preprocessing.crop, checkpoint.preprocessing.mean) == (0.9, (0.5, 0.5, 0.5))
+
+
+def test_a_timm_state_dict_requires_timm_itself(
+    timm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=10)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    message = "timm is required to determine the preprocessing of vit_tiny_patch16_224: pip install timm"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "weights.pth", architecture="vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["vit_base_patch16_rpn_224", "vit_base_patch16_siglip_gap_224", "eva_large_patch14_196", "vit_wide_patch16_224"],
+)
+def test_an_unknown_architecture_is_rejected(architecture: str, timm: ModuleType, tmp_path: Path) -> None:
+    """It might compute something else with the same tensors."""
+    save_with_timm(timm, tmp_path, "vit_base_patch16_224", SMALL_TIMM | {"num_heads": 12})
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"architecture": architecture}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=f"unsupported architecture '{architecture}': "):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_positions_are_interpolated_like_timms(size: int, timm: ModuleType, tmp_path: Path) -> None:
+    source: Any = save_with_timm(timm, tmp_path, "vit_base_patch16_224", SMALL_TIMM | {"num_heads": 12})
+    source.set_input_size((size, size))
+    checkpoint = load_checkpoint(tmp_path, image_size=size)
+    assert checkpoint.preprocessing.image_size == checkpoint.network.config.image_size == size
+    assert_same_logits(checkpoint, source)
+
+
+def test_an_image_size_that_does_not_fit_is_rejected(timm: ModuleType, tmp_path: Path) -> None:
+    save_with_timm(timm, tmp_path, "vit_base_patch16_224", SMALL_TIMM | {"num_heads": 12})
+    with pytest.raises(ValueError, match="image size 30 is not a multiple of patch size 8"):
+        load_checkpoint(tmp_path, image_size=30)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["pretrained_cfg"]["input_size"] = [3, 32, 64]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="image size 64 × 32: only square images"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"missing: blocks.0.attn.proj.bias \[96\]"),
+        ("unexpected", r"unexpected: attn_pool.latent \[1, 1, 96\]"),
+        ("misshapen", r"wrong shape: norm.weight is \[95\], expected \[96\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change: str, message: str, timm: ModuleType, tmp_path: Path) -> None:
+    save_with_timm(timm, tmp_path, "vit_base_patch16_224", SMALL_TIMM | {"num_heads": 12})
+    weights = load_file(tmp_path / "model.safetensors")
+    if change == "missing":
+        del weights["blocks.0.attn.proj.bias"]
+    elif change == "unexpected":
+        weights["attn_pool.latent"] = torch.zeros(1, 1, 96)
+    else:
+        weights["norm.weight"] = torch.zeros(95)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path)
