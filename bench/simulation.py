@@ -80,7 +80,7 @@ class _Engine:
 
 
 class Simulation:
-    """Batches take exactly the measured seconds, messages take no time. Records the outcome of every image by its id."""
+    """Batches take exactly the measured seconds, messages no time. Records the outcome of every image by its id."""
 
     def __init__(
         self,

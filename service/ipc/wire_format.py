@@ -1,4 +1,4 @@
-"""Messages between HTTP workers and engine workers: fixed little-endian structs. Pixels and logits stay in shared memory.
+"""Messages between HTTP workers and engine workers: fixed little-endian structs without pixels or logits.
 
 A message is a header (the sender's incarnation and the number of records) followed by the records.
 The sockets preserve message boundaries, so a wrong length is a bug in the sender and never a partial read.

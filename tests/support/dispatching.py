@@ -159,7 +159,7 @@ def run_dispatcher(
     slots: int = 64,
     seconds: float = 0.001,
 ) -> Result:
-    """Afterwards, every slot is free and the engine workers have exited, because their last HTTP worker disconnected."""
+    """Afterwards every slot is free, and the engine workers have exited because their last HTTP worker disconnected."""
 
     async def main() -> Result:
         memory = memory_layout.create(Shape(1, slots, 2, 1, 4, 16, 3), MODEL_INFO.to_json())
