@@ -60,7 +60,7 @@ class EngineConnections:
         connection.close()
 
     def available_at(self) -> dict[int, float]:
-        """Candidates for SlotTable.estimate_completion(): those that are connected, or if there are none, that restart."""
+        """Candidates for SlotTable.estimate_completion(): all that are connected, or else all that are restarting."""
         if self.connections:
             return dict.fromkeys(self.connections, 0.0)
         return {engine: lost_at + self.slot_table.start_seconds(engine) for engine, lost_at in self._lost_at.items()}

@@ -22,8 +22,9 @@ class Connection:
     def __init__(
         self, connection: socket.socket, peer: int, peer_incarnation: int, on_backlog: Callable[[Connection], None]
     ) -> None:
-        """``on_backlog`` is called on the sending thread when a first message is queued. Then call flush() once the socket
-        is writable.
+        """``on_backlog`` is called on the sending thread when a message is queued and none was queued before.
+
+        Call flush() once the socket is writable.
         """
         connection.setblocking(False)
         self.peer, self.peer_incarnation = peer, peer_incarnation

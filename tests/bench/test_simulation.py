@@ -93,7 +93,7 @@ def test_the_cost_per_image_does_not_grow_with_their_number() -> None:
 
 @pytest.mark.parametrize("timeout", [0.2, 1.0], ids=["limited by time", "limited by slots"])
 def test_overload_is_shed_from_low_priorities_first(timeout: float) -> None:
-    """A quarter of the images is urgent, at twice the capacity. Only the second half counts: arrival rates are known."""
+    """At twice the capacity, a quarter of it urgent. Only the second half counts, when arrival rates are known."""
     arrivals = list(poisson(40_000, 2.0 * capacity(1, 1), 1, seed=5, priorities=(0, 0, 0, 9), timeouts=(timeout,)))
     simulation = Simulation(workers=1, engines=1, streams=1)
     simulation.run(arrivals)
