@@ -1,6 +1,6 @@
 """The images that an engine worker has received and not yet completed. No I/O and no threads.
 
-Translates between the messages of wire_format.py and the scheduler, which does not know HTTP workers or slots.
+Translates between the messages of wire_format.py and the scheduler, which is independent of HTTP workers and slots.
 """
 
 from __future__ import annotations

@@ -185,7 +185,10 @@ class State:
             capacity.add_metric(["inference"], can.inference)
             # While no engine is there, one is being started: as if it were there already, for nobody is helped by more replicas that restart theirs.
             saturated.add_metric(
-                [], saturation(self.current.offered_load.rates(), can._replace(inference=can.inference or slot_table.shape.streams))
+                [],
+                saturation(
+                    self.current.offered_load.rates(), can._replace(inference=can.inference or slot_table.shape.streams)
+                ),
             )
             model.add_metric([model_info.name, model_info.version, model_info.engine, model_info.precision], 1)
         rejected = GaugeMetricFamily(
