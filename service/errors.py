@@ -1,18 +1,18 @@
-"""Everything that vitserve answers instead of a result, as application/problem+json (RFC 9457). Each class carries its status and a stable code.
+"""Exceptions mapped to RFC 9457 problem responses. Each class has an HTTP status and a stable ``code``.
 
-ServiceError
-├── BadRequest 400            malformed body, or an option out of its range
-├── Forbidden 403             the admin key is wrong, or none was set
-├── ReloadRefused 409         the new bundle cannot be served; the old one is
-├── BodyTooLarge 413          more bytes than the limit
-├── ImageTooLarge 413         more pixels than the limit, found from the header
-├── UnsupportedMediaType 415
-├── NotAnImage 422            no allowed format recognizes the bytes
-├── DamagedImage 422          truncated or broken data
-├── Overloaded 429            could not be answered in time; Retry-After says when it could
-├── EngineFailed 500          the engine raised while it ran the batch, or two engines died of it
-├── NotReady 503              starting, draining, or broken
-└── DeadlineExceeded 504      admitted, and overtaken by its deadline
+ServiceError 500 internal                    an unexpected failure; the log has the details
+├── BadRequestError 400                      malformed body, unknown option, or an option out of range
+├── ForbiddenError 403                       wrong admin key, or none is configured
+├── ReloadRejectedError 409                  the new bundle cannot be served; the current model stays in service
+├── BodyTooLargeError 413                    more bytes than the limit
+├── ImageTooLargeError 413                   more pixels than the limit, according to the image header
+├── UnsupportedMediaTypeError 415
+├── NotAnImageError 422                      the bytes match no accepted image format
+├── DamagedImageError 422                    truncated or corrupt image data
+├── OverloadedError 429                      the deadline cannot be met; Retry-After says when to try again
+├── EngineFailedError 500                    the engine raised an exception, or crashed twice with this image
+├── NotReadyError 503                        starting, or no engine is running
+└── DeadlineExceededError 504                admitted, but not finished in time
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vitserve.model.bundle import preprocess
 class ServiceError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
-    title: ClassVar[str] = "Internal error"
+    title: ClassVar[str] = "Internal server error"
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
@@ -46,11 +46,11 @@ class ServiceError(Exception):
 
 
 class BadRequestError(ServiceError):
-    status, code, title = 400, "bad_request", "The request is malformed"
+    status, code, title = 400, "bad_request", "Invalid request"
 
 
 class ForbiddenError(ServiceError):
-    status, code, title = 403, "forbidden", "This needs the admin key"
+    status, code, title = 403, "forbidden", "The admin key is required"
 
 
 class ReloadRejectedError(ServiceError):
@@ -58,7 +58,7 @@ class ReloadRejectedError(ServiceError):
 
 
 class BodyTooLargeError(ServiceError):
-    status, code, title = 413, "body_too_large", "The body has too many bytes"
+    status, code, title = 413, "body_too_large", "The request body is too large"
 
 
 class ImageTooLargeError(ServiceError):
@@ -66,11 +66,11 @@ class ImageTooLargeError(ServiceError):
 
 
 class UnsupportedMediaTypeError(ServiceError):
-    status, code, title = 415, "unsupported_media_type", "The content type is not one that is accepted"
+    status, code, title = 415, "unsupported_media_type", "Unsupported content type"
 
 
 class NotAnImageError(ServiceError):
-    status, code, title = 422, "not_an_image", "The bytes are not an image in an accepted format"
+    status, code, title = 422, "not_an_image", "Not an image in an accepted format"
 
 
 class DamagedImageError(ServiceError):
@@ -78,7 +78,7 @@ class DamagedImageError(ServiceError):
 
 
 class OverloadedError(ServiceError):
-    status, code, title = 429, "overloaded", "The request could not be answered in time"
+    status, code, title = 429, "overloaded", "Overloaded"
 
     def __init__(self, detail: str, reason: str, retry_after_seconds: float) -> None:
         super().__init__(detail)
@@ -88,7 +88,7 @@ class OverloadedError(ServiceError):
         return super().problem() | {"retry_after_seconds": round(self.retry_after_seconds, 3)}
 
     def headers(self) -> dict[str, str]:
-        """RFC 9110 has whole seconds only; the body carries the exact figure."""
+        """RFC 9110 allows whole seconds only. The body has the exact value."""
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_seconds)))}
 
 
@@ -101,11 +101,15 @@ class NotReadyError(ServiceError):
 
 
 class DeadlineExceededError(ServiceError):
-    status, code, title = 504, "deadline_exceeded", "The deadline passed before an answer was there"
+    status, code, title = 504, "deadline_exceeded", "The deadline passed"
 
 
-def of_image(error: preprocess.ImageError) -> ServiceError:
-    """The answer for an image that preprocessing rejected."""
+def error_types(root: type[ServiceError] = ServiceError) -> list[type[ServiceError]]:
+    """The whole tree, ``root`` first."""
+    return [root, *(error for child in root.__subclasses__() for error in error_types(child))]
+
+
+def from_image_error(error: preprocess.ImageError) -> ServiceError:
     if isinstance(error, preprocess.TooManyPixelsError):
         return ImageTooLargeError(str(error))
     if isinstance(error, preprocess.NotAnImageError):

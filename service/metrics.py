@@ -1,8 +1,9 @@
-"""What Prometheus sees. Base units; histograms add up across processes and replicas.
+"""Prometheus metrics in base units. Histograms can be aggregated across processes and replicas.
 
-Counters and histograms live in files, one set a process (prometheus-client's multiprocess mode). The files are named after the process's role
-and not its pid, so that a process that takes over from a dead one goes on counting where it stopped. Gauges are not kept at all: each scrape
-computes them from the slots and from what the supervisor said last, so nobody who died leaves one behind.
+Counters and histograms are stored in files, one set per process (multiprocess mode of prometheus-client). The files are
+named after the role of the process instead of its pid, so that a restarted process continues the counters of its
+predecessor. Gauges are not stored: each scrape computes them from the slot table and the supervisor's last status, so
+that a crashed process leaves none behind.
 """
 
 from __future__ import annotations
@@ -17,96 +18,78 @@ from prometheus_client.registry import Collector
 
 from vitserve.service.ipc.control_channel import METRICS_DIR
 
-# From 50 µs, because that is what reading and decoding a small image take, to 30 s; each about twice the one before.
+# From 50 µs, the time to read and decode a small image, to 30 s. Each bucket is about twice the one before.
 _SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """Of a HTTP worker and of an engine alike; each counts what it sees."""
+    """The counters and histograms of HTTP workers and engine workers. Each process updates those that it measures."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter("vitserve_requests", "Requests answered.", ["route", "status"], registry=registry)
-        self.request_seconds = Histogram(
-            "vitserve_request_seconds",
-            "Whole request, from its headers to its answer.",
-            ["route"],
-            registry=registry,
-            buckets=_SECONDS,
+        def counter(name: str, documentation: str, *labels: str) -> Counter:
+            return Counter(name, documentation, labels, registry=registry)
+
+        def histogram(name: str, documentation: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(name, documentation, labels, registry=registry, buckets=buckets)
+
+        self.registry = registry
+        self.requests = counter("vitserve_requests", "HTTP requests by route and status code.", "route", "status")
+        self.request_seconds = histogram(
+            "vitserve_request_seconds", "Time from receiving the request headers to the response.", "route"
         )
-        self.read_seconds = Histogram(
-            "vitserve_read_seconds", "Reading a request's body.", registry=registry, buckets=_SECONDS
+        self.read_seconds = histogram("vitserve_read_seconds", "Time to read a request body.")
+        self.decode_seconds = histogram("vitserve_decode_seconds", "Time to decode, resize and crop an image.")
+        self.queue_seconds = histogram(
+            "vitserve_queue_seconds", "Time an image spends queued before decoding and before inference."
         )
-        self.decode_seconds = Histogram(
-            "vitserve_decode_seconds", "Decoding, resizing and cropping an image.", registry=registry, buckets=_SECONDS
+        self.inference_seconds = histogram("vitserve_inference_seconds", "Duration of a batch in the engine.")
+        self.batch_size = histogram("vitserve_batch_size", "Number of images in a batch.", buckets=_SIZES)
+        self.images = counter("vitserve_images", "Images by outcome: ok, or the code of the error.", "outcome")
+        self.images_shed = counter(
+            "vitserve_images_shed", "Images rejected by admission control, by reason: deadline or full.", "reason"
         )
-        self.queue_seconds = Histogram(
-            "vitserve_queue_seconds",
-            "An image's waiting: for a decode thread, then for a stream.",
-            registry=registry,
-            buckets=_SECONDS,
+        self.images_retried = counter(
+            "vitserve_images_retried", "Images submitted again after their engine worker exited."
         )
-        self.inference_seconds = Histogram(
-            "vitserve_inference_seconds", "The engine's run of a batch.", registry=registry, buckets=_SECONDS
-        )
-        self.batch_size = Histogram("vitserve_batch_size", "Images in a batch.", registry=registry, buckets=_SIZES)
-        self.images = Counter(
-            "vitserve_images", "Images by outcome: ok, or the code of the problem.", ["outcome"], registry=registry
-        )
-        self.images_shed = Counter(
-            "vitserve_images_shed",
-            "Images rejected because they could not be answered in time.",
-            ["reason"],
-            registry=registry,
-        )
-        self.images_retried = Counter(
-            "vitserve_images_retried",
-            "Images whose engine died and that were given to the next one.",
-            registry=registry,
-        )
-        offered_load_seconds = Counter(
+        offered_load_seconds = counter(
             "vitserve_offered_load_seconds",
-            "Work asked for, admitted or shed, by the stage that would do it: see vitserve_saturation.",
-            ["stage"],
-            registry=registry,
+            "Seconds of work of all offered images, admitted or rejected, by stage: decode or inference.",
+            "stage",
         )
-        self.offered_decode_seconds, self.offered_inference_seconds = (
-            offered_load_seconds.labels("decode"),
-            offered_load_seconds.labels("inference"),
-        )
-        self.engine_failures = Counter(
-            "vitserve_engine_failures", "Batches that the engine failed to run.", registry=registry
-        )
-        # From 0 on: Prometheus does not see the first increase of a series that was not there before, and that may be the one to alert of.
+        self.offered_decode_seconds = offered_load_seconds.labels("decode")
+        self.offered_inference_seconds = offered_load_seconds.labels("inference")
+        self.engine_failures = counter("vitserve_engine_failures", "Batches that failed in the engine.")
+        # Prometheus misses the first increase of a series that did not exist before, and alerts may depend on it.
         for status in ("200", "429", "500", "503", "504"):
             self.requests.labels("/v1/classify", status)
         for outcome in ("ok", "overloaded"):
             self.images.labels(outcome)
         for reason in ("deadline", "full"):
             self.images_shed.labels(reason)
-        self.registry = registry
 
 
 def in_files(process: str) -> Metrics:
-    """The metrics of a process that the supervisor started: ``process`` is unique among those that run at one time."""
+    """Metrics stored in the metrics directory. ``process`` is the role of this process, unique at any one time."""
     values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
     return Metrics(CollectorRegistry())
 
 
 class Exposition:
-    """All processes' counters and histograms, with the gauges of this moment."""
+    """The counters and histograms of all processes, and the current gauges."""
 
     def __init__(self, gauges: Callable[[], Iterable[Metric]], metrics: Metrics) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_OfAll({each.name: each.documentation for each in metrics.registry.collect()}))
-        self._registry.register(_Now(gauges))
+        documentation = {metric.name: metric.documentation for metric in metrics.registry.collect()}
+        self._registry.register(_StoredMetrics(documentation))
+        self._registry.register(_Gauges(gauges))
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
 
-class _OfAll(Collector):
-    """What the files hold, explained: the files themselves do not say what a metric means."""
+class _StoredMetrics(Collector):
+    """The metrics of all processes. The files have no help texts, so these are added."""
 
     def __init__(self, documentation: dict[str, str]) -> None:
         self._files = MultiProcessCollector(None, os.environ[METRICS_DIR])  # type: ignore[no-untyped-call]
@@ -118,7 +101,7 @@ class _OfAll(Collector):
             yield metric
 
 
-class _Now(Collector):
+class _Gauges(Collector):
     def __init__(self, gauges: Callable[[], Iterable[Metric]]) -> None:
         self._gauges = gauges
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vitserve.service.engine_worker.pending import Answers, PendingRequests
+from vitserve.service.engine_worker.pending import Completions, PendingRequests
 from vitserve.service.engines.engine import Engine
 from vitserve.service.ipc import wire_format
 from vitserve.service.ipc.connection import Connection
@@ -234,8 +234,7 @@ class BatchLoop:
             if failure is None:
                 for row, image in self.pending.wanted(batch):
                     self.slot_table.logits[image.slot] = outputs.logits[row]
-                    self.slot_table.embedding[image.slot] = outputs.embedding[row]
-            answers = self.pending.close(batch, now, failed=failure is not None)
+            answers = self.pending.complete(batch, now, failed=failure is not None)
         self._send(answers)
         self._report(batch, now, failure)
         with self._lock:
@@ -269,14 +268,14 @@ class BatchLoop:
 
     # -- by both
 
-    def _send(self, answers: Answers) -> None:
-        by_worker: dict[int, list[wire_format.Answer]] = {}
+    def _send(self, answers: Completions) -> None:
+        by_worker: dict[int, list[wire_format.Completion]] = {}
         for worker, answer in answers:
             by_worker.setdefault(worker, []).append(answer)
         for worker, its in by_worker.items():
             connection = self._connections.get(worker)
             if connection is not None:
-                for message in wire_format.pack_answers(self.incarnation, its):
+                for message in wire_format.pack_completions(self.incarnation, its):
                     connection.send(message)
 
     def _stuck(self, connection: Connection) -> None:

@@ -158,7 +158,7 @@ def create_slot_table(
     bundle: Bundle, opened: Opened, model_info: ModelInfo, settings: Settings, workers: int, engines: int
 ) -> int:
     engine, golden = opened.engine, bundle.golden()
-    classes, width = golden.reference.logits.shape[1], golden.reference.embedding.shape[1]
+    classes = golden.reference.logits.shape[1]
     shape = Shape(
         workers,
         settings.slots // workers,
@@ -167,6 +167,5 @@ def create_slot_table(
         engine.max_batch,
         golden.pixels.shape[1],
         classes,
-        width,
     )
     return memory_layout.create(shape, model_info.to_json())

@@ -1,4 +1,4 @@
-"""Chooses what decodes images: Pillow on the CPU, or the GPU where that is asked for and verified. The only place that knows both."""
+"""Chooses the image decoder: Pillow on the CPU, or the GPU if it is enabled and its check passes."""
 
 from __future__ import annotations
 
@@ -9,32 +9,46 @@ import logging
 from typing import Protocol
 
 from vitserve.model.arrays import Pixels
-from vitserve.model.bundle.preprocess import Decoder, Preprocessing
+from vitserve.model.bundle.preprocess import Decoder, ImageError, Preprocessing
+from vitserve.service import errors
 from vitserve.service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
-class Decodes(Protocol):
+class ImageDecoder(Protocol):
     def decode(self, encoded: bytes | memoryview) -> Pixels:
         """uint8 [image size, image size, 3]. Raises ImageError."""
         ...
 
 
 def preload(settings: Settings) -> None:
-    """Imports what takes seconds, before anybody waits for this process to answer. Whether it can be used is seen and said later."""
+    """Imports the GPU decoder, which takes seconds, before the first request. decoder_for() reports any failure."""
     if settings.decode == "gpu":
         with contextlib.suppress(Exception):
             importlib.import_module("vitserve.service.http_worker.gpu_decoder")
 
 
-def decoder_for(preprocessing: Preprocessing, settings: Settings) -> Decodes:
+def decoder_for(preprocessing: Preprocessing, settings: Settings) -> ImageDecoder:
     decoder = Decoder(preprocessing, settings.max_image_pixels, settings.jpeg_draft)
-    return _on_gpu(decoder) if settings.decode == "gpu" else decoder
+    return _gpu_decoder(decoder) if settings.decode == "gpu" else decoder
 
 
-@functools.lru_cache(maxsize=2)  # a model that is opened again finds the device as it was
-def _on_gpu(decoder: Decoder) -> Decodes:
+def decode_into(pixels: Pixels, slot: int, decoder: ImageDecoder, encoded: bytes) -> errors.ServiceError | None:
+    """Writes the decoded image to ``pixels[slot]``. Returns the error to respond with if that fails."""
+    try:
+        pixels[slot] = decoder.decode(encoded)
+    except ImageError as error:
+        return errors.from_image_error(error)
+    except Exception:  # reported to the client, which would otherwise wait until its deadline
+        log.exception("unexpected error while decoding an image")
+        return errors.ServiceError("the image could not be decoded")
+    return None
+
+
+@functools.lru_cache(maxsize=2)  # a reload with the same preprocessing reuses the decoder
+def _gpu_decoder(decoder: Decoder) -> ImageDecoder:
+    """The CPU decoder, with an error in the log, if the GPU decoder cannot be used."""
     try:
         from vitserve.service.http_worker.gpu_decoder import GpuDecoder
 

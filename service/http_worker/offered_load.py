@@ -1,8 +1,13 @@
-"""How much is asked of this replica, whether it was admitted or shed: what autoscalers follow.
+"""Measures the offered load of this replica, admitted or rejected: the signal that autoscalers use.
 
-Two stages work at a time, and either may be the one that does not keep up: decoding, whose capacity is its threads, and running, whose is the
-engines' streams. An image asks once, for the seconds that each stage takes for an image, whatever becomes of it; what nobody can decode asks for
-no run, and an image that its engine's death makes run again does not ask again. Demand over capacity is above 1 where some must be rejected.
+Two stages can be the bottleneck: decoding, whose capacity is the number of decode threads, and inference, whose
+capacity is the number of streams. Each image counts once, with the seconds of work that it means for each stage:
+
+    offered load = sum over images of seconds of work / window      (exponentially weighted)
+    saturation   = max over stages of offered load / capacity
+
+An image that cannot be decoded adds no inference work. A retried image is not counted again.
+At a saturation above 1 some images have to be rejected.
 """
 
 from __future__ import annotations
@@ -15,80 +20,82 @@ from typing import NamedTuple
 from vitserve.service.ipc.shared_memory import SlotTable
 from vitserve.service.metrics import Metrics
 
-# Over which demand is averaged, older images counting less and less: Prometheus's usual scrape interval, so that what happened between two
-# scrapes shows at the next, and one image does not for long.
+# Time constant of the average. It equals Prometheus' usual scrape interval: a scrape sees what happened since the one
+# before, and the effect of a single image fades soon.
 WINDOW_SECONDS = 15.0
-_NEWEST = 0.1  # weight of the newest in the mean of what decoding takes
+_NEWEST_WEIGHT = 0.1  # of the newest measurement in the average decode time
 
 
-class Asked(NamedTuple):
-    """Of one HTTP worker: seconds of each stage's work, as they weighed at one moment. The moment is written last: a reader in between sees too little."""
+class OfferedWork(NamedTuple):
+    """Exponentially weighted seconds of work offered to one HTTP worker, as of ``at``.
+
+    ``at`` is written last, so a concurrent reader may see too little and never too much.
+    """
 
     decode_seconds: float = 0.0
     inference_seconds: float = 0.0
     at: float = 0.0  # monotonic seconds
 
-    def plus(self, decode_seconds: float, inference_seconds: float, now: float) -> Asked:
-        left = exp(min(0.0, self.at - now) / WINDOW_SECONDS)
-        return Asked(
-            self.decode_seconds * left + decode_seconds, self.inference_seconds * left + inference_seconds, now
+    def plus(self, decode_seconds: float, inference_seconds: float, now: float) -> OfferedWork:
+        decay = exp(min(0.0, self.at - now) / WINDOW_SECONDS)
+        return OfferedWork(
+            self.decode_seconds * decay + decode_seconds, self.inference_seconds * decay + inference_seconds, now
         )
 
 
 class Rates(NamedTuple):
-    """Seconds of work a second of each stage: asked for, or what it can do."""
+    """Seconds of work per second, by stage: offered load or capacity."""
 
     decode: float
-    run: float
+    inference: float
 
 
-def rates(asked: list[Asked], now: float) -> Rates:
-    """Of all HTTP workers together."""
-    then = [each.plus(0.0, 0.0, now) for each in asked]
+def rates(workers: list[OfferedWork], now: float) -> Rates:
+    """The offered load of all HTTP workers together."""
+    current = [work.plus(0.0, 0.0, now) for work in workers]
     return Rates(
-        sum(each.decode_seconds for each in then) / WINDOW_SECONDS,
-        sum(each.inference_seconds for each in then) / WINDOW_SECONDS,
+        sum(work.decode_seconds for work in current) / WINDOW_SECONDS,
+        sum(work.inference_seconds for work in current) / WINDOW_SECONDS,
     )
 
 
-def saturation(asked: Rates, capacity: Rates) -> float:
-    """Of the stage that is asked for the most of what it can do. The capacities are above 0."""
-    return max(asked.decode / capacity.decode, asked.run / capacity.run)
+def saturation(offered: Rates, capacity: Rates) -> float:
+    """Of the most loaded stage. Both capacities must be positive."""
+    return max(offered.decode / capacity.decode, offered.inference / capacity.inference)
 
 
 @dataclass
 class OfferedLoad:
-    """One HTTP worker's share of it. Its dispatcher's lock is held by whoever calls."""
+    """The offered load of one HTTP worker. Recording requires the dispatcher's lock."""
 
     slot_table: SlotTable
     worker: int
     metrics: Metrics
-    _decode_seconds: float = field(default=0.0, init=False)  # of an image, recently
+    _decode_seconds: float = field(default=0.0, init=False)  # average per image
 
-    def rejected(self) -> None:
-        """An image that was not even decoded, for want of time or of a slot."""
-        self._count(self._decode_seconds, self.slot_table.image_seconds())
+    def record_rejected(self) -> None:
+        """An image that was rejected or expired before it was decoded."""
+        self._add(self._decode_seconds, self.slot_table.image_seconds())
 
-    def decoded(self, seconds: float, runs: bool) -> None:
-        """An image whose decoding took so long; one that ``runs`` is for an engine then."""
-        self._decode_seconds += _NEWEST * (seconds - self._decode_seconds) if self._decode_seconds else seconds
-        self._count(seconds, self.slot_table.image_seconds() if runs else 0.0)
+    def record_decoded(self, seconds: float, inference: bool) -> None:
+        """An image that took ``seconds`` to decode. ``inference`` is False if that failed."""
+        self._decode_seconds += _NEWEST_WEIGHT * (seconds - self._decode_seconds) if self._decode_seconds else seconds
+        self._add(seconds, self.slot_table.image_seconds() if inference else 0.0)
 
-    def go_on(self, before: OfferedLoad) -> None:
-        """Another model serves from now on: to whoever asks that is no pause."""
-        self._decode_seconds = before._decode_seconds
-        self.slot_table.ask(self.worker, *before.slot_table.asked(self.worker))
+    def continue_from(self, previous: OfferedLoad) -> None:
+        """Takes over the load of the previous model, because a reload does not change what clients send."""
+        self._decode_seconds = previous._decode_seconds
+        self.slot_table.write_offered_load(self.worker, *previous.slot_table.read_offered_load(self.worker))
 
     def rates(self) -> Rates:
         """Of all HTTP workers, now."""
-        return rates(
-            [Asked(*self.slot_table.asked(worker)) for worker in range(self.slot_table.shape.workers)], time.monotonic()
-        )
+        workers = range(self.slot_table.shape.workers)
+        works = [OfferedWork(*self.slot_table.read_offered_load(worker)) for worker in workers]
+        return rates(works, time.monotonic())
 
-    def _count(self, decode_seconds: float, inference_seconds: float) -> None:
+    def _add(self, decode_seconds: float, inference_seconds: float) -> None:
         self.metrics.offered_decode_seconds.inc(decode_seconds)
         self.metrics.offered_inference_seconds.inc(inference_seconds)
-        self.slot_table.ask(
-            self.worker,
-            *Asked(*self.slot_table.asked(self.worker)).plus(decode_seconds, inference_seconds, time.monotonic()),
-        )
+        work = OfferedWork(*self.slot_table.read_offered_load(self.worker))
+        work = work.plus(decode_seconds, inference_seconds, time.monotonic())
+        self.slot_table.write_offered_load(self.worker, *work)

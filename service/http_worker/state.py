@@ -21,7 +21,6 @@ from vitserve.service.http_worker.dispatcher import Dispatcher
 from vitserve.service.http_worker.gpu_gauges import gpu_gauges
 from vitserve.service.http_worker.offered_load import Rates, saturation
 from vitserve.service.ipc import memory_layout
-from vitserve.service.ipc.connection import Connection
 from vitserve.service.ipc.control_channel import BEATS, Channel, Message, orphaned
 from vitserve.service.ipc.shared_memory import SlotTable
 from vitserve.service.metrics import Exposition, Metrics
@@ -150,14 +149,11 @@ class State:
                 self._loop,
             )
             if before is not None:
-                self.current.offered_load.go_on(before.offered_load)
+                self.current.offered_load.continue_from(before.offered_load)
                 before.retire()
         os.close(slot_table)
         assert self.current is not None
-        self.current.connect(
-            message["engine"],
-            Connection(socket.socket(fileno=connection), message["engine"], message["incarnation"], self.current.stuck),
-        )
+        self.current.connect(message["engine"], message["incarnation"], socket.socket(fileno=connection))
         model_info = self.current.model_info
         log.info(
             "ready: %s %s on %s in %s", model_info.name, model_info.version, model_info.engine, model_info.precision
@@ -186,10 +182,13 @@ class State:
             flight.add_metric([], slot_table.count(memory_layout.HELD, memory_layout.WAITING, memory_layout.RUNNING))
             can = Rates(self.decode_threads * self.settings.workers, self.current.streams)
             capacity.add_metric(["decode"], can.decode)
-            capacity.add_metric(["inference"], can.run)
+            capacity.add_metric(["inference"], can.inference)
             # While no engine is there, one is being started: as if it were there already, for nobody is helped by more replicas that restart theirs.
             saturated.add_metric(
-                [], saturation(self.current.offered_load.rates(), can._replace(run=can.run or slot_table.shape.streams))
+                [],
+                saturation(
+                    self.current.offered_load.rates(), can._replace(inference=can.inference or slot_table.shape.streams)
+                ),
             )
             model.add_metric([model_info.name, model_info.version, model_info.engine, model_info.precision], 1)
         rejected = GaugeMetricFamily(

@@ -1,4 +1,4 @@
-"""One end of the socket between a HTTP worker and an engine."""
+"""One end of the socket between an HTTP worker and an engine worker."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from vitserve.service.ipc import wire_format
 
 
 class Connection:
-    """Sends whole messages from any thread and never blocks: what the socket does not take now waits, until flush().
+    """Sends whole messages from any thread without blocking. Messages that the socket does not accept are queued.
 
-    A peer that stands still must not make others stand still. What is sent to one that has died is dropped, as if it had died a moment later.
-    Messages of one thread arrive in their order. Our lock is never held while a message is sent: that gives up the interpreter lock, and
-    whoever waited for ours would wait for both.
+    A slow peer therefore never blocks the sender. Messages to a peer that has exited are dropped, as if it had exited
+    a moment later. The messages of one thread arrive in order.
+    The lock is not held while a message is sent: sending releases the interpreter lock, and threads waiting for this
+    lock would then wait for both.
     """
 
     def __init__(
-        self, connection: socket.socket, peer: int, peer_incarnation: int, stuck: Callable[[Connection], None]
+        self, connection: socket.socket, peer: int, peer_incarnation: int, on_backlog: Callable[[Connection], None]
     ) -> None:
-        """``stuck`` is called, on the sending thread, when a message has to wait: flush() is due once the socket is writable."""
+        """``on_backlog`` is called on the sending thread when a message is queued and none was queued before.
+
+        Call flush() once the socket is writable.
+        """
         connection.setblocking(False)
         self.peer, self.peer_incarnation = peer, peer_incarnation
-        self._connection, self._stuck = connection, stuck
+        self._connection, self._on_backlog = connection, on_backlog
         self._lock = threading.Lock()
         self._backlog: deque[bytes] = deque()
-        self._senders = (
-            0  # threads that are about to send: the descriptor must not be closed, and be another's, under them
-        )
+        # Threads in the middle of sending. The descriptor is closed only when there are none, because its number
+        # could otherwise be reused for another file.
+        self._senders = 0
         self._closed = False
 
     def fileno(self) -> int:
@@ -43,25 +47,25 @@ class Connection:
                 self._backlog.append(message)
                 return
             self._senders += 1
-        taken = self._taken(message)
+        sent = self._try_send(message)
         with self._lock:
             self._senders -= 1
-            if not taken:
+            if not sent:
                 self._backlog.append(message)
-            first = len(self._backlog) == 1 and not taken
+            backlog_started = len(self._backlog) == 1 and not sent
             self._close_if_unused()
-        if first:
-            self._stuck(self)
+        if backlog_started:
+            self._on_backlog(self)
 
     def flush(self) -> bool:
-        """Sends what waits; True when nothing does any more."""
+        """Sends queued messages. True if none is left."""
         with self._lock:
-            while self._backlog and self._taken(self._backlog[0]):
+            while self._backlog and self._try_send(self._backlog[0]):
                 self._backlog.popleft()
             return not self._backlog
 
     def receive(self) -> bytes | None:
-        """The next message that is there, or None. Raises EOFError when the peer has gone."""
+        """The next message, or None if none has arrived. Raises EOFError when the peer has closed the connection."""
         try:
             message = self._connection.recv(wire_format.MAX_BYTES)
         except BlockingIOError:
@@ -81,11 +85,11 @@ class Connection:
         if self._closed and not self._senders:
             self._connection.close()
 
-    def _taken(self, message: bytes) -> bool:
+    def _try_send(self, message: bytes) -> bool:
         try:
             self._connection.send(message)
         except BlockingIOError:
             return False
-        except OSError:  # it has gone; whoever reads this link learns of it
+        except OSError:  # the peer has exited, which the next receive() reports
             return True
         return True

@@ -1,9 +1,11 @@
-"""How one model's shared memory is laid out: an anonymous slot table of slots, with what the engines publish of themselves.
+"""Layout of the shared memory of one model: a table of image slots and the figures that the workers publish.
 
-    header | completion estimate of each engine | demand of each HTTP worker | columns of the slots | pixels | logits | embedding | description
+    header | completion estimates, a row per engine worker | offered load, a row per HTTP worker |
+    slot columns | pixels | logits | model description
 
-Needs no numpy, so that the supervisor can clear a dead HTTP worker's slots.
-A slot's column entries are written by its HTTP worker, except that an engine turns WAITING into RUNNING and then its urgency into infinity.
+This module does not import numpy, so that the supervisor can clear the slots of a crashed HTTP worker.
+The HTTP worker that owns a slot writes its column entries, with two exceptions: when an engine worker starts a batch,
+it changes the state from WAITING to RUNNING and sets the sort key to infinity.
 """
 
 from __future__ import annotations
@@ -18,41 +20,42 @@ import tempfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# States of a slot. Held: its HTTP worker has it (decoding, or no engine is there). Waiting, running: an engine has it.
+# States of a slot. HELD: the HTTP worker has the image (it is being decoded, or no engine worker is connected).
+# WAITING and RUNNING: an engine worker has it.
 FREE, HELD, WAITING, RUNNING = range(4)
 
-# Columns of an engine's completion estimate: seconds that opening it took; images in a full batch; the mean of its seconds; how many times that it is promised in;
-# then the share of its time that is left to more urgent images, for each of ten ranks; then when each stream will be free (monotonic seconds);
+# Columns of a row of completion estimates: seconds from the start of the engine worker until it was ready; preferred
+# batch size; estimated seconds of a batch of that size; safety factor; then, for each of ten priority levels, the share
+# of time reserved for more urgent images; then the time at which each stream becomes free (monotonic seconds);
 # then the measured seconds of each batch size.
-START, PREFERRED_BATCH_SIZE, BATCH, SAFETY_FACTOR, RESERVED = range(5)
-STREAMS = RESERVED + 10
+START_SECONDS, PREFERRED_BATCH_SIZE, BATCH_SECONDS, SAFETY_FACTOR, RESERVED = range(5)
+FREE_AT = RESERVED + 10
 
-NOWHERE = 255  # in the column of engines: none has it
+NO_ENGINE = 255  # entry of the engines column of a slot that no engine worker has
 
-_MAGIC = b"vitring1"
-_HEADER = struct.Struct("<8s9Q")
-_PAGE = 4096
-_SIZES = {"u1": 1, "<u8": 8, "<f8": 8, "<f4": 4}
+_MAGIC = b"vitslots"
+_HEADER = struct.Struct("<8s8Q")
+_PAGE_BYTES = 4096
+_ITEM_BYTES = {"u1": 1, "<u8": 8, "<f8": 8, "<f4": 4}
 
 
 class SlotTableError(ValueError):
-    """The memory is not a slot table, or not one of this layout."""
+    """The memory is not a slot table, or not one with this layout."""
 
 
 @dataclass(frozen=True)
 class Shape:
     workers: int
-    share: int  # slots of each HTTP worker
+    slots_per_worker: int
     engines: int
-    streams: int  # of each engine
+    streams: int  # per engine worker
     max_batch: int
     image_size: int
     classes: int
-    width: int
 
     @property
     def slots(self) -> int:
-        return self.workers * self.share
+        return self.workers * self.slots_per_worker
 
 
 class Region(NamedTuple):
@@ -62,37 +65,33 @@ class Region(NamedTuple):
 
     @property
     def end(self) -> int:
-        return self.offset + math.prod(self.shape) * _SIZES[self.dtype]
+        return self.offset + math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 def regions(shape: Shape) -> dict[str, Region]:
-    """Each begins on a page of its own, so that no two writers share a cache line."""
+    """All arrays by name. Each starts on its own page, so that no two writers share a cache line."""
     slots, side = shape.slots, shape.image_size
-    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
-        "estimate_completion": ("<f8", (shape.engines, STREAMS + shape.streams + shape.max_batch)),
-        "offered_load": (
-            "<f8",
-            (shape.workers, 3),
-        ),  # demand.Asked; a HTTP worker that takes over from a dead one goes on with it
+    arrays: dict[str, tuple[str, tuple[int, ...]]] = {
+        "completion_estimates": ("<f8", (shape.engines, FREE_AT + shape.streams + shape.max_batch)),
+        "offered_load": ("<f8", (shape.workers, 3)),  # OfferedWork; survives a restart of the HTTP worker
         "states": ("u1", (slots,)),
-        "engines": ("u1", (slots,)),  # which engine has it, or NOWHERE
+        "engines": ("u1", (slots,)),  # index of the engine worker that has the image, or NO_ENGINE
         "sequences": ("<u8", (slots,)),
-        "sort_keys": ("<f8", (slots,)),  # the smaller, the sooner it runs; infinite where nothing waits to be run
+        "sort_keys": ("<f8", (slots,)),  # smaller keys run first; infinite for slots that are free or running
         "pixels": ("u1", (slots, side, side, 3)),
         "logits": ("<f4", (slots, shape.classes)),
-        "embedding": ("<f4", (slots, shape.width)),
     }
-    found: dict[str, Region] = {}
+    result: dict[str, Region] = {}
     end = _HEADER.size
-    for name, (dtype, extent) in wanted.items():
-        found[name] = Region(-(-end // _PAGE) * _PAGE, dtype, extent)
-        end = found[name].end
-    return found
+    for name, (dtype, extent) in arrays.items():
+        result[name] = Region(-(-end // _PAGE_BYTES) * _PAGE_BYTES, dtype, extent)
+        end = result[name].end
+    return result
 
 
 def create(shape: Shape, description: bytes) -> int:
-    """Makes the memory, unnamed, and returns its descriptor. It can neither shrink nor grow afterwards."""
-    start = regions(shape)["embedding"].end
+    """Creates anonymous shared memory of fixed size and returns its file descriptor."""
+    start = regions(shape)["logits"].end
     header = _HEADER.pack(_MAGIC, *dataclasses.astuple(shape), len(description))
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("vitserve-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -110,21 +109,21 @@ def create(shape: Shape, description: bytes) -> int:
 
 
 def read(memory: mmap.mmap) -> tuple[Shape, bytes]:
-    """The shape and the description. Raises RingError."""
+    """The shape and the model description. Raises SlotTableError."""
     if len(memory) < _HEADER.size:
         raise SlotTableError(f"the memory has {len(memory)} bytes; a slot table's header has {_HEADER.size}")
     magic, *extents, length = _HEADER.unpack_from(memory)
     if magic != _MAGIC:
         raise SlotTableError(f"the memory begins with {magic!r}; a slot table begins with {_MAGIC!r}")
     shape = Shape(*extents)
-    start = regions(shape)["embedding"].end
+    start = regions(shape)["logits"].end
     if len(memory) != start + length:
-        raise SlotTableError(f"the memory has {len(memory)} bytes; its header asks for {start + length}")
+        raise SlotTableError(f"the memory has {len(memory)} bytes; its header requires {start + length}")
     return shape, memory[start:]
 
 
 def clear_worker_slots(descriptor: int, worker: int) -> None:
-    """Frees the slots of a HTTP worker that has died. Nobody else may write them: its successor has not been started yet."""
+    """Frees all slots of an HTTP worker that has exited. Call this before its replacement starts."""
     with mmap.mmap(descriptor, 0) as memory:
         shape, _ = read(memory)
         columns = regions(shape)
@@ -133,5 +132,5 @@ def clear_worker_slots(descriptor: int, worker: int) -> None:
             ("sequences", bytes(8)),
             ("sort_keys", struct.pack("<d", math.inf)),
         ):
-            start = columns[name].offset + worker * shape.share * len(value)
-            memory[start : start + shape.share * len(value)] = value * shape.share
+            start = columns[name].offset + worker * shape.slots_per_worker * len(value)
+            memory[start : start + shape.slots_per_worker * len(value)] = value * shape.slots_per_worker

@@ -1,4 +1,4 @@
-"""What an engine worker tells the HTTP workers of the model it serves; it travels at the end of the slot table."""
+"""Description of the served model, written by an engine worker at the end of the slot table for the HTTP workers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vitserve.model.bundle.preprocess import Preprocessing
 class ModelInfo:
     name: str
     version: str
-    identity: str  # sha256 of the bundle's manifest, which holds those of all its files
+    identity: str  # sha256 of the bundle's manifest, which contains the sha256 of every other file
     labels: tuple[str, ...]
     preprocessing: Preprocessing
     engine: str
     precision: str
-    details: dict[str, Any]  # for GET /v1/model: the bundle's summary, with "serving" about the engine
+    details: dict[str, Any]  # for GET /v1/model: the bundle's summary, with the engine under "serving"
 
     def to_json(self) -> bytes:
         return _ADAPTER.dump_json(self)

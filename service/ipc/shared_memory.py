@@ -1,6 +1,4 @@
-"""The shared memory of one model as arrays: pixels in, logits and embedding out, who has which slot, and what engines publish.
-memory_layout.py says who may write what.
-"""
+"""The slot table: the shared memory of one model, accessed as arrays. memory_layout.py documents who writes what."""
 
 from __future__ import annotations
 
@@ -14,27 +12,35 @@ import numpy as np
 
 from vitserve.model.arrays import Floats, Pixels
 from vitserve.service.ipc import memory_layout
+from vitserve.service.ipc.memory_layout import (
+    BATCH_SECONDS,
+    FREE_AT,
+    NO_ENGINE,
+    PREFERRED_BATCH_SIZE,
+    RESERVED,
+    SAFETY_FACTOR,
+    START_SECONDS,
+)
 from vitserve.service.scheduler import Scheduler, done_at, safety_factor_at
 
-_ASKED = struct.Struct("<3d")
+_OFFERED_LOAD = struct.Struct("<3d")
 
-SECONDS_PER_PRIORITY = (
-    1e9  # seconds; more than any monotonic clock's reading, so that a priority outweighs every deadline
-)
+# Larger than any reading of the monotonic clock, so that a priority always outweighs a deadline.
+SECONDS_PER_PRIORITY = 1e9
 
 
 class CompletionEstimate(NamedTuple):
-    """When a new image would be done, and on which engine."""
+    """When a new image would be done, and by which engine worker."""
 
     engine: int
-    done_at: float
-    safety_factor: float = 1.0  # how many times the mean its promises are
+    done_at: float  # monotonic seconds
+    safety_factor: float = 1.0  # by which the estimated duration of a batch was multiplied
 
 
 class SlotTable:
-    """Columns that are read and written one slot at a time are memoryviews, which do that in a third of the time that numpy takes.
+    """Columns that are accessed one slot at a time are memoryviews: access takes a third of the time that numpy needs.
 
-    Raises RingError where the descriptor is not of a slot table.
+    Raises SlotTableError if the descriptor is not a slot table.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -47,9 +53,8 @@ class SlotTable:
         self.sort_keys = self._column("sort_keys", "d")
         self.pixels: Pixels = self._array("pixels")
         self.logits: Floats = self._array("logits")
-        self.embedding: Floats = self._array("embedding")
         self._all_engines, self._all_sort_keys = self._array("engines"), self._array("sort_keys")
-        self._estimates = self._array("estimate_completion")
+        self._estimates = self._array("completion_estimates")
         self._row = struct.Struct(f"<{self._estimates.shape[1]}d")
 
     def _array(self, name: str) -> Any:
@@ -60,7 +65,13 @@ class SlotTable:
         region = self._regions[name]
         return memoryview(self._memory)[region.offset : region.end].cast(kind)
 
-    # -- written by an engine
+    def _row_offset(self, engine: int) -> int:
+        return self._regions["completion_estimates"].offset + engine * self._row.size
+
+    def _offered_load_offset(self, worker: int) -> int:
+        return self._regions["offered_load"].offset + worker * _OFFERED_LOAD.size
+
+    # -- written by engine workers
 
     def publish(self, engine: int, scheduler: Scheduler) -> None:
         values = (
@@ -71,98 +82,96 @@ class SlotTable:
             *scheduler.free_at,
             *scheduler.measured,
         )
-        self._row.pack_into(self._memory, self._place(engine), self.start_seconds(engine), *values)
+        self._row.pack_into(self._memory, self._row_offset(engine), self.start_seconds(engine), *values)
 
     def publish_start(self, engine: int, seconds: float) -> None:
-        self._estimates[engine, memory_layout.START] = seconds
+        self._estimates[engine, START_SECONDS] = seconds
 
-    def _place(self, engine: int) -> int:
-        return self._regions["estimate_completion"].offset + engine * self._row.size
+    # -- written by HTTP workers
 
-    # -- written by a HTTP worker
+    def write_offered_load(self, worker: int, *values: float) -> None:
+        """``values`` are the fields of offered_load.OfferedWork."""
+        _OFFERED_LOAD.pack_into(self._memory, self._offered_load_offset(worker), *values)
 
-    def ask(self, worker: int, *asked: float) -> None:
-        """What demand.Asked holds of this HTTP worker."""
-        _ASKED.pack_into(self._memory, self._regions["offered_load"].offset + worker * _ASKED.size, *asked)
+    # -- read by HTTP workers
 
-    # -- read by a HTTP worker
-
-    def asked(self, worker: int) -> tuple[float, ...]:
-        return _ASKED.unpack_from(self._memory, self._regions["offered_load"].offset + worker * _ASKED.size)
+    def read_offered_load(self, worker: int) -> tuple[float, ...]:
+        return _OFFERED_LOAD.unpack_from(self._memory, self._offered_load_offset(worker))
 
     def image_seconds(self) -> float:
-        """Of a stream, for one image of a full batch, as measured recently; the mean of the engines. 0 where none has started.
+        """Measured stream seconds per image of a full batch, averaged over the engine workers. 0 if none has started.
 
-        Of the preferred batch size's own measure, not of the monotone one that promises are made from: that one a single slow batch of 1 raises until another
-        batch of 1 is run, which under load may be never.
+        Based on the raw measurement of the preferred batch size. The monotone estimates that admission uses would be
+        wrong here: one slow batch of size 1 raises them until another batch of size 1 runs, which may not happen
+        under load.
         """
-        found = []
+        seconds_per_image = []
         for engine in range(self.shape.engines):
-            row = self._row.unpack_from(self._memory, self._place(engine))
-            if preferred_batch_size := int(row[memory_layout.PREFERRED_BATCH_SIZE]):
-                found.append(
-                    row[memory_layout.STREAMS + self.shape.streams + preferred_batch_size - 1] / preferred_batch_size
-                )
-        return sum(found) / len(found) if found else 0.0
+            row = self._row.unpack_from(self._memory, self._row_offset(engine))
+            if size := int(row[PREFERRED_BATCH_SIZE]):
+                seconds_per_image.append(row[FREE_AT + self.shape.streams + size - 1] / size)
+        return sum(seconds_per_image) / len(seconds_per_image) if seconds_per_image else 0.0
 
     def estimate_completion(self, sort_key: float, now: float, engines: Mapping[int, float]) -> CompletionEstimate:
-        """Which of the engines would have a new image done first, and when. ``engines`` are those to choose from (at least one) with the
-        time from which each one runs: 0 if it does, in the future while it is being restarted.
+        """The engine worker that would finish a new image first, and when.
 
-        Counts what is before it by the slots of all HTTP workers: those waiting at the engine, and an equal part of those that no engine has yet.
+        ``engines`` are the candidates (at least one), each with the time from which it is available: 0 if it is
+        running, in the future while it restarts.
+        Counts the slots of all HTTP workers that run before the image: those waiting at the candidate, and the
+        candidate's share of those that are not assigned yet.
         """
-        sooner = self._all_sort_keys <= sort_key
-        if self.shape.engines == 1:  # then all of them are before it
-            before, part = dict.fromkeys(engines, int(np.count_nonzero(sooner))), 0
+        runs_before = self._all_sort_keys <= sort_key
+        if self.shape.engines == 1:  # then all of them run on this engine worker
+            ahead, share = dict.fromkeys(engines, int(np.count_nonzero(runs_before))), 0
         else:
-            counts = np.bincount(self._all_engines[sooner], minlength=memory_layout.NOWHERE + 1)
-            before = {engine: int(counts[engine]) for engine in engines}
-            part = -(-int(counts[memory_layout.NOWHERE]) // len(engines))
+            counts = np.bincount(self._all_engines[runs_before], minlength=NO_ENGINE + 1)
+            ahead = {engine: int(counts[engine]) for engine in engines}
+            share = -(-int(counts[NO_ENGINE]) // len(engines))
         priority_level = max(0, int(sort_key // SECONDS_PER_PRIORITY)) if math.isfinite(sort_key) else 0
         best = CompletionEstimate(0, float("inf"))
-        for engine, runs_from in engines.items():
-            row = self._row.unpack_from(self._memory, self._place(engine))
-            free_at = row[memory_layout.STREAMS : memory_layout.STREAMS + self.shape.streams]
-            place, start = before[engine] + part + 1, max(now, runs_from)
-            safety_factor = safety_factor_at(place, start, free_at, row[memory_layout.SAFETY_FACTOR])
+        for engine, available_at in engines.items():
+            row = self._row.unpack_from(self._memory, self._row_offset(engine))
+            free_at = row[FREE_AT : FREE_AT + self.shape.streams]
+            position, start = ahead[engine] + share + 1, max(now, available_at)
+            safety_factor = safety_factor_at(position, start, free_at, row[SAFETY_FACTOR])
             done = done_at(
-                place,
+                position,
                 start,
                 free_at,
-                max(1, int(row[memory_layout.PREFERRED_BATCH_SIZE])),
-                row[memory_layout.BATCH] * safety_factor,
-                row[memory_layout.RESERVED + priority_level],
+                max(1, int(row[PREFERRED_BATCH_SIZE])),
+                row[BATCH_SECONDS] * safety_factor,
+                row[RESERVED + priority_level],
             )
             if done < best.done_at:
                 best = CompletionEstimate(engine, done, safety_factor)
         return best
 
     def reserved(self, priority: int) -> float:
-        """The share of the engines' time that is left to more urgent images than this."""
-        return float(max(self._estimates[:, memory_layout.RESERVED + 9 - priority].tolist()))
+        """The share of the engine workers' time that is reserved for images more urgent than this priority."""
+        return float(max(self._estimates[:, RESERVED + 9 - priority].tolist()))
 
     def start_seconds(self, engine: int) -> float:
-        return float(self._estimates[engine, memory_layout.START])
+        return float(self._estimates[engine, START_SECONDS])
 
     def batch_seconds(self) -> float:
-        """The longest that a full batch is promised to take."""
-        return float((self._estimates[:, memory_layout.BATCH] * self._estimates[:, memory_layout.SAFETY_FACTOR]).max())
+        """The longest conservative estimate of a full batch."""
+        return float((self._estimates[:, BATCH_SECONDS] * self._estimates[:, SAFETY_FACTOR]).max())
 
     def measured(self, engine: int) -> dict[str, Any]:
-        """What an engine has measured of itself."""
+        """The preferred batch size and the measured seconds per batch size, for GET /v1/model."""
         row = self._estimates[engine]
-        seconds = row[memory_layout.STREAMS + self.shape.streams :].tolist()
+        seconds = row[FREE_AT + self.shape.streams :].tolist()
         return {
-            "batch_size": int(row[memory_layout.PREFERRED_BATCH_SIZE]),
+            "batch_size": int(row[PREFERRED_BATCH_SIZE]),
             "seconds_per_batch_size": dict(enumerate(seconds, start=1)),
         }
 
     def count(self, *states: int) -> int:
-        """Slots in one of these states, at one moment: others write meanwhile."""
-        moment = bytes(self.states)
-        return sum(moment.count(state) for state in states)
+        """Number of slots in any of these states, from one snapshot: other processes write at the same time."""
+        snapshot = bytes(self.states)
+        return sum(snapshot.count(state) for state in states)
 
 
 def sort_key(priority: int, deadline: float) -> float:
-    """Orders images as the scheduler does: by priority, then by deadline. 9 is the most urgent priority."""
+    """Sorts images as the scheduler does: by priority (9 is the most urgent), then by deadline."""
     return deadline + (9 - priority) * SECONDS_PER_PRIORITY

@@ -1,7 +1,7 @@
-"""What a HTTP worker and an engine tell each other: fixed structs in little-endian order. Pixels never travel here.
+"""Messages between HTTP workers and engine workers: fixed little-endian structs without pixels or logits.
 
-A message is a header (the sender's epoch, which names its incarnation, and how many records follow) and its records. The socket keeps
-messages whole, so a length that does not fit is a fault of the sender, not a torn read.
+A message is a header (the sender's incarnation and the number of records) followed by the records.
+The sockets preserve message boundaries, so a wrong length is a bug in the sender and never a partial read.
 """
 
 from __future__ import annotations
@@ -10,38 +10,41 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# What a HTTP worker asks for an image.
-ASK, AGAIN, ALONE, WITHDRAW = range(
-    4
-)  # admit it · it was admitted before · likewise, in a batch of its own · its client has left
-# What became of it.
+# Actions of a submission: run an image after admission · run an image that was admitted before · the same, in a batch
+# of its own · cancel an image whose client has disconnected.
+SUBMIT, RETRY, RETRY_ALONE, WITHDRAW = range(4)
+# Outcomes of a completion.
 DONE, REJECTED_DEADLINE, REJECTED_FULL, FAILED, EXPIRED, WITHDRAWN = range(6)
 
 MAX_BYTES = 1 << 16
 _HEADER = struct.Struct("<II")
 _SUBMISSION = struct.Struct("<IBBxxQd")
-_ANSWER = struct.Struct("<IB3xQddd")
-_AT_ONCE = (MAX_BYTES - _HEADER.size) // _ANSWER.size
+_COMPLETION = struct.Struct("<IB3xQddd")
+_MAX_COMPLETIONS = (MAX_BYTES - _HEADER.size) // _COMPLETION.size  # per message
 
 
 class WireFormatError(ValueError):
-    """The message's length is not what its header says."""
+    """The length of a message does not match its header."""
 
 
 class Submission(NamedTuple):
+    """From an HTTP worker to an engine worker."""
+
     slot: int
-    ask: int
+    action: int
     priority: int
     sequence: int
-    deadline: float  # monotonic seconds, which all processes of a machine share
+    deadline: float  # monotonic seconds; all processes of a machine share this clock
 
 
-class Answer(NamedTuple):
+class Completion(NamedTuple):
+    """From an engine worker to an HTTP worker: the image is finished and its slot can be released."""
+
     slot: int
     outcome: int
     sequence: int
-    started: float = 0.0  # when its batch began, monotonic seconds
-    seconds: float = 0.0  # what its batch took
+    started: float = 0.0  # start of the batch, monotonic seconds
+    seconds: float = 0.0  # duration of the batch
     retry_after_seconds: float = 0.0
 
 
@@ -49,31 +52,32 @@ def pack_submission(incarnation: int, submission: Submission) -> bytes:
     return _HEADER.pack(incarnation, 1) + _SUBMISSION.pack(*submission)
 
 
-def pack_answers(incarnation: int, answers: list[Answer]) -> Iterable[bytes]:
-    """As few messages as hold them."""
-    for start in range(0, len(answers), _AT_ONCE):
-        part = answers[start : start + _AT_ONCE]
-        yield b"".join([_HEADER.pack(incarnation, len(part)), *[_ANSWER.pack(*each) for each in part]])
+def pack_completions(incarnation: int, completions: list[Completion]) -> Iterable[bytes]:
+    """As few messages as possible, each at most ``MAX_BYTES`` long."""
+    for start in range(0, len(completions), _MAX_COMPLETIONS):
+        part = completions[start : start + _MAX_COMPLETIONS]
+        records = [_COMPLETION.pack(*completion) for completion in part]
+        yield b"".join([_HEADER.pack(incarnation, len(part)), *records])
 
 
 def unpack_submissions(message: bytes) -> tuple[int, list[Submission]]:
-    """The sender's epoch, and what it asks. Raises WireError."""
-    incarnation, records = _open(message, _SUBMISSION)
+    """The sender's incarnation and its submissions. Raises WireFormatError."""
+    incarnation, records = _split(message, _SUBMISSION)
     return incarnation, list(map(Submission._make, _SUBMISSION.iter_unpack(records)))
 
 
-def unpack_answers(message: bytes) -> tuple[int, list[Answer]]:
-    """The sender's epoch, and its answers. Raises WireError."""
-    incarnation, records = _open(message, _ANSWER)
-    return incarnation, list(map(Answer._make, _ANSWER.iter_unpack(records)))
+def unpack_completions(message: bytes) -> tuple[int, list[Completion]]:
+    """The sender's incarnation and its completions. Raises WireFormatError."""
+    incarnation, records = _split(message, _COMPLETION)
+    return incarnation, list(map(Completion._make, _COMPLETION.iter_unpack(records)))
 
 
-def _open(message: bytes, record: struct.Struct) -> tuple[int, bytes]:
+def _split(message: bytes, record: struct.Struct) -> tuple[int, bytes]:
+    """The incarnation and the bytes of the records."""
     if len(message) < _HEADER.size:
-        raise WireFormatError(f"a message has {len(message)} bytes; its header alone has {_HEADER.size}")
+        raise WireFormatError(f"a message has {len(message)} bytes; the header alone has {_HEADER.size}")
     incarnation, count = _HEADER.unpack_from(message)
-    if len(message) != _HEADER.size + count * record.size:
-        raise WireFormatError(
-            f"a message has {len(message)} bytes; its {count} records take {_HEADER.size + count * record.size}"
-        )
+    expected = _HEADER.size + count * record.size
+    if len(message) != expected:
+        raise WireFormatError(f"a message has {len(message)} bytes; a message of {count} records has {expected}")
     return incarnation, message[_HEADER.size :]

@@ -1,4 +1,4 @@
-"""The scheduler's rules one by one; test_simulation.py has what follows from them."""
+"""The rules of the scheduler. test_simulation.py checks the guarantees that follow from them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def request(deadline: float, identity: int, priority_level: int = 4, alone: bool
     return Request(priority_level, deadline, identity, alone)
 
 
-def test_the_knee_is_the_smallest_batch_near_the_best_throughput() -> None:
+def test_the_preferred_batch_size_is_the_smallest_near_the_best_rate() -> None:
     assert Scheduler(SECONDS).preferred_batch_size == 4
     assert Scheduler({size: 0.1 * size for size in range(1, 9)}).preferred_batch_size == 1
     assert Scheduler(dict.fromkeys(range(1, 9), 0.1)).preferred_batch_size == 8
 
 
-def test_the_most_urgent_run_first() -> None:
+def test_the_earliest_deadlines_run_first() -> None:
     scheduler = Scheduler({1: 0.001})
     for deadline, identity in ((3.0, 0), (1.0, 1), (2.0, 2), (1.0, 3)):
         assert scheduler.admit(request(deadline, identity), 0.0) is None
@@ -34,7 +34,7 @@ def test_the_most_urgent_run_first() -> None:
     assert order == [1, 3, 2, 0]
 
 
-def test_one_that_would_make_an_admitted_one_late_is_shed() -> None:
+def test_a_request_that_would_delay_an_admitted_one_is_rejected() -> None:
     scheduler = Scheduler({1: 1.0})
     assert scheduler.admit(request(1.5, 0), 0.0) is None
     rejection = scheduler.admit(request(1.2, 1), 0.0)
@@ -43,8 +43,8 @@ def test_one_that_would_make_an_admitted_one_late_is_shed() -> None:
     assert scheduler.admit(request(2.5, 2), 0.0) is None
 
 
-def test_retry_after_is_the_truth() -> None:
-    """Asked again after that many seconds, with nobody else come, the same request is admitted; a little sooner it is not."""
+def test_retry_after_is_exact() -> None:
+    """If no other request arrives, the same request is admitted after that time, and rejected 10 ms earlier."""
     timeout = 5.5
     for wait, admitted in ((-0.01, False), (0.0, True)):
         scheduler = Scheduler({1: 1.0})
@@ -62,7 +62,7 @@ def test_retry_after_is_the_truth() -> None:
         assert (scheduler.admit(request(later + timeout, 10), later) is None) is admitted
 
 
-def test_a_full_queue_sheds_and_says_when_a_place_is_free() -> None:
+def test_a_full_queue_rejects_until_a_batch_starts() -> None:
     scheduler = Scheduler({1: 0.5}, capacity=2)
     assert [scheduler.admit(request(99.0, identity), 0.0) for identity in range(2)] == [None, None]
     rejection = scheduler.admit(request(99.0, 2), 0.0)
@@ -70,7 +70,7 @@ def test_a_full_queue_sheds_and_says_when_a_place_is_free() -> None:
     assert (rejection.reason, rejection.retry_after_seconds) == ("full", 0.5)
 
 
-def test_measured_seconds_follow_what_batches_take() -> None:
+def test_measured_seconds_follow_the_duration_of_batches() -> None:
     scheduler = Scheduler({1: 0.1, 2: 0.2})
     for step in range(100):
         scheduler.admit(request(1e9, step), 0.0)
@@ -81,8 +81,8 @@ def test_measured_seconds_follow_what_batches_take() -> None:
 
 
 @given(batches=st.lists(st.tuples(st.integers(1, 4), st.floats(0.2, 5.0)), max_size=200))
-def test_the_knee_stays_whatever_batches_take_under_load(batches: list[tuple[int, float]]) -> None:
-    """What is run then does not compare: the larger batches when there is much to do, the smaller at ease, those above the preferred batch size never."""
+def test_the_preferred_batch_size_never_changes(batches: list[tuple[int, float]]) -> None:
+    """Durations in production are not comparable: large batches run under load and small ones with little load."""
     scheduler = Scheduler(SECONDS)
     for number, (size, times) in enumerate(batches):
         started = 10.0 * number
@@ -93,18 +93,18 @@ def test_the_knee_stays_whatever_batches_take_under_load(batches: list[tuple[int
         assert scheduler.preferred_batch_size == 4
 
 
-def test_one_that_does_not_wait_cannot_be_withdrawn() -> None:
+def test_only_a_waiting_request_can_be_withdrawn() -> None:
     scheduler = Scheduler({1: 0.1})
     for number in range(2):
         assert scheduler.admit(request(9.0, number), 0.0) is None
     assert scheduler.next_batch(0, 0.0) is not None
     assert not scheduler.withdraw(request(9.0, 0)), "it is running"
-    assert not scheduler.withdraw(request(5.0, 7)), "it never came"
+    assert not scheduler.withdraw(request(5.0, 7)), "unknown"
     assert scheduler.withdraw(request(9.0, 1))
     assert scheduler.waiting == 0
 
 
-def test_a_failed_batch_frees_its_lane_and_teaches_nothing() -> None:
+def test_a_failed_batch_frees_its_stream_and_is_not_measured() -> None:
     scheduler = Scheduler({1: 0.1})
     scheduler.admit(request(9.0, 0), 0.0)
     batch = scheduler.next_batch(0, 0.0)
@@ -116,8 +116,8 @@ def test_a_failed_batch_frees_its_lane_and_teaches_nothing() -> None:
     assert scheduler.next_batch(0, 5.0) is None
 
 
-def test_a_gap_in_the_measurements_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"given are \[1, 3\]"):
+def test_a_gap_in_the_measurements_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"got sizes \[1, 3\]"):
         Scheduler({1: 0.1, 3: 0.2})
 
 
@@ -126,7 +126,7 @@ ACTIONS = st.sampled_from(["admit", "restore", "run", "done", "abandon", "withdr
 
 @settings(max_examples=200)
 @given(st.lists(st.tuples(ACTIONS, st.integers(0, 20)), max_size=60), st.integers(1, 3))
-def test_whatever_happens_every_request_is_accounted_for_once(actions: list[tuple[str, int]], streams: int) -> None:
+def test_every_request_is_in_exactly_one_place(actions: list[tuple[str, int]], streams: int) -> None:
     scheduler = Scheduler(SECONDS, streams=streams, capacity=6)
     waiting: set[Request] = set()
     running: dict[int, Batch] = {}
@@ -151,12 +151,11 @@ def test_whatever_happens_every_request_is_accounted_for_once(actions: list[tupl
         elif action in ("done", "abandon") and number % streams in running:
             (scheduler.done if action == "done" else scheduler.abandon)(running.pop(number % streams), now)
         elif action == "withdraw":
-            gone = min(waiting, default=new)
-            assert scheduler.withdraw(gone) is (gone in waiting)
-            waiting.discard(gone)
-            assert not any(scheduler.withdraw(each) for batch in running.values() for each in batch.requests), (
-                "those that run, run"
-            )
+            withdrawn = min(waiting, default=new)
+            assert scheduler.withdraw(withdrawn) is (withdrawn in waiting)
+            waiting.discard(withdrawn)
+            started = [request for batch in running.values() for request in batch.requests]
+            assert not any(map(scheduler.withdraw, started)), "a running request cannot be withdrawn"
         elif action == "expire":
             expired = scheduler.expire(now)
             assert set(expired) == {each for each in waiting if each.deadline < now}
@@ -164,14 +163,10 @@ def test_whatever_happens_every_request_is_accounted_for_once(actions: list[tupl
         assert scheduler.waiting == len(waiting)
 
 
-def test_an_urgent_one_runs_before_an_earlier_deadline() -> None:
+def test_a_more_urgent_request_runs_before_an_earlier_deadline() -> None:
     scheduler = Scheduler({1: 0.1})
-    for each in (
-        request(1.0, 0, priority_level=9),
-        request(8.0, 1, priority_level=0),
-        request(2.0, 2, priority_level=4),
-    ):
-        assert scheduler.admit(each, 0.0) is None
+    for deadline, identity, priority_level in ((1.0, 0, 9), (8.0, 1, 0), (2.0, 2, 4)):
+        assert scheduler.admit(request(deadline, identity, priority_level), 0.0) is None
     order = []
     while (batch := scheduler.next_batch(0, 0.0)) is not None:
         order += [each.id for each in batch.requests]
@@ -179,9 +174,9 @@ def test_an_urgent_one_runs_before_an_earlier_deadline() -> None:
     assert order == [1, 2, 0]
 
 
-def test_room_is_left_for_the_urgent_that_have_come_of_late_and_only_then() -> None:
+def test_time_is_reserved_only_after_urgent_requests() -> None:
     def accepted(urgent: int) -> int:
-        """Of a hundred unimportant ones that could all be done in time, after so many urgent ones in the second before."""
+        """How many of 100 unimportant requests are admitted after a second with urgent ones. All could be in time."""
         scheduler = Scheduler({1: 0.01})
         for number in range(urgent):
             assert scheduler.admit(request(number / urgent + 9, number, priority_level=0), number / urgent) is None
@@ -193,10 +188,10 @@ def test_room_is_left_for_the_urgent_that_have_come_of_late_and_only_then() -> N
         )
 
     assert accepted(urgent=0) == 100
-    assert 85 < accepted(urgent=50) < 95, "fifty in a second, of five seconds' average: a tenth of the time"
+    assert 85 < accepted(urgent=50) < 95, "50 requests of 10 ms reserve a tenth of five seconds"
 
 
-def test_one_that_was_admitted_before_is_never_refused_and_runs_alone_if_suspected() -> None:
+def test_a_restored_request_is_never_rejected() -> None:
     scheduler = Scheduler(SECONDS, capacity=1)
     for number in range(3):
         scheduler.restore(request(-1.0, number, alone=number == 0))
@@ -207,42 +202,42 @@ def test_one_that_was_admitted_before_is_never_refused_and_runs_alone_if_suspect
     assert batches == [[0], [1, 2]]
 
 
-def test_promises_grow_until_those_that_are_late_are_few() -> None:
-    """A machine whose speed wanders for seconds at a time, at three times what it can do: the queue becomes shorter, not the throughput."""
-    chance, now, pace, due = random.Random(0), 0.0, 1.0, 0.0
+def test_the_safety_margin_grows_until_few_deadlines_are_missed() -> None:
+    """The speed of the machine drifts for seconds, at three times its capacity. The engine stays busy all the same."""
+    generator, now, pace, due = random.Random(0), 0.0, 1.0, 0.0
     scheduler = Scheduler({1: 0.01})
-    ended: list[bool] = []
-    began = time_running = 0.0
+    in_time: list[bool] = []
+    began = busy_seconds = 0.0
     while now < 200.0:
         while due <= now:
             scheduler.admit(request(due + 0.5, round(due * 1e9)), due)
-            due += chance.expovariate(300)
+            due += generator.expovariate(300)
         if now > 20.0 and not began:
             began = now
-            ended.clear()
-        late = scheduler.expire(now)
-        ended += [False] * len(late)
+            in_time.clear()
+        in_time += [False] * len(scheduler.expire(now))
         batch = scheduler.next_batch(0, now)
         if batch is None:
             now = due
             continue
-        pace = min(2.0, max(0.5, pace * math.exp(chance.gauss(0, 0.03))))
+        pace = min(2.0, max(0.5, pace * math.exp(generator.gauss(0, 0.03))))
         now += 0.01 * pace
-        time_running += 0.01 * pace if began else 0.0
+        busy_seconds += 0.01 * pace if began else 0.0
         scheduler.done(batch, now)
-        ended.append(now <= batch.requests[0].deadline)
-    assert ended.count(False) / len(ended) < 0.01
-    assert time_running / (now - began) > 0.95
+        in_time.append(now <= batch.requests[0].deadline)
+    assert in_time.count(False) / len(in_time) < 0.01
+    assert busy_seconds / (now - began) > 0.95
     assert scheduler.safety_margin > 0
 
 
-def test_an_idle_engine_is_tried_however_cautious_it_has_become() -> None:
+def test_a_free_stream_admits_with_any_safety_margin() -> None:
     scheduler = Scheduler({1: 0.03}, safety_margin=1.0)
     assert scheduler.admit(request(0.05, 0), 0.0) is None
-    assert scheduler.admit(request(0.10, 1), 0.0) is not None, "behind another, caution counts"
+    assert scheduler.admit(request(0.10, 1), 0.0) is not None, "behind another request, the safety margin counts"
 
 
-def test_those_who_are_late_together_count_as_a_few_and_those_of_a_dead_engine_not_at_all() -> None:
+def test_simultaneous_misses_count_as_a_few() -> None:
+    """Those of restored requests do not count at all."""
     scheduler = Scheduler({1: 0.01})
     for identity in range(60):
         scheduler.restore(Request(4, 1.0, identity, restored=True))
@@ -254,19 +249,19 @@ def test_those_who_are_late_together_count_as_a_few_and_those_of_a_dead_engine_n
     assert 0.0 < scheduler.safety_margin < 0.1
 
 
-def test_a_batch_that_was_stopped_for_a_minute_says_little_about_the_next() -> None:
+def test_a_stalled_batch_hardly_changes_the_estimate() -> None:
     scheduler = Scheduler({1: 0.01})
     assert scheduler.admit(request(99.0, 0), 0.0) is None
     batch = scheduler.next_batch(0, 0.0)
     assert batch is not None
     scheduler.done(batch, 60.0)
-    assert scheduler.mean(1) < 0.02
+    assert scheduler.estimated_seconds(1) < 0.02
 
 
-def test_an_urgent_one_is_not_refused_for_the_sake_of_those_who_are_late_anyway() -> None:
+def test_requests_that_are_late_anyway_do_not_block_urgent_ones() -> None:
     scheduler = Scheduler({1: 0.1})
     for identity in range(5):
         assert scheduler.admit(request(0.55, identity, priority_level=9), 0.0) is None
     assert scheduler.next_batch(0, 0.0) is not None
-    scheduler.safety_margin = 9.0  # as if it had been learned since that batches take ten times as long
+    scheduler.safety_margin = 9.0  # as if batches had become ten times slower since
     assert scheduler.admit(request(50.0, 9, priority_level=0), 0.0) is None

@@ -1,9 +1,13 @@
-"""Requests that several tests send."""
+"""Requests and raw connections to a server."""
 
 from __future__ import annotations
 
+import socket
+
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.server import Server
 
 
 def classify(client: httpx.Client, image: bytes, **options: int) -> httpx.Response:
@@ -11,9 +15,16 @@ def classify(client: httpx.Client, image: bytes, **options: int) -> httpx.Respon
 
 
 def metric(client: httpx.Client, sample_name: str, /, **labels: str) -> float:
+    """The sum of all samples with this name and these labels."""
     samples = [
         sample for family in text_string_to_metric_families(client.get("/metrics").text) for sample in family.samples
     ]
     return sum(
         sample.value for sample in samples if sample.name == sample_name and labels.items() <= sample.labels.items()
     )
+
+
+def connect(server: Server) -> socket.socket:
+    """A TCP connection to the server's HTTP port."""
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)

@@ -1,16 +1,18 @@
-"""Images that the tests make themselves."""
+"""Images that the tests generate."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """``options`` are those of Pillow's encoder for this ``kind`` of file."""
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
@@ -23,7 +25,7 @@ def random_image(width: int = 40, height: int = 30, seed: int = 0) -> Image.Imag
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels."""
+    """A PNG whose header declares this size, without pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"

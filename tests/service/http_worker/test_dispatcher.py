@@ -1,386 +1,216 @@
-"""A dispatcher and an engine worker's threads over real sockets and memory, when the engine fails, dawdles or is gone. test_processes.py kills real ones."""
+"""A dispatcher: results, admission, deadlines, disconnects and model replacement."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry
 
-from tests.support.images import encoded, random_image
-from vitserve.model.arrays import Outputs, Pixels, Precision
+from tests.support.dispatching import (
+    FAST,
+    IMAGE,
+    BlockingEngine,
+    FakeEngine,
+    Harness,
+    Results,
+    images,
+    run_dispatcher,
+)
+from vitserve.model.arrays import Floats, Pixels
 from vitserve.model.bundle.preprocess import Decoder, Preprocessing
 from vitserve.service import errors
-from vitserve.service.engine_worker.batch_loop import BatchLoop
-from vitserve.service.engine_worker.startup import warm_up
-from vitserve.service.engines.engine import gathered
-from vitserve.service.http_worker.dispatcher import Answer, Dispatcher, ModelReplacedError
-from vitserve.service.ipc import memory_layout, wire_format
-from vitserve.service.ipc.connection import Connection
-from vitserve.service.ipc.control_channel import Channel
-from vitserve.service.ipc.memory_layout import FREE, Shape
-from vitserve.service.ipc.model_info import ModelInfo
-from vitserve.service.ipc.shared_memory import SlotTable
-from vitserve.service.metrics import Metrics
+from vitserve.service.http_worker.decoding import ImageDecoder
+from vitserve.service.http_worker.image_job import ImageResult, ModelReplacedError
+from vitserve.service.ipc.memory_layout import WAITING
 from vitserve.service.scheduler import Scheduler
-from vitserve.service.settings import Settings
-
-IMAGE = encoded(random_image(16, 16))
-SERVED = ModelInfo("scripted", "1", "0" * 64, ("red", "green", "blue"), Preprocessing(16), "scripted", "fp32", {})
-EPOCH = 7
 
 
-class Scripted:
-    """An engine that does what the test says, and otherwise answers with the image's mean color as its logits."""
-
-    name, precision, streams, max_batch = "scripted", "fp32", 1, 4
-    precision: Precision
-
-    def __init__(self, act: Callable[[], object] = lambda: None) -> None:
-        self.act = act
-        self.sizes: list[int] = []
-
-    def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
-        pixels = gathered(pixels, rows)
-        self.sizes.append(len(pixels))
-        self.act()
-        means = pixels.mean(axis=(1, 2), dtype=np.float32) / 10
-        return Outputs(means, means)
-
-    def close(self) -> None:
-        pass
+def logits_of(image: bytes) -> Floats:
+    pixels = Decoder(Preprocessing(16)).decode(image)
+    logits: Floats = pixels.mean(axis=(0, 1), dtype=np.float32) / 10
+    return logits
 
 
-def logits_of(image: bytes) -> np.ndarray:
-    return Decoder(Preprocessing(16)).decode(image).mean(axis=(0, 1), dtype=np.float32) / 10
+def all_succeeded(results: Results) -> bool:
+    return all(isinstance(result, ImageResult) for result in results)
 
 
-@dataclass
-class House:
-    """One HTTP worker's dispatcher, and the links to whatever plays its engines."""
-
-    dispatcher: Dispatcher
-    memory: int
-    threads: list[threading.Thread] = field(default_factory=list)
-    channels: list[socket.socket] = field(default_factory=list)
-
-    def start(self, engine: Scripted, seconds: float, index: int = 0) -> None:
-        """A real engine worker's threads, in this process."""
-        measured = {size: seconds * (1 + size) for size in range(1, 5)}
-        metrics = Metrics(CollectorRegistry())
-        process = BatchLoop(engine, SlotTable(self.memory), index, EPOCH, measured, metrics, hang_seconds=60.0)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection = self.connection(index)
-        Channel(ours).send({"kind": "connect", "worker": 0, "incarnation": 1}, [connection.fileno()])
-        connection.close()
-        Channel(ours).send({"kind": "retire"})
-        thread = threading.Thread(target=process.run, args=(Channel(theirs),), daemon=True)
-        thread.start()
-        self.threads.append(thread)
-        self.channels += [ours, theirs]
-
-    def connection(self, index: int = 0) -> socket.socket:
-        """The engine's end; the HTTP worker's is connected."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.dispatcher.connect(index, Connection(ours, index, EPOCH, self.dispatcher.stuck))
-        return theirs
-
-    @property
-    def taken(self) -> int:
-        return len(self.dispatcher.slots)
+def test_each_image_gets_its_own_result() -> None:
+    results = run_dispatcher(lambda harness: harness.classify_all(images(60)), FakeEngine())
+    for image, result in zip(images(60), results, strict=True):
+        assert isinstance(result, ImageResult)
+        expected = np.exp(logits_of(image))
+        np.testing.assert_allclose(result.probabilities, expected / expected.sum(), rtol=1e-4)
 
 
-def with_house(
-    work: Callable[[House], Awaitable[Any]], engine: Scripted | None = None, slots: int = 64, seconds: float = 0.001
-) -> Any:
-    """Afterwards every slot has come back, and the engine's process has ended because its last HTTP worker had let go."""
+def test_a_missed_deadline_is_reported_while_the_engine_hangs() -> None:
+    engine = BlockingEngine()
 
-    async def main() -> Any:
-        memory = memory_layout.create(Shape(1, slots, 2, 1, 4, 16, 3, 3), SERVED.to_json())
-        metrics = Metrics(CollectorRegistry())
-        with ThreadPoolExecutor(2) as decoders:
-            house = House(
-                Dispatcher(SlotTable(memory), 0, 1, Settings(), metrics, decoders, asyncio.get_running_loop()), memory
-            )
-            if engine is not None:
-                house.start(engine, seconds)
-            result = await work(house)
-            house.dispatcher.retire()
-            while house.dispatcher.reachable or house.taken:
-                await asyncio.sleep(0)
-            for thread in house.threads:
-                await asyncio.to_thread(thread.join)
-        assert house.dispatcher.slot_table.count(FREE) == slots
-        for channel in house.channels:
-            channel.close()
-        os.close(memory)
-        return result
+    async def work(harness: Harness) -> tuple[Results, ImageResult]:
+        running = harness.classify()
+        await asyncio.to_thread(engine.running.wait)
+        expired = await harness.classify_all(images(3), timeout_seconds=0.2)
+        engine.release.set()
+        return expired, await running
 
-    return asyncio.run(main())
+    expired, result = run_dispatcher(work, engine)
+    assert all(isinstance(error, errors.DeadlineExceededError) for error in expired)
+    assert isinstance(result, ImageResult), "an image that is running at its deadline is still classified"
 
 
-async def outcomes(house: House, count: int, timeout_seconds: float = 30.0) -> list[Answer | BaseException]:
-    deadline = time.monotonic() + timeout_seconds
-    images = [encoded(random_image(16, 16, seed=seed)) for seed in range(count)]
-    return await asyncio.gather(
-        *(house.dispatcher.classify(image, deadline, 5) for image in images), return_exceptions=True
-    )
+def test_an_image_that_cannot_meet_its_deadline_is_not_decoded() -> None:
+    async def work(harness: Harness) -> None:
+        with pytest.raises(errors.OverloadedError, match="the deadline cannot be met") as rejection:
+            await harness.dispatcher.classify(b"not an image", time.monotonic() + 1.0, 5)
+        assert 8 < rejection.value.retry_after_seconds < 10
+        assert rejection.value.headers() == {"Retry-After": "10"}
+
+    run_dispatcher(work, FakeEngine(), seconds=2.0)
 
 
-def test_each_image_gets_its_own_answer() -> None:
-    answers = with_house(lambda house: outcomes(house, 60), Scripted())
-    for seed, answer in enumerate(answers):
-        assert isinstance(answer, Answer)
-        expected = np.exp(logits_of(encoded(random_image(16, 16, seed=seed))))
-        np.testing.assert_allclose(answer.probabilities, expected / expected.sum(), rtol=1e-4)
+def test_a_worker_that_stalled_once_admits_images_again() -> None:
+    async def work(harness: Harness) -> Results:
+        harness.dispatcher.delivery_time.seconds = 1e6  # as after a stall of days
+        return await harness.classify_all(images(60))
+
+    assert all_succeeded(run_dispatcher(work, FakeEngine()))
 
 
-def test_a_failed_batch_is_answered_and_the_next_one_served(caplog: pytest.LogCaptureFixture) -> None:
-    def fail() -> None:
-        if failing:
-            raise RuntimeError("device lost")
+def test_an_image_without_a_free_slot_is_rejected() -> None:
+    engine = BlockingEngine()
 
-    async def work(house: House) -> list[list[Answer | BaseException]]:
-        first = await outcomes(house, 20)
-        failing.clear()
-        return [first, await outcomes(house, 20)]
+    async def work(harness: Harness) -> Results:
+        admitted = asyncio.create_task(harness.classify_all(images(4)))
+        await harness.taken(4)
+        with pytest.raises(errors.OverloadedError, match="all slots are in use"):
+            await harness.classify()
+        engine.release.set()
+        return await admitted
 
-    failing = [True]
-    first, second = with_house(work, Scripted(fail))
-    assert all(isinstance(each, errors.EngineFailedError) for each in first)
-    assert all("device lost" not in str(each) for each in first), "what went wrong inside is for the log"
-    assert all(isinstance(each, Answer) for each in second)
-    assert caplog.text.count("RuntimeError: device lost") == 1, "logged once an outage, not once a batch"
+    assert all_succeeded(run_dispatcher(work, engine, slots=4))
 
 
-def test_logits_that_are_not_numbers_are_a_failure() -> None:
-    engine = Scripted()
-    nothing = np.full((1, 3), np.nan, np.float32)
-    engine.run = lambda stream, pixels: Outputs(np.repeat(nothing, len(pixels), 0), nothing)  # type: ignore[method-assign]
-    assert all(
-        isinstance(each, errors.EngineFailedError) for each in with_house(lambda house: outcomes(house, 5), engine)
-    )
+def test_an_admitted_image_waits_for_a_slot() -> None:
+    engine = BlockingEngine()
+
+    async def work(harness: Harness) -> tuple[ImageResult, Results]:
+        first = asyncio.create_task(harness.classify_all(images(4)))
+        await harness.taken(4)
+        with pytest.raises(errors.DeadlineExceededError, match="before a slot was free"):
+            await harness.dispatcher.classify(IMAGE, time.monotonic() - 1, 5, admitted=True)
+        deadline = time.monotonic() + 30
+        second = asyncio.create_task(harness.dispatcher.classify(IMAGE, deadline, 5, admitted=True))
+        await asyncio.sleep(0)  # starts the task, which then waits
+        engine.release.set()
+        return await second, await first
+
+    result, others = run_dispatcher(work, engine, slots=4)
+    assert isinstance(result, ImageResult)
+    assert all_succeeded(others)
 
 
-def test_a_caller_whose_deadline_passes_is_told_so_while_the_engine_hangs() -> None:
-    release, running = threading.Event(), threading.Event()
+def test_a_disconnect_frees_the_slot_before_the_image_runs() -> None:
+    engine = BlockingEngine()
 
-    async def work(house: House) -> list[Answer | BaseException]:
-        hung = asyncio.create_task(outcomes(house, 1))
-        await asyncio.to_thread(running.wait)
-        late = await outcomes(house, 3, timeout_seconds=0.2)
-        release.set()
-        return [*late, *await hung]
+    async def work(harness: Harness) -> ImageResult:
+        first = harness.classify()
+        await asyncio.to_thread(engine.running.wait)
+        cancelled = asyncio.create_task(harness.classify_all(images(20)))
+        await harness.waiting(20)
+        cancelled.cancel()
+        await harness.taken(1)
+        engine.release.set()
+        return await first
 
-    *late, hung = with_house(work, Scripted(lambda: (running.set(), release.wait())))
-    assert all(isinstance(each, errors.DeadlineExceededError) for each in late)
-    assert isinstance(hung, Answer)
-
-
-def test_what_cannot_be_in_time_is_refused_before_it_is_decoded() -> None:
-    async def work(house: House) -> None:
-        with pytest.raises(errors.OverloadedError, match="leaves no room before its deadline") as rejected:
-            await house.dispatcher.classify(b"never looked at", time.monotonic() + 1.0, 5)
-        assert 8 < rejected.value.retry_after_seconds < 10
-        assert rejected.value.headers() == {"Retry-After": "10"}
-
-    with_house(work, Scripted(), seconds=2.0)
+    assert isinstance(run_dispatcher(work, engine), ImageResult)
+    assert engine.sizes == [1], "cancelled images do not run"
 
 
-def test_a_front_that_stood_still_once_admits_again_and_learns_better() -> None:
-    async def work(house: House) -> list[Answer | BaseException]:
-        house.dispatcher._return_seconds = 1e6  # as if an answer had lain unread for weeks
-        return await outcomes(house, 60)
+class BlockingDecoder:
+    """Sets ``decoding`` when decoding starts, and blocks until ``release`` is set."""
 
-    assert all(isinstance(each, Answer) for each in with_house(work, Scripted()))
+    def __init__(self, decoder: ImageDecoder) -> None:
+        self.decoder, self.decoding, self.release = decoder, threading.Event(), threading.Event()
 
-
-def test_an_engines_successor_may_be_connected_before_its_end_is_read() -> None:
-    async def work(house: House) -> list[Answer | BaseException]:
-        house.dispatcher.slot_table.publish(0, Scheduler(dict.fromkeys(range(1, 5), 0.001)))
-        first = house.connection()
-        asked = asyncio.create_task(outcomes(house, 6))
-        while house.dispatcher.slot_table.count(memory_layout.WAITING) < 6:
-            await asyncio.sleep(0)
-        first.close()
-        house.start(Scripted(), 0.001)  # before the event loop has had a turn to read the end
-        return [*await asked, *await outcomes(house, 6)]
-
-    found = with_house(work)
-    assert len(found) == 12
-    assert all(isinstance(each, Answer) for each in found)
+    def decode(self, encoded: bytes | memoryview) -> Pixels:
+        self.decoding.set()
+        assert self.release.wait(60)
+        return self.decoder.decode(encoded)
 
 
-def test_without_a_free_slot_an_image_is_refused() -> None:
-    release = threading.Event()
+def test_a_disconnect_during_decoding_frees_the_slot() -> None:
+    engine = FakeEngine()
 
-    async def work(house: House) -> list[Answer | BaseException]:
-        held = asyncio.create_task(outcomes(house, 4))
-        while house.taken < 4:
-            await asyncio.sleep(0)
-        with pytest.raises(errors.OverloadedError, match="every slot is taken"):
-            await house.dispatcher.classify(IMAGE, time.monotonic() + 30, 5)
-        release.set()
-        return await held
+    async def work(harness: Harness) -> None:
+        decoder = harness.dispatcher.decoder = BlockingDecoder(harness.dispatcher.decoder)
+        task = harness.classify()
+        await asyncio.to_thread(decoder.decoding.wait)
+        task.cancel()
+        await asyncio.wait([task])
+        decoder.release.set()
+        await harness.taken(0)
 
-    assert all(isinstance(each, Answer) for each in with_house(work, Scripted(release.wait), slots=4))
-
-
-def test_a_caller_who_leaves_frees_the_place_before_a_batch_is_formed() -> None:
-    release, running = threading.Event(), threading.Event()
-    engine = Scripted(lambda: (running.set(), release.wait()))
-
-    async def work(house: House) -> None:
-        first = asyncio.create_task(house.dispatcher.classify(IMAGE, time.monotonic() + 30, 5))
-        await asyncio.to_thread(running.wait)
-        leaving = asyncio.create_task(outcomes(house, 20))
-        while house.dispatcher.slot_table.count(memory_layout.WAITING) < 20:
-            await asyncio.sleep(0)
-        leaving.cancel()
-        while house.taken > 1:
-            await asyncio.sleep(0)
-        release.set()
-        assert isinstance(await first, Answer)
-
-    with_house(work, engine)
-    assert engine.sizes == [1], "nobody ran those that nobody waits for"
+    run_dispatcher(work, engine)
+    assert engine.sizes == []
 
 
-def test_a_replaced_model_answers_what_it_admitted_and_refuses_what_comes() -> None:
-    release = threading.Event()
+def test_a_replaced_model_finishes_its_images_and_takes_no_others() -> None:
+    engine = BlockingEngine()
 
-    async def work(house: House) -> list[Answer | BaseException]:
-        admitted = asyncio.create_task(outcomes(house, 30))
-        while house.taken < 30:
-            await asyncio.sleep(0)
-        house.dispatcher.retire()
+    async def work(harness: Harness) -> Results:
+        admitted = asyncio.create_task(harness.classify_all(images(30)))
+        await harness.taken(30)
+        harness.dispatcher.retire()
         with pytest.raises(ModelReplacedError):
-            await house.dispatcher.classify(IMAGE, time.monotonic() + 30, 5)
-        release.set()
+            await harness.classify()
+        engine.release.set()
         return await admitted
 
-    assert all(isinstance(each, Answer) for each in with_house(work, Scripted(release.wait)))
+    assert all_succeeded(run_dispatcher(work, engine))
 
 
-def test_a_replaced_model_that_dies_hands_its_images_on() -> None:
-    async def work(house: House) -> list[Answer | BaseException]:
-        engine = house.connection()
-        admitted = asyncio.create_task(outcomes(house, 5))
-        while house.dispatcher.slot_table.count(memory_layout.WAITING) < 5:
-            await asyncio.sleep(0)
-        house.dispatcher.retire()
-        engine.close()
+def test_a_replaced_model_whose_engine_crashes_returns_its_images() -> None:
+    async def work(harness: Harness) -> Results:
+        endpoint = harness.connect()
+        admitted = asyncio.create_task(harness.classify_all(images(5)))
+        await harness.waiting(5)
+        harness.dispatcher.retire()
+        endpoint.close()
         return await admitted
 
-    assert [type(each) for each in with_house(work)] == [ModelReplacedError] * 5
+    assert [type(result) for result in run_dispatcher(work)] == [ModelReplacedError] * 5
 
 
-def test_what_a_dead_engine_left_is_run_by_the_next() -> None:
-    """The first engine is a socket that the test holds: it takes in ten, marks two as running, answers one, and dies."""
+def test_images_go_to_the_engine_that_finishes_them_first() -> None:
+    """Engine 0 needs a second for a batch, so the ten batches of engine 1 finish before its first one."""
 
-    async def work(house: House) -> list[Answer | BaseException]:
-        house.dispatcher.slot_table.publish(0, Scheduler(dict.fromkeys(range(1, 5), 0.001)))
-        first = house.connection()
-        asked = asyncio.create_task(outcomes(house, 10))
-        while house.dispatcher.slot_table.count(memory_layout.WAITING) < 10:
-            await asyncio.sleep(0)
-        sent = [wire_format.unpack_submissions(first.recv(wire_format.MAX_BYTES))[1][0] for _ in range(10)]
-        assert {each.ask for each in sent} == {wire_format.ASK}
-        house.dispatcher.slot_table.states[sent[0].slot] = house.dispatcher.slot_table.states[sent[1].slot] = (
-            memory_layout.RUNNING
-        )
-        (message,) = wire_format.pack_answers(
-            EPOCH, [wire_format.Answer(sent[2].slot, wire_format.FAILED, sent[2].sequence)]
-        )
-        first.send(message)
-        first.close()
-        while house.dispatcher.reachable:
-            await asyncio.sleep(0)
-        second = house.connection()
-        again = [wire_format.unpack_submissions(second.recv(wire_format.MAX_BYTES))[1][0] for _ in range(9)]
-        asks = {each.sequence: each.ask for each in again}
-        suspects = {sent[0].sequence, sent[1].sequence}
-        assert asks == {
-            each.sequence: wire_format.ALONE if each.sequence in suspects else wire_format.AGAIN
-            for each in sent
-            if each.sequence != sent[2].sequence
-        }
-        house.dispatcher.slot_table.states[sent[0].slot] = memory_layout.RUNNING
-        second.close()
-        while house.dispatcher.reachable:
-            await asyncio.sleep(0)
-        house.start(Scripted(), 0.001)
-        return await asked
+    async def work(harness: Harness) -> Results:
+        table = harness.slot_table
 
-    found = with_house(work)
-    failed = [each for each in found if isinstance(each, errors.EngineFailedError)]
-    assert sorted(str(each) for each in failed) == [
-        "2 engines died while they ran this image",
-        "the engine failed while it ran this image",
-    ]
-    assert sum(isinstance(each, Answer) for each in found) == 8
+        def assigned() -> Counter[int]:
+            pairs = zip(table.engines, table.states, strict=True)
+            return Counter(engine for engine, state in pairs if state == WAITING)
 
+        table.publish(0, Scheduler(dict.fromkeys(range(1, 5), 1.0)))
+        table.publish(1, Scheduler(FAST))
+        endpoints = [harness.connect(0), harness.connect(1)]
+        results = asyncio.create_task(harness.classify_all(images(40)))
+        await harness.waiting(40)
+        assert assigned() == {1: 40}
+        busy = Scheduler(FAST)
+        busy.free_at = [time.monotonic() + 10]
+        table.publish(1, busy)
+        another = harness.classify()
+        await harness.waiting(41)
+        assert assigned() == {0: 1, 1: 40}
+        for endpoint in endpoints:
+            endpoint.close()
+        await harness.unreachable()
+        harness.start(FakeEngine())
+        return [await another, *await results]
 
-def test_work_goes_to_the_engine_that_will_have_it_done_first() -> None:
-    async def work(house: House) -> tuple[list[Answer | BaseException], int]:
-        other = Scripted()
-        house.start(other, 0.001, index=1)
-        return await outcomes(house, 40), sum(other.sizes)
-
-    slow = Scripted(lambda: time.sleep(0.02))
-    found, by_the_other = with_house(work, slow, seconds=0.02)
-    assert all(isinstance(each, Answer) for each in found)
-    assert by_the_other > sum(slow.sizes)
-
-
-def test_stale_messages_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    async def work(house: House) -> Answer:
-        house.dispatcher.slot_table.publish(0, Scheduler(dict.fromkeys(range(1, 5), 0.001)))
-        engine = house.connection()
-        asked = asyncio.create_task(house.dispatcher.classify(IMAGE, time.monotonic() + 30, 5))
-        while house.dispatcher.slot_table.count(memory_layout.WAITING) < 1:
-            await asyncio.sleep(0)
-        (submission,) = wire_format.unpack_submissions(engine.recv(wire_format.MAX_BYTES))[1]
-        right = wire_format.Answer(submission.slot, wire_format.DONE, submission.sequence)
-        for incarnation, answer in (
-            (EPOCH - 1, right),
-            (EPOCH, right._replace(sequence=submission.sequence - 1)),
-            (EPOCH, right),
-            (EPOCH, right),
-        ):
-            (message,) = wire_format.pack_answers(incarnation, [answer])
-            engine.send(message)
-        answer = await asked
-        while "which is not there; it is dropped" not in caplog.text.partition("which is not there; it is dropped")[2]:
-            await asyncio.sleep(0)
-        engine.close()
-        return answer
-
-    assert isinstance(with_house(work), Answer)
-    assert f"engine 0, epoch {EPOCH}, sent a message of epoch {EPOCH - 1}; it is dropped" in caplog.text
-
-
-def test_warming_up_runs_every_batch_size() -> None:
-    engine = Scripted()
-    seconds = warm_up(engine, 16, patience_seconds=60)
-    assert set(engine.sizes) == set(seconds) == {1, 2, 3, 4}
-    assert all(each > 0 for each in seconds.values())
-
-
-def test_warming_up_a_slow_engine_measures_powers_of_two_and_the_largest_and_draws_lines_between() -> None:
-    engine = Scripted()
-    engine.max_batch = 7
-    seconds = warm_up(engine, 16, patience_seconds=0)
-    assert set(engine.sizes) == {1, 2, 4, 7}
-    assert list(seconds) == [1, 2, 3, 4, 5, 6, 7]
-    assert seconds[3] == pytest.approx((seconds[2] + seconds[4]) / 2)
-    assert seconds[5] == pytest.approx(seconds[4] + (seconds[7] - seconds[4]) / 3)
+    assert all_succeeded(run_dispatcher(work))

@@ -1,4 +1,7 @@
-"""A real service in light load and at three times what it can do, while a real Prometheus watches: the signal, and what is made of it."""
+"""A real server under light load and at three times its capacity, scraped by a real Prometheus.
+
+Checks the saturation, and every rule, panel and autoscaler query that uses the metrics.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +32,16 @@ from vitserve.service.engine_worker.tuning_cache import TuningResult, save_tunin
 from vitserve.service.settings import DEFAULT_BUNDLE
 
 IMAGE = encoded(random_image(120, 90), "JPEG")
-WELL_ABOVE = 2.0
-SEEN = 1.5  # by Prometheus, which looks seldom
-FROM_TARGETS = {"job", "instance", "namespace", "pod"}  # labels that Prometheus gives
+OVERLOADED = 2.0
+OVERLOADED_SCRAPED = 1.5  # as Prometheus must see it at one of its scrapes
+TARGET_LABELS = {"job", "instance", "namespace", "pod"}  # added by Prometheus
 
 
 @dataclass
-class Seen:
-    """What /metrics said of the saturation in either load, and all that it said in the end."""
-
-    light: float
-    overloaded: float
-    exposition: str
+class Observation:
+    light: float  # saturation under light load
+    overloaded: float  # saturation under overload
+    exposition: str  # /metrics under overload
     prometheus: Prometheus | None
 
 
@@ -54,8 +55,8 @@ def value(exposition: str, name: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
-    """The model that comes along, and two HTTP workers. The engine that was found to be the fastest is damaged, so that a rejected one is to be seen as well."""
+def observation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observation]:
+    """Of the default model with two HTTP workers. The preferred engine is damaged, so that one engine is rejected."""
     directory = tmp_path_factory.mktemp("saturation")
     bundle = shutil.copytree(DEFAULT_BUNDLE, directory / "bundle")
     with contextlib.ExitStack() as stack:
@@ -75,27 +76,27 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
 
 @contextlib.asynccontextmanager
 async def offered(caller: Caller, rate: float, timeout_ms: int) -> AsyncIterator[None]:
-    """So many images a second meanwhile, whatever becomes of them. Afterwards all have been answered."""
-    chance, replies, enough = random.Random(0), [], asyncio.Event()
+    """Sends ``rate`` images per second inside the ``with`` block, and waits for all responses afterwards."""
+    generator, replies, stop = random.Random(0), [], asyncio.Event()
 
     async def offer() -> None:
         due = asyncio.get_running_loop().time()
-        while not enough.is_set():
-            due += chance.expovariate(rate)
+        while not stop.is_set():
+            due += generator.expovariate(rate)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(enough.wait(), max(0.0, due - asyncio.get_running_loop().time()))
+                await asyncio.wait_for(stop.wait(), max(0.0, due - asyncio.get_running_loop().time()))
             replies.append(asyncio.create_task(caller.post(timeout_ms)))
 
     offering = asyncio.create_task(offer())
     try:
         yield
     finally:
-        enough.set()
+        stop.set()
         await offering
         await asyncio.gather(*replies)
 
 
-async def observe(target: str, watching: Prometheus | None) -> Seen:
+async def observe(target: str, watching: Prometheus | None) -> Observation:
     host, port = target.split(":")
     caller = Caller(Client(host, int(port)), Picture(IMAGE, "image/jpeg"))
 
@@ -105,60 +106,61 @@ async def observe(target: str, watching: Prometheus | None) -> Seen:
             await asyncio.sleep(after_seconds)
             return (await reader.get("/metrics")).text
 
-        last, able = "", await caller.capacity(1)
-        async with offered(caller, able / 5, 10_000):
+        last, capacity = "", await caller.capacity(1)
+        async with offered(caller, capacity / 5, 10_000):
             light = overloaded = value(await exposition(after_seconds=2), "vitserve_saturation")
         for _ in range(6):
-            able = await caller.capacity(1)  # again: what a machine that others use too can do changes
-            async with offered(caller, 3 * able, 500):
+            capacity = await caller.capacity(1)  # measured again, because other processes use the machine too
+            async with offered(caller, 3 * capacity, 500):
                 for _ in range(50):
                     overloaded = value(await exposition(after_seconds=0.2), "vitserve_saturation")
-                    if overloaded >= WELL_ABOVE:
+                    if overloaded >= OVERLOADED:
                         if watching is not None:
-                            watching.at = await asyncio.to_thread(watched, watching)
+                            watching.at = await asyncio.to_thread(time_of_overload, watching)
                         last = await exposition()
                         break
-            if overloaded >= WELL_ABOVE:
+            if overloaded >= OVERLOADED:
                 break
     caller.client.close()
-    return Seen(light, overloaded, last, watching)
+    return Observation(light, overloaded, last, watching)
 
 
-def watched(watching: Prometheus) -> float:
-    """A moment at which every rule had been evaluated and overload had been seen."""
+def time_of_overload(watching: Prometheus) -> float:
+    """A time at which every rule has been evaluated and overload has been scraped."""
     for expression in [
         *(rule["record"] for rule in rules("record")),
-        f"job:vitserve_saturation:avg >= {SEEN}",
-        f"vitserve_saturation >= {SEEN}",
+        f"job:vitserve_saturation:avg >= {OVERLOADED_SCRAPED}",
+        f"vitserve_saturation >= {OVERLOADED_SCRAPED}",
     ]:
         watching.wait_for(expression)
     return float(watching.ask("query", query="time()")["result"][1])
 
 
-def test_saturation_is_far_below_one_in_light_load_and_well_above_in_overload(seen: Seen) -> None:
-    assert 0 < seen.light < 0.5
-    assert seen.overloaded >= WELL_ABOVE
-    assert value(seen.exposition, "vitserve_images_shed_total") > 0
+def test_saturation_separates_light_load_from_overload(observation: Observation) -> None:
+    assert 0 < observation.light < 0.5
+    assert observation.overloaded >= OVERLOADED
+    assert value(observation.exposition, "vitserve_images_shed_total") > 0
 
 
-def test_the_lint_of_prometheus_has_nothing_to_say_of_the_exposition(seen: Seen) -> None:
+def test_promtool_accepts_the_exposition(observation: Observation) -> None:
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
     done = subprocess.run(
-        ["promtool", "check", "metrics"], input=seen.exposition, capture_output=True, text=True, check=False
+        ["promtool", "check", "metrics"], input=observation.exposition, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_every_metric_explains_itself(seen: Seen) -> None:
-    for family in text_string_to_metric_families(seen.exposition):
+def test_every_metric_has_a_help_text(observation: Observation) -> None:
+    for family in text_string_to_metric_families(observation.exposition):
         assert re.fullmatch(r"[A-Z0-9].{10,}\.", family.documentation), f"{family.name}: {family.documentation!r}"
 
 
 # -- names
 
 
-def places() -> Iterator[tuple[str, str]]:
+def queries_and_documents() -> Iterator[tuple[str, str]]:
+    """All texts that name metrics, each with its place."""
     for rule in [*rules("record"), *rules("alert")]:
         yield rule.get("record") or rule["alert"], rule["expr"]
     for panel in panels():
@@ -172,102 +174,102 @@ def places() -> Iterator[tuple[str, str]]:
         yield str(path.relative_to(ROOT)), path.read_text()
 
 
-def test_every_name_and_label_that_is_asked_for_is_exposed(seen: Seen) -> None:
+def test_every_queried_metric_and_label_exists(observation: Observation) -> None:
     exposed: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(seen.exposition):
+    for family in text_string_to_metric_families(observation.exposition):
         for sample in family.samples:
             exposed.setdefault(sample.name, set()).update(sample.labels)
     exposed |= {rule["record"]: grouped_by(rule["expr"]) for rule in rules("record")}
-    for place, text in places():
-        # test_gpu_gauges.py looks at those of GPUs: here there is no device.
+    for place, text in queries_and_documents():
+        # test_gpu_gauges.py checks the metrics of GPUs.
         wanted = [(name, labels) for name, labels in selectors(text) if not name.startswith("vitserve_gpu_")]
         for name, labels in wanted:
-            assert name in exposed, f"{place} asks for {name}, which nobody exposes"
-            assert labels <= exposed[name] | FROM_TARGETS, f"{place} asks for {name} by {labels}"
-        asked = {label for name, _ in wanted for label in exposed[name]}
+            assert name in exposed, f"{place} queries {name}, which does not exist"
+            assert labels <= exposed[name] | TARGET_LABELS, f"{place} queries {name} by {labels}"
+        existing = {label for name, _ in wanted for label in exposed[name]}
         if not place.endswith((".yaml", ".yml", ".md")):
-            assert grouped_by(text) <= asked | FROM_TARGETS, place
+            assert grouped_by(text) <= existing | TARGET_LABELS, place
 
 
-def test_every_counter_of_the_code_is_watched(seen: Seen) -> None:
-    """What nobody looks at need not be counted."""
-    looked_at = {
-        name for place, text in places() if not place.endswith((".md", ".yaml", ".yml")) for name, _ in selectors(text)
+def test_every_metric_is_used(observation: Observation) -> None:
+    """By a rule, an alert or a panel. Metrics without a use are not collected."""
+    used = {
+        name
+        for place, text in queries_and_documents()
+        if not place.endswith((".md", ".yaml", ".yml"))
+        for name, _ in selectors(text)
     }
-    for family in text_string_to_metric_families(seen.exposition):
-        assert {family.name, *(sample.name for sample in family.samples)} & looked_at, family.name
+    for family in text_string_to_metric_families(observation.exposition):
+        assert {family.name, *(sample.name for sample in family.samples)} & used, family.name
 
 
-# -- what Prometheus makes of it
+# -- rules, panels and autoscalers in Prometheus
 
 
 @pytest.fixture
-def watching(seen: Seen) -> Prometheus:
-    if seen.prometheus is None:
+def watching(observation: Observation) -> Prometheus:
+    if observation.prometheus is None:
         pytest.skip("prometheus is not installed (Debian: prometheus)")
-    return seen.prometheus
+    return observation.prometheus
 
 
-def test_prometheus_sees_the_same_saturation(seen: Seen, watching: Prometheus) -> None:
-    assert min(watching.query("vitserve_saturation")) >= SEEN
+def test_prometheus_records_the_saturation(observation: Observation, watching: Prometheus) -> None:
+    assert min(watching.query("vitserve_saturation")) >= OVERLOADED_SCRAPED
     assert watching.query("min_over_time(up[1m])") == [1.0]
-    (asked, average) = (watching.query(f"job:vitserve_saturation:{how}") for how in ("sum", "avg"))
-    assert asked == average, "of one replica"
+    total, average = (watching.query(f"job:vitserve_saturation:{how}") for how in ("sum", "avg"))
+    assert total == average, "there is one replica"
 
 
-def test_the_counters_say_the_same_as_the_gauge(watching: Prometheus) -> None:
-    """Over the same ten seconds, roughly: the gauge looks back with decreasing weight."""
-    (counted,) = watching.query(
-        'max(rate(vitserve_offered_load_seconds_total{stage="inference"}[10s]) / on (instance, stage) vitserve_stage_capacity)'
-    )
+def test_the_counters_agree_with_the_gauge(watching: Prometheus) -> None:
+    """Roughly, because the gauge is an exponentially weighted average."""
+    offered = 'rate(vitserve_offered_load_seconds_total{stage="inference"}[10s])'
+    (counted,) = watching.query(f"max({offered} / on (instance, stage) vitserve_stage_capacity)")
     (gauge,) = watching.query("vitserve_saturation")
     assert gauge / 3 < counted < gauge * 3
 
 
 @pytest.mark.parametrize("panel", panels(), ids=lambda panel: f"{panel.dashboard}-{panel.title}")
-def test_every_panel_shows_something_or_says_when_it_is_empty(watching: Prometheus, panel: Panel) -> None:
-    found = watching.query(panel.query)
-    assert found or "Empty" in panel.description, panel.query
-    assert all(not math.isnan(each) for each in found), panel.query
+def test_every_panel_has_data_or_explains_when_it_is_empty(watching: Prometheus, panel: Panel) -> None:
+    values = watching.query(panel.query)
+    assert values or "Empty" in panel.description, panel.query
+    assert not any(map(math.isnan, values)), panel.query
 
 
 @pytest.mark.parametrize("rule", rules("record"), ids=lambda rule: rule["record"])
-def test_every_recording_rule_gives_a_number(watching: Prometheus, rule: dict[str, str]) -> None:
-    (found,) = watching.query(f"count({rule['record']} >= 0)")
-    assert found >= 1
+def test_every_recording_rule_has_a_value(watching: Prometheus, rule: dict[str, str]) -> None:
+    (series,) = watching.query(f"count({rule['record']} >= 0)")
+    assert series >= 1
 
 
 @pytest.mark.parametrize("rule", rules("alert"), ids=lambda rule: rule["alert"])
-def test_every_alert_looks_at_something(watching: Prometheus, rule: dict[str, str]) -> None:
-    """Golden gate: at nothing, as long as none fails, and alerts.test.yml shows the rest."""
-    found = watching.query(as_truth(rule["expr"]))
-    assert found or 'cause="golden_check"' in rule["expr"], as_truth(rule["expr"])
+def test_every_alert_matches_a_metric(watching: Prometheus, rule: dict[str, str]) -> None:
+    """Except the one for failed golden checks, whose series exists only after a failure: see alerts.test.yml."""
+    series = watching.query(as_truth(rule["expr"]))
+    assert series or 'cause="golden_check"' in rule["expr"], as_truth(rule["expr"])
 
 
-def test_prometheus_evaluates_every_rule_without_an_error(watching: Prometheus) -> None:
+def test_every_rule_is_evaluated_without_an_error(watching: Prometheus) -> None:
     evaluated = [rule for group in watching.ask("rules")["groups"] for rule in group["rules"]]
     assert {rule["health"] for rule in evaluated} == {"ok"}
     assert len(evaluated) == len(rules("record")) + len(rules("alert"))
 
 
-# The others are up to how punctual a machine is that others use too.
-CERTAIN = {rule["alert"] for rule in rules("alert")} - {
+# The other alerts depend on the load that other processes put on the machine.
+DETERMINISTIC = {rule["alert"] for rule in rules("alert")} - {
     "VitserveErrorBudgetBurnsFast",
     "VitserveErrorBudgetBurnsSlowly",
     "VitserveQueueLong",
 }
 
 
-@pytest.mark.parametrize("alert", sorted(CERTAIN))
-def test_overload_and_a_damaged_engine_are_about_to_raise_what_they_should_and_no_more(
-    watching: Prometheus, alert: str
-) -> None:
-    """They hold for minutes before they fire; meanwhile they are pending."""
-    raised = watching.query(f'count(ALERTS{{alertname="{alert}"}})') != []
-    assert raised == (alert in {"VitserveSaturated", "VitserveSheds", "VitserveFallbackEngine"})
+@pytest.mark.parametrize("alert", sorted(DETERMINISTIC))
+def test_exactly_the_expected_alerts_are_pending(watching: Prometheus, alert: str) -> None:
+    """Overload and a rejected engine. The alerts are pending for minutes before they fire."""
+    pending = watching.query(f'count(ALERTS{{alertname="{alert}"}})') != []
+    assert pending == (alert in {"VitserveSaturated", "VitserveSheds", "VitserveFallbackEngine"})
 
 
-def test_what_the_autoscalers_ask_gives_the_number_of_replicas(watching: Prometheus) -> None:
+def test_the_autoscalers_get_the_number_of_replicas(watching: Prometheus) -> None:
     (trigger,) = read(COMPONENTS / "keda" / "scaledobject.yaml")["spec"]["triggers"]
     (rule,) = read(COMPONENTS / "hpa" / "adapter.yaml")["rules"]["custom"]
     adapted = (
@@ -276,6 +278,6 @@ def test_what_the_autoscalers_ask_gives_the_number_of_replicas(watching: Prometh
         .replace("<<.LabelMatchers>>", 'job="vitserve"')
         .replace("<<.GroupBy>>", "pod")
     )
-    (asked,), (of_pod,) = watching.query(trigger["metadata"]["query"]), watching.query(adapted)
-    assert asked == of_pod, "of one replica"
-    assert math.ceil(asked / float(trigger["metadata"]["threshold"])) >= 3
+    (total,), (of_pod,) = watching.query(trigger["metadata"]["query"]), watching.query(adapted)
+    assert total == of_pod, "there is one replica"
+    assert math.ceil(total / float(trigger["metadata"]["threshold"])) >= 3

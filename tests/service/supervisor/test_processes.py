@@ -184,8 +184,8 @@ def test_an_image_that_was_in_flight_in_two_crashes_is_answered_500_and_reported
         asking.join(60)
         assert answers[0].status_code == 500
         assert answers[0].json()["code"] == "engine_failed"
-        assert "2 engines died while they ran this image" in answers[0].json()["detail"]
-        running.wait_for(r"image \d+ was being run by 2 engines that died; it is not run again")
+        assert "2 engine workers crashed while running this image" in answers[0].json()["detail"]
+        running.wait_for(r"image \d+ was running in 2 engine crashes; not retrying it")
         running.wait_for(r"(?s)(vitserve.http_worker: ready.*){3}")
         assert classify(client, encoded(random_image())).status_code == 200
         assert metric(client, "vitserve_images_total", outcome="engine_failed") == 1
@@ -204,19 +204,19 @@ from vitserve.service.engines.engine import DeviceLost
 from vitserve.service.metrics import Metrics
 from vitserve.service.ipc.shared_memory import Ring
 from vitserve.service.ipc.slots import Slots
-from tests.service.http_worker.test_dispatcher import SERVED, Scripted
+from tests.support.dispatching import MODEL_INFO, FakeEngine
 logging.basicConfig()
 def act():
     %s
-memory = memory_layout.create(memory_layout.Shape(1, 8, 1, 1, 4, 16, 3, 3), SERVED.to_json())
-process = EngineProcess(Scripted(act), Ring(memory), 0, 7, dict.fromkeys(range(1, 5), 0.001), Metrics(CollectorRegistry()), hang_seconds=0.2)
+memory = memory_layout.create(memory_layout.Shape(1, 8, 1, 1, 4, 16, 3), MODEL_INFO.to_json())
+process = EngineProcess(FakeEngine(act), Ring(memory), 0, 7, dict.fromkeys(range(1, 5), 0.001), Metrics(CollectorRegistry()), hang_seconds=0.2)
 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 link, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 Channel(ours).send({"kind": "connect", "HTTP worker": 0, "epoch": 1}, [its.fileno()])
 slots = Slots(Ring(memory), 0, 1)
 ticket = slots.take(time.monotonic() + 60, 5)
 slots.submit(ticket, 0)
-link.send(wire_format.pack_submission(1, wire_format.Submission(ticket.slot, wire_format.ASK, 5, ticket.sequence, ticket.deadline)))
+link.send(wire_format.pack_submission(1, wire_format.Submission(ticket.slot, wire_format.SUBMIT, 5, ticket.sequence, ticket.deadline)))
 process.run(Channel(theirs))
 """
 

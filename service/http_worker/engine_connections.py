@@ -1,0 +1,125 @@
+"""The connections of one HTTP worker to the engine workers of one model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from vitserve.service.ipc import wire_format
+from vitserve.service.ipc.connection import Connection
+from vitserve.service.ipc.shared_memory import SlotTable, sort_key
+from vitserve.service.ipc.slots import Ticket
+
+log = logging.getLogger(__name__)
+
+Message = tuple[Connection, Ticket, int]  # a ticket to send, the connection to send it on, and the action
+
+# Messages are sent after the dispatcher's lock has been released, because sending releases the interpreter lock: other
+# threads would wait for both. If the engine worker has exited by then, the connection is closed and drops the message,
+# and the dispatcher has already reclaimed the image.
+
+
+@dataclass
+class EngineConnections:
+    """The dispatcher's lock guards ``connections`` and the times of lost connections.
+
+    Sockets are read and flushed on the event loop. send() may be called on any thread.
+    """
+
+    slot_table: SlotTable
+    incarnation: int  # of the HTTP worker
+    loop: asyncio.AbstractEventLoop
+    on_completion: Callable[[wire_format.Completion], None]
+    on_lost: Callable[[int, Connection], None]
+    connections: dict[int, Connection] = field(default_factory=dict, init=False)
+    _lost_at: dict[int, float] = field(default_factory=dict, init=False)  # by engine worker that is not back yet
+
+    def open(self, engine: int, incarnation: int, endpoint: socket.socket) -> Connection:
+        return Connection(endpoint, engine, incarnation, self._flush_later)
+
+    # -- with the lock held
+
+    def add(self, connection: Connection) -> None:
+        self.connections[connection.peer] = connection
+        self._lost_at.pop(connection.peer, None)
+
+    def lose(self, engine: int) -> None:
+        """Closes the connection, and expects the engine worker to be restarted."""
+        self.close(engine)
+        self._lost_at[engine] = time.monotonic()
+
+    def close(self, engine: int) -> None:
+        connection = self.connections.pop(engine)
+        self.loop.remove_reader(connection.fileno())
+        self.loop.remove_writer(connection.fileno())
+        connection.close()
+
+    def available_at(self) -> dict[int, float]:
+        """Candidates for SlotTable.estimate_completion(): all that are connected, or else all that are restarting."""
+        if self.connections:
+            return dict.fromkeys(self.connections, 0.0)
+        return {engine: lost_at + self.slot_table.start_seconds(engine) for engine, lost_at in self._lost_at.items()}
+
+    def earliest(self, ticket: Ticket) -> int:
+        """The connected engine worker that would finish the image first."""
+        if len(self.connections) == 1:
+            return next(iter(self.connections))
+        key = sort_key(ticket.priority, ticket.deadline)
+        return self.slot_table.estimate_completion(key, time.monotonic(), self.available_at()).engine
+
+    # -- without the lock
+
+    def send(self, connection: Connection, ticket: Ticket, action: int) -> None:
+        submission = wire_format.Submission(ticket.slot, action, ticket.priority, ticket.sequence, ticket.deadline)
+        connection.send(wire_format.pack_submission(self.incarnation, submission))
+
+    def send_all(self, messages: Iterable[Message | None]) -> None:
+        for message in messages:
+            if message is not None:
+                self.send(*message)
+
+    # -- on the event loop
+
+    def listen(self, connection: Connection) -> None:
+        self.loop.add_reader(connection.fileno(), self._read, connection)
+
+    def _read(self, connection: Connection) -> None:
+        """Reads one message, which is one batch. The event loop calls again if there are more."""
+        try:
+            message = connection.receive()
+            if message is None:
+                return
+            incarnation, completions = wire_format.unpack_completions(message)
+            if incarnation == connection.peer_incarnation:
+                for completion in completions:
+                    self.on_completion(completion)
+            else:
+                log.error(
+                    "dropped a message of incarnation %d from engine %d, which is connected as incarnation %d",
+                    incarnation,
+                    connection.peer,
+                    connection.peer_incarnation,
+                )
+        except EOFError:
+            self.on_lost(connection.peer, connection)
+        except wire_format.WireFormatError:  # a bug, and the images it affects are unknown
+            log.critical("invalid message from engine %d", connection.peer, exc_info=True)
+            os._exit(os.EX_SOFTWARE)
+
+    def _flush_later(self, connection: Connection) -> None:
+        """On any thread: flushes the connection as soon as its socket is writable."""
+        self.loop.call_soon_threadsafe(self._watch, connection)
+
+    def _watch(self, connection: Connection) -> None:
+        # The connection may have been closed since, and its descriptor may belong to another file.
+        if self.connections.get(connection.peer) is connection:
+            self.loop.add_writer(connection.fileno(), self._flush, connection)
+
+    def _flush(self, connection: Connection) -> None:
+        if connection.flush():
+            self.loop.remove_writer(connection.fileno())

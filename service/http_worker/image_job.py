@@ -1,0 +1,103 @@
+"""One image on its way through an HTTP worker: its job, its outcome, and the time that delivering the outcome takes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from vitserve.model.arrays import Floats, softmax
+from vitserve.service import errors
+from vitserve.service.ipc import wire_format
+from vitserve.service.ipc.slots import MAX_CRASHES, Ticket
+from vitserve.service.scheduler import Rejection, RejectionReason
+
+log = logging.getLogger(__name__)
+
+# Time kept free before a deadline for delivering the result, as a multiple of the average delivery time ...
+_DELIVERY_FACTOR = 2.0
+# ... but at most this share of the client's timeout. A worker that stalled once would otherwise reject every image and
+# never measure a better value.
+_MAX_DELIVERY_SHARE = 0.25
+_NEWEST_WEIGHT = 0.1  # of the newest measurement in the average delivery time
+
+_REJECTION_DETAIL: dict[RejectionReason, str] = {
+    "full": "all slots are in use",
+    "deadline": "the deadline cannot be met, because images admitted earlier have to finish first",
+}
+
+
+class ModelReplacedError(Exception):
+    """The model was replaced and its engine workers have exited. Submit the admitted image to the new model."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    probabilities: Floats  # [classes]
+    decode_seconds: float
+    queue_seconds: float
+    inference_seconds: float
+
+
+Outcome = ImageResult | errors.ServiceError | ModelReplacedError
+
+
+@dataclass(slots=True, eq=False)
+class ImageJob:
+    ticket: Ticket
+    encoded: bytes
+    future: asyncio.Future[ImageResult]
+    received: float  # monotonic seconds
+    admitted: bool  # by an engine worker earlier, so it is not rejected again
+    decoded: bool = False
+    decode_seconds: float = 0.0
+    abandoned: bool = False  # the client disconnected or its deadline passed
+
+    def resolve(self, outcome: Outcome) -> None:
+        """On the event loop. Does nothing if the future is done."""
+        if not self.future.done():
+            if isinstance(outcome, ImageResult):
+                self.future.set_result(outcome)
+            else:
+                self.future.set_exception(outcome)
+
+    def outcome(self, completion: wire_format.Completion, logits: Floats) -> Outcome:
+        if completion.outcome == wire_format.DONE:
+            queue_seconds = max(0.0, completion.started - self.received - self.decode_seconds)
+            return ImageResult(softmax(logits), self.decode_seconds, queue_seconds, completion.seconds)
+        if completion.outcome == wire_format.REJECTED_DEADLINE:
+            return overloaded(Rejection("deadline", completion.retry_after_seconds))
+        if completion.outcome == wire_format.REJECTED_FULL:
+            return overloaded(Rejection("full", completion.retry_after_seconds))
+        if completion.outcome == wire_format.FAILED:
+            return errors.EngineFailedError("the engine failed while running this image")
+        return errors.DeadlineExceededError("the deadline passed while the image was queued")
+
+    def retry_error(self) -> errors.EngineFailedError | None:
+        """Why the image is not retried after its engine worker has exited. None if it is retried."""
+        crashes = self.ticket.crashes
+        if crashes >= MAX_CRASHES:
+            log.error("image %d was running in %d engine crashes; not retrying it", self.ticket.sequence, crashes)
+            return errors.EngineFailedError(f"{crashes} engine workers crashed while running this image")
+        return errors.EngineFailedError("client disconnected") if self.abandoned else None
+
+
+@dataclass
+class DeliveryTime:
+    """Running average of the time from the end of a batch until this HTTP worker handles its results."""
+
+    seconds: float = 0.0
+
+    def record(self, completion: wire_format.Completion) -> None:
+        newest = time.monotonic() - completion.started - completion.seconds
+        self.seconds += _NEWEST_WEIGHT * (newest - self.seconds)
+
+    def engine_deadline(self, deadline: float) -> float:
+        """When the engine worker must finish so that the result is delivered by the deadline."""
+        timeout_seconds = max(0.0, deadline - time.monotonic())
+        return deadline - min(_DELIVERY_FACTOR * self.seconds, _MAX_DELIVERY_SHARE * timeout_seconds)
+
+
+def overloaded(rejection: Rejection) -> errors.OverloadedError:
+    return errors.OverloadedError(_REJECTION_DETAIL[rejection.reason], rejection.reason, rejection.retry_after_seconds)
