@@ -20,7 +20,7 @@ from benchmarks.overload import Caller
 from tests.support.images import encoded, random_image
 from tests.support.paths import ROOT
 from tests.support.prometheus import Prometheus, prometheus
-from tests.support.promql import COMPONENTS, Panel, as_truth, grouped_by, panels, read, rules, selectors
+from tests.support.promql import COMPONENTS, Panel, as_truth, grouped_by, panels, read_yaml, rules, selectors
 from tests.support.server import start_server
 from vitserve.bench.client import Client
 from vitserve.bench.request import Picture
@@ -132,7 +132,7 @@ def watched(watching: Prometheus) -> float:
         f"vitserve_saturation >= {SEEN}",
     ]:
         watching.wait_for(expression)
-    return float(watching.ask("query", query="time()")["result"][1])
+    return float(watching.get("query", query="time()")["result"][1])
 
 
 def test_saturation_is_far_below_one_in_light_load_and_well_above_in_overload(seen: Seen) -> None:
@@ -245,7 +245,7 @@ def test_every_alert_looks_at_something(watching: Prometheus, rule: dict[str, st
 
 
 def test_prometheus_evaluates_every_rule_without_an_error(watching: Prometheus) -> None:
-    evaluated = [rule for group in watching.ask("rules")["groups"] for rule in group["rules"]]
+    evaluated = [rule for group in watching.get("rules")["groups"] for rule in group["rules"]]
     assert {rule["health"] for rule in evaluated} == {"ok"}
     assert len(evaluated) == len(rules("record")) + len(rules("alert"))
 
@@ -264,12 +264,12 @@ def test_overload_and_a_damaged_engine_are_about_to_raise_what_they_should_and_n
 ) -> None:
     """They hold for minutes before they fire; meanwhile they are pending."""
     raised = watching.query(f'count(ALERTS{{alertname="{alert}"}})') != []
-    assert raised == (alert in {"VitserveSaturated", "VitserveSheds", "VitserveFallbackEngine"})
+    assert raised == (alert in {"VitserveSaturated", "VitserveHighRejectionRate", "VitserveFallbackEngine"})
 
 
 def test_what_the_autoscalers_ask_gives_the_number_of_replicas(watching: Prometheus) -> None:
-    (trigger,) = read(COMPONENTS / "keda" / "scaledobject.yaml")["spec"]["triggers"]
-    (rule,) = read(COMPONENTS / "hpa" / "adapter.yaml")["rules"]["custom"]
+    (trigger,) = read_yaml(COMPONENTS / "keda" / "scaledobject.yaml")["spec"]["triggers"]
+    (rule,) = read_yaml(COMPONENTS / "hpa" / "adapter.yaml")["rules"]["custom"]
     adapted = (
         rule["metricsQuery"]
         .replace("<<.Series>>", "vitserve_saturation")
