@@ -30,7 +30,7 @@ Combination = tuple[str, tuple[str, ...]]
 
 
 def combinations() -> list[Combination]:
-    """Every overlay with no component, with each one and with all; one overlay with every pair, as patches may clash."""
+    """Every overlay with no, each and all components; one overlay with every pair, because patches may clash."""
     compatible = tuple(name for name in COMPONENTS if name != "hpa")
     single = [(overlay, (name,)) for overlay in OVERLAYS for name in COMPONENTS]
     pairs = [pair for pair in itertools.combinations(COMPONENTS, 2) if set(pair) != AUTOSCALERS]

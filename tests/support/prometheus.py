@@ -37,7 +37,8 @@ class Prometheus:
 
     def wait_for(self, expression: str) -> None:
         """Return as soon as the result is not empty."""
-        eventually(lambda: self.query(expression), f"a value for {expression}")
+        # Frequent queries would take CPU time from the service under test.
+        eventually(lambda: self.query(expression), f"a value for {expression}", poll_seconds=0.1)
 
 
 @contextmanager
