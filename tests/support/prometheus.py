@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ import httpx
 
 from benchmarks.processes import free_port
 from tests.support.promql import CONFIGURATION
-from tests.support.waiting import eventually
 
 INTERVAL = "2s"  # of scrapes and rule evaluations, instead of 15 s; a scrape may take that long during overload
 
@@ -36,9 +36,11 @@ class Prometheus:
         return [float(series["value"][1]) for series in result]
 
     def wait_for(self, expression: str) -> None:
-        """Return as soon as the result is not empty."""
-        # Frequent queries would take CPU time from the service under test.
-        eventually(lambda: self.query(expression), f"a value for {expression}", poll_seconds=0.1)
+        """Return as soon as the result is not empty. Raises AssertionError after a minute."""
+        deadline = time.monotonic() + 60
+        while not self.query(expression):
+            assert time.monotonic() < deadline, f"no value within a minute for {expression}"
+            time.sleep(0.1)  # not `eventually`: its frequent queries would take CPU time from the service under test
 
 
 @contextmanager

@@ -9,14 +9,12 @@ from collections.abc import Callable
 _POLL_SECONDS = 0.005  # long enough to leave the cores to the processes under test
 
 
-def eventually(
-    condition: Callable[[], object], what: str, timeout_seconds: float = 60.0, poll_seconds: float = _POLL_SECONDS
-) -> None:
+def eventually(condition: Callable[[], object], what: str, timeout_seconds: float = 60.0) -> None:
     """Returns once ``condition`` holds. Raises AssertionError naming ``what`` after the timeout."""
     ends = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < ends, f"not within {timeout_seconds:.0f} s: {what}"
-        time.sleep(poll_seconds)
+        time.sleep(_POLL_SECONDS)
 
 
 async def eventually_async(condition: Callable[[], object], what: str, timeout_seconds: float = 60.0) -> None:
