@@ -1,7 +1,7 @@
 """A client in Python, without dependencies: ``python client.py [--url URL] [--top-k N] IMAGE…``.
 
-It sends several images at a time. If vitserve rejects one because of overload, it waits as long as `Retry-After` says
-and tries again.
+It sends several images at a time. If vitserve rejects an image because of overload, it waits for the time in the
+header `Retry-After` and tries again.
 """
 
 from __future__ import annotations
