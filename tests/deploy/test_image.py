@@ -1,134 +1,107 @@
-"""The image to serve with, built from docker/Dockerfile without a container engine and run as one would: read-only, without root, without capabilities."""
+"""The cpu image: built from docker/Dockerfile and run read-only, without root and without capabilities."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import httpx
+import psutil
 import pytest
 
+from benchmarks.processes import free_port
+from tests.support.container import Config, image_config, mount, remove, run_command
 from tests.support.images import encoded, random_image
 from tests.support.paths import ROOT
 from tests.support.server import Server
 from vitserve import __version__
 
 IMAGE = "localhost/vitserve:cpu"
-MAX_BYTES = 600_000_000
+MAX_BYTES = 430_000_000
 
-pytestmark = pytest.mark.slow
-
-
-def try_run() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docker_try_run", ROOT / "docker" / "try_run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first build downloads the base and every wheel
 
 
 @dataclass
 class Image:
     root: Path
-    said: dict[str, Any]
+    config: Config
 
-    def size(self) -> int:
-        seen = {(each.st_dev, each.st_ino): each.st_size for path in self.root.rglob("*") if (each := path.lstat())}
-        return sum(seen.values())
+    def size_bytes(self) -> int:
+        files = {(file.st_dev, file.st_ino): file.st_size for path in self.root.rglob("*") if (file := path.lstat())}
+        return sum(files.values())
 
 
 @pytest.fixture(scope="module")
 def image() -> Iterator[Image]:
-    built = subprocess.run([ROOT / "docker" / "try-build", "cpu"], capture_output=True, text=True, check=False)
-    if built.returncode == 77:
-        pytest.skip(built.stdout.strip())
-    assert built.returncode == 0, built.stderr[-5000:]
-    runner = try_run()
-    container, root = runner.mounted(IMAGE)
-    yield Image(root, runner.config(IMAGE))
-    runner.remove(container)
+    build = subprocess.run(
+        [ROOT / "tests" / "deploy" / "try-build", "cpu"], capture_output=True, text=True, check=False
+    )
+    if build.returncode == 77:
+        pytest.skip(build.stdout.strip())
+    assert build.returncode == 0, build.stderr[-5000:]
+    container, root = mount(IMAGE)
+    yield Image(root, image_config(IMAGE))
+    remove(container)
 
 
 @dataclass
 class Container(Server):
-    pid: int = 0  # of its pid 1, as this machine counts
+    pid: int = 0  # of the container's process 1, in this machine's numbering
 
-    def inside(self, *command: str) -> subprocess.CompletedProcess[str]:
-        entered = [
-            "nsenter",
-            "--target",
-            str(self.pid),
-            "--mount",
-            "--pid",
-            "--root",
-            "--setuid",
-            "10001",
-            "--setgid",
-            "10001",
-        ]
-        environment = dict(
-            each.split("=", 1) for each in Path(f"/proc/{self.pid}/environ").read_text().rstrip("\0").split("\0")
+    def exec(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command inside the container, as its user and with its environment."""
+        namespaces = ["--mount", "--pid", "--root", "--setuid", "10001", "--setgid", "10001"]
+        return subprocess.run(
+            ["nsenter", "--target", str(self.pid), *namespaces, *command],
+            env=psutil.Process(self.pid).environ(),
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        return subprocess.run([*entered, *command], env=environment, capture_output=True, text=True, check=False)
 
 
 def names(directory: Path) -> set[str]:
-    return {each.name for each in directory.iterdir()}
+    return {path.name for path in directory.iterdir()}
 
 
-def children(pid: int) -> list[int]:
-    """Of a process of one thread, or which it started from its first."""
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
+def child_pids(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 @pytest.fixture
 def container(image: Image) -> Iterator[Container]:
     port = free_port()
-    command = try_run().command(image.root, image.said, [f"VITSERVE_PORT={port}"], [])
+    command = run_command(image.root, image.config, [f"VITSERVE_PORT={port}"], [])
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     running = Container(process, f"http://127.0.0.1:{port}")
-    threading.Thread(target=running.read, daemon=True).start()  # a pipe that nobody reads would stop the service
+    threading.Thread(target=running.read, daemon=True).start()  # a full pipe would block the service
     try:
         running.wait_for("vitserve.http_worker: ready")
-        (running.pid,) = children(process.pid)
+        (running.pid,) = child_pids(process.pid)
         yield running
     finally:
-        for each in children(process.pid) if process.poll() is None else ():
-            os.kill(each, signal.SIGKILL)  # pid 1 of its namespace, whose end is the end of all in it
+        for pid in child_pids(process.pid) if process.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)  # the kernel then kills every process of that namespace
         process.wait()
 
 
-def test_it_is_small_and_holds_what_serving_needs_and_no_more(image: Image) -> None:
-    assert image.size() < MAX_BYTES
+def test_image_is_small_and_holds_only_what_serving_needs(image: Image) -> None:
+    assert image.size_bytes() < MAX_BYTES
     (packages,) = (image.root / "opt" / "vitserve" / "lib").glob("python3*/site-packages")
-    assert {"service", "model", "onnxruntime", "openvino", "PIL"} <= names(packages)
-    assert not names(packages) & {
-        "torch",
-        "onnx",
-        "transformers",
-        "timm",
-        "openvino_telemetry",
-        "pip",
-        "setuptools",
-        "tests",
-    }
+    installed = names(packages)
+    assert {"vitserve", "openvino", "PIL"} <= installed
+    build_only = {"torch", "onnx", "transformers", "timm", "openvino_telemetry", "pip", "setuptools"}
+    assert not installed & build_only
+    assert not installed & {"onnxruntime", "service", "model", "export", "bench", "benchmarks", "tests"}
+    assert not list(packages.glob("openvino/libs/*intel_gpu*"))
     programs = {
         name for directory in ("opt/vitserve/bin", "usr/bin", "usr/local/bin") for name in names(image.root / directory)
     }
@@ -137,40 +110,38 @@ def test_it_is_small_and_holds_what_serving_needs_and_no_more(image: Image) -> N
     assert not (image.root / "src").exists()
 
 
-def test_it_says_what_it_is(image: Image) -> None:
-    labels = image.said["Labels"]
+def test_image_metadata_names_version_user_and_entry_point(image: Image) -> None:
+    labels = image.config["Labels"]
     assert labels["org.opencontainers.image.version"] == __version__
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
-    assert image.said["User"] == "10001:10001"
-    assert image.said["Entrypoint"] == ["dumb-init", "--single-child", "--", "vitserve"]
-    assert list(image.said["Volumes"]) == ["/var/cache/vitserve"]
+    assert image.config["User"] == "10001:10001"
+    assert image.config["Entrypoint"] == ["dumb-init", "--single-child", "--", "vitserve"]
+    assert list(image.config["Volumes"]) == ["/var/cache/vitserve"]
 
 
-def test_it_answers_without_root_on_a_root_that_is_read_only_and_ends_with_status_0(
-    image: Image, container: Container
-) -> None:
-    answer = httpx.post(
+def test_container_serves_without_privileges_and_exits_with_0(image: Image, container: Container) -> None:
+    response = httpx.post(
         f"{container.url}/v1/classify",
         content=encoded(random_image(400, 300), "JPEG"),
         headers={"Content-Type": "image/jpeg"},
         timeout=60,
     )
-    assert answer.status_code == 200
-    assert len(answer.json()["results"][0]["predictions"]) == 5
+    assert response.status_code == 200
+    assert len(response.json()["results"][0]["predictions"]) == 5
     status = Path(f"/proc/{container.pid}/status").read_text()
     assert re.search(r"^Uid:\t10001\t10001\t10001\t10001$", status, re.MULTILINE)
     assert re.search(r"^NSpid:\t\d+\t1$", status, re.MULTILINE)
     assert re.search(r"^CapBnd:\t0+$", status, re.MULTILINE)
-    assert Path(f"/proc/{container.pid}/cmdline").read_bytes().startswith(b"dumb-init\0")
-    rejected = container.inside("python", "-c", "open('/opt/vitserve/mine', 'w')")
-    assert "Read-only file system" in rejected.stderr
-    kept = container.inside("python", "-c", "import os; print(*os.listdir('/var/cache/vitserve'))")
-    assert "compiled" in kept.stdout, f"engines did not keep what they compiled: {kept}"
+    assert psutil.Process(container.pid).cmdline()[0] == "dumb-init"
+    write = container.exec("python", "-c", "open('/opt/vitserve/file', 'w')")
+    assert "Read-only file system" in write.stderr
+    listing = container.exec("python", "-c", "import os; print(*os.listdir('/var/cache/vitserve'))")
+    assert "compiled" in listing.stdout, f"the engine did not cache what it compiled: {listing}"
     assert "engines are compiled at every start" not in "".join(container.log)
 
-    health = image.said["Healthcheck"]["Test"]
-    assert health[0] == "CMD"
-    assert container.inside(*health[1:]).returncode == 0
+    health_check = image.config["Healthcheck"]["Test"]
+    assert health_check[0] == "CMD"
+    assert container.exec(*health_check[1:]).returncode == 0
     os.kill(container.pid, signal.SIGHUP)
     container.wait_for("reload: ok")
     os.kill(container.pid, signal.SIGTERM)
@@ -178,14 +149,14 @@ def test_it_answers_without_root_on_a_root_that_is_read_only_and_ends_with_statu
     assert "draining" in "".join(container.log)
 
 
-def test_the_health_check_fails_where_nobody_answers(image: Image, container: Container) -> None:
-    (supervisor,) = children(container.pid)
-    for each in (supervisor, *children(supervisor)):
-        os.kill(each, signal.SIGSTOP)
-    assert container.inside(*image.said["Healthcheck"]["Test"][1:]).returncode != 0
+def test_health_check_fails_when_the_service_hangs(image: Image, container: Container) -> None:
+    (supervisor,) = child_pids(container.pid)
+    for pid in (supervisor, *child_pids(supervisor)):
+        os.kill(pid, signal.SIGSTOP)
+    assert container.exec(*image.config["Healthcheck"]["Test"][1:]).returncode != 0
 
 
-def test_it_inspects_the_model_that_comes_along(image: Image) -> None:
-    command = try_run().command(image.root, image.said, [], ["inspect", "--json"])
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(shown.stdout)
+def test_container_inspects_the_default_bundle(image: Image) -> None:
+    command = run_command(image.root, image.config, [], ["inspect", "--json"])
+    inspection = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(inspection.stdout)

@@ -1,4 +1,4 @@
-"""What kubectl makes of k8s/: every overlay with every component, each object held strictly against the schemas of Kubernetes and of others' resources."""
+"""Every overlay with every component, rendered by kubectl and validated strictly against the schemas of its objects."""
 
 from __future__ import annotations
 
@@ -16,31 +16,45 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.support.paths import ROOT
+from tests.support.manifests import AUTOSCALERS, K8S, Manifest, manifest, pod_spec
 
-K8S = ROOT / "k8s"
-OVERLAYS = sorted(each.name for each in (K8S / "overlays").iterdir())
-COMPONENTS = sorted(each.name for each in (K8S / "components").iterdir())
-APART = ({"hpa", "keda"},)  # two autoscalers of one Deployment would pull in turns
-KUBERNETES = "1.33"
-# Of the Gateway there is no schema here; tests/deploy/test_deployment.py and the reference below are what is known of it.
-OURS_TO_TRUST = {"Gateway"}
+OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
+COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
+KUBERNETES_VERSION = "1.33"
+CUSTOM_RESOURCES = Path(__file__).parent / "crds"
+WITHOUT_SCHEMA = {"Gateway"}  # test_references_resolve checks what the other objects need of it
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
-Objects = list[dict[str, Any]]
+Combination = tuple[str, tuple[str, ...]]
 
 
-def combinations() -> list[tuple[str, tuple[str, ...]]]:
-    """Each overlay with no component, with each, and with as many as go together; each two components once, for a patch that hides another's."""
-    most = tuple(each for each in COMPONENTS if each != "hpa")
-    pairs = [each for each in itertools.combinations(COMPONENTS, 2) if set(each) not in APART]
-    return [(overlay, each) for overlay in OVERLAYS for each in [(), *((one,) for one in COMPONENTS), most]] + [
-        (OVERLAYS[0], each) for each in pairs
+def combinations() -> list[Combination]:
+    """Every overlay with no, each and all components; one overlay with every pair, because patches may clash."""
+    compatible = tuple(name for name in COMPONENTS if name != "hpa")
+    single = [(overlay, (name,)) for overlay in OVERLAYS for name in COMPONENTS]
+    pairs = [pair for pair in itertools.combinations(COMPONENTS, 2) if set(pair) != AUTOSCALERS]
+    return [
+        *((overlay, names) for overlay in OVERLAYS for names in ((), compatible)),
+        *single,
+        *((OVERLAYS[0], pair) for pair in pairs),
     ]
 
 
-def rendered(directory: Path, overlay: str, components: tuple[str, ...]) -> Objects:
+def kustomize(directory: Path) -> list[Manifest]:
+    rendering = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True, check=False)
+    assert rendering.returncode == 0, rendering.stderr
+    assert not rendering.stderr, rendering.stderr  # deprecation warnings
+    return list(yaml.safe_load_all(rendering.stdout))
+
+
+@pytest.fixture(
+    scope="module", params=combinations(), ids=lambda combination: "+".join((combination[0], *combination[1]))
+)
+def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
+    overlay, components = request.param
+    directory = tmp_path_factory.mktemp("kustomize")
+
     def relative(part: str, name: str) -> str:
         return os.path.relpath(K8S / part / name, directory.resolve())
 
@@ -48,111 +62,105 @@ def rendered(directory: Path, overlay: str, components: tuple[str, ...]) -> Obje
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": [relative("overlays", overlay)],
-        "components": [relative("components", each) for each in components],
+        "components": [relative("components", name) for name in components],
     }
     (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    made = subprocess.run(["kubectl", "kustomize", str(directory)], capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr
-    assert not made.stderr, made.stderr  # warnings of what is deprecated
-    return list(yaml.safe_load_all(made.stdout))
-
-
-@pytest.fixture(scope="module", params=combinations(), ids=lambda each: "+".join((each[0], *each[1])))
-def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Objects:
-    return rendered(tmp_path_factory.mktemp("kustomize"), *request.param)
+    return kustomize(directory)
 
 
 def closed(schema: Any) -> Any:
-    """The schema, refusing fields it does not name, as `kubectl --validate=strict` does."""
+    """The schema with unknown fields rejected, as ``kubectl --validate=strict`` does."""
     if isinstance(schema, list):
-        return [closed(each) for each in schema]
+        return [closed(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {
-        name: {field: closed(each) for field, each in value.items()} if name == "properties" else closed(value)
-        for name, value in schema.items()
+    copy = {
+        key: {field: closed(item) for field, item in value.items()} if key == "properties" else closed(value)
+        for key, value in schema.items()
     }
-    if (
-        "properties" in schema
-        and "additionalProperties" not in schema
-        and not schema.get("x-kubernetes-preserve-unknown-fields")
-    ):
-        made["additionalProperties"] = False
-    return made
+    extensible = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
+    if "properties" in schema and not extensible:
+        copy["additionalProperties"] = False
+    return copy
 
 
-def custom() -> dict[str, Any]:
-    """By kind: the schemas of others' resources. Their metadata is Kubernetes' own."""
+def custom_schemas() -> dict[str, Any]:
+    """Schemas of custom resources by kind. Kubernetes itself validates their metadata."""
     schemas = {}
-    for path in sorted((ROOT / "tests" / "crds").glob("*.json")):
+    for path in sorted(CUSTOM_RESOURCES.glob("*.json")):
         schema = closed(json.loads(path.read_text()))
         schema["properties"]["metadata"] = {"type": "object"}
         schemas[path.stem.rpartition("_")[0]] = schema
     return schemas
 
 
-CUSTOM = custom()
+SCHEMAS = custom_schemas()
 
 
-def check(document: dict[str, Any]) -> None:
-    if (kind := document["kind"].lower()) in CUSTOM:
-        jsonschema.Draft202012Validator(CUSTOM[kind]).validate(document)
-    elif document["kind"] not in OURS_TO_TRUST:
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+def validate(document: Manifest) -> None:
+    if (kind := document["kind"].lower()) in SCHEMAS:
+        jsonschema.Draft202012Validator(SCHEMAS[kind]).validate(document)
+    elif document["kind"] not in WITHOUT_SCHEMA:
+        kubernetes_validate.validate(document, KUBERNETES_VERSION, strict=True)
 
 
-def of_kind(objects: Objects, kind: str) -> Iterator[dict[str, Any]]:
-    return (each for each in objects if each["kind"] == kind)
+def of_kind(objects: list[Manifest], kind: str) -> Iterator[Manifest]:
+    return (document for document in objects if document["kind"] == kind)
 
 
-def test_every_object_is_valid_strictly(objects: Objects) -> None:
-    for each in objects:
-        check(each)
+def test_every_object_matches_its_schema(objects: list[Manifest]) -> None:
+    for document in objects:
+        validate(document)
 
 
-def test_the_check_refuses_what_no_schema_names() -> None:
-    """A check that let everything pass would be worth nothing."""
-    (service,) = yaml.safe_load_all((K8S / "base" / "service.yaml").read_text())
-    (route,) = yaml.safe_load_all((K8S / "components" / "gateway" / "route.yaml").read_text())
-    check(service)
-    check(route)
+def test_validation_rejects_unknown_fields() -> None:
+    service, route = manifest("base/service.yaml"), manifest("components/gateway/route.yaml")
+    validate(service)
+    validate(route)
     service["spec"]["selektor"] = {}
     route["spec"]["rules"][0]["backendRefs"][0]["prot"] = 8000
     with pytest.raises(kubernetes_validate.ValidationError):
-        check(service)
+        validate(service)
     with pytest.raises(jsonschema.ValidationError):
-        check(route)
+        validate(route)
 
 
-def test_whatever_is_referred_to_is_there(objects: Objects) -> None:
+def test_custom_resource_schemas_are_present() -> None:
+    assert SCHEMAS.keys() == {"httproute", "podmonitor", "prometheusrule", "scaledobject"}
+
+
+def test_pod_references_resolve(objects: list[Manifest]) -> None:
     (deployment,) = of_kind(objects, "Deployment")
-    pod = deployment["spec"]["template"]["spec"]
-    there = {(each["kind"], each["metadata"]["name"]) for each in objects}
-    assert ("ServiceAccount", pod["serviceAccountName"]) in there
-    volumes = {each["name"]: each for each in pod["volumes"]}
-    for each in volumes.values():
-        assert len(each) == 2, f"one volume of two kinds: {each}"
-        if "configMap" in each:
-            assert ("ConfigMap", each["configMap"]["name"]) in there
-        if "persistentVolumeClaim" in each:
-            assert ("PersistentVolumeClaim", each["persistentVolumeClaim"]["claimName"]) in there
-    for each in pod["containers"]:
-        assert ("ConfigMap", each["envFrom"][0]["configMapRef"]["name"]) in there
-        assert {mount["name"] for mount in each["volumeMounts"]} <= volumes.keys()
-        assert each["image"] == pod["containers"][0]["image"] != "vitserve", "no tag, so another image tomorrow"
+    pod = pod_spec(deployment)
+    names = {(document["kind"], document["metadata"]["name"]) for document in objects}
+    assert ("ServiceAccount", pod["serviceAccountName"]) in names
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    for volume in volumes.values():
+        assert len(volume) == 2, f"a volume has a name and one source: {volume}"
+        if "configMap" in volume:
+            assert ("ConfigMap", volume["configMap"]["name"]) in names
+        if "persistentVolumeClaim" in volume:
+            assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
+    for container in pod["containers"]:
+        assert ("ConfigMap", container["envFrom"][0]["configMapRef"]["name"]) in names
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes.keys()
+        assert container["image"] == pod["containers"][0]["image"] != "vitserve", "the image has no tag"
+
+
+def test_route_and_ingress_references_resolve(objects: list[Manifest]) -> None:
     for route in of_kind(objects, "HTTPRoute"):
         (gateway,) = of_kind(objects, "Gateway")
         (parent,) = route["spec"]["parentRefs"]
-        listener = {each["name"]: each for each in gateway["spec"]["listeners"]}[parent["sectionName"]]
+        listeners = {listener["name"]: listener for listener in gateway["spec"]["listeners"]}
+        listener = listeners[parent["sectionName"]]
         assert (parent["name"], listener["hostname"]) == (gateway["metadata"]["name"], route["spec"]["hostnames"][0])
         assert (listener["protocol"], listener["tls"]["mode"]) == ("HTTPS", "Terminate")
     for ingress in of_kind(objects, "Ingress"):
-        assert {host for each in ingress["spec"]["tls"] for host in each["hosts"]} == {
-            each["host"] for each in ingress["spec"]["rules"]
-        }
+        tls_hosts = {host for entry in ingress["spec"]["tls"] for host in entry["hosts"]}
+        assert tls_hosts == {rule["host"] for rule in ingress["spec"]["rules"]}
 
 
-def test_selectors_select_our_pods_and_no_others(objects: Objects) -> None:
+def test_selectors_match_only_pods_of_vitserve(objects: list[Manifest]) -> None:
     (deployment,) = of_kind(objects, "Deployment")
     labels = deployment["spec"]["template"]["metadata"]["labels"].items()
     (service,), (budget,), (policy,) = (
@@ -163,34 +171,27 @@ def test_selectors_select_our_pods_and_no_others(objects: Objects) -> None:
         service["spec"]["selector"],
         budget["spec"]["selector"].get("matchLabels"),
         policy["spec"]["podSelector"].get("matchLabels"),
-        *(
-            each["labelSelector"]["matchLabels"]
-            for each in deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]
-        ),
+        *(spread["labelSelector"]["matchLabels"] for spread in pod_spec(deployment)["topologySpreadConstraints"]),
     ]
-    for each in selectors:
-        assert each, "an empty selector is one that selects every pod of the namespace"
-        assert each.items() <= labels
+    for selector in selectors:
+        assert selector, "an empty selector matches every pod of the namespace"
+        assert selector.items() <= labels
 
 
-def test_every_pod_is_restricted(objects: Objects) -> None:
-    """Kubernetes' own Pod Security Standard of that name."""
+def test_pods_meet_the_restricted_security_standard(objects: list[Manifest]) -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted"""
     (deployment,) = of_kind(objects, "Deployment")
-    pod = deployment["spec"]["template"]["spec"]
+    pod = pod_spec(deployment)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
-    assert all(each.keys() & {"configMap", "emptyDir", "persistentVolumeClaim"} for each in pod["volumes"])
-    for each in pod["containers"]:
-        assert each["securityContext"]["allowPrivilegeEscalation"] is False
-        assert each["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert all(volume.keys() & {"configMap", "emptyDir", "persistentVolumeClaim"} for volume in pod["volumes"])
+    for container in pod["containers"]:
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
-@pytest.mark.parametrize("example", sorted(each.name for each in (K8S / "examples").iterdir()))
-def test_the_examples_render(example: str) -> None:
-    made = subprocess.run(
-        ["kubectl", "kustomize", str(K8S / "examples" / example)], capture_output=True, text=True, check=False
-    )
-    assert made.returncode == 0, made.stderr
-    for each in yaml.safe_load_all(made.stdout):
-        check(each)
+@pytest.mark.parametrize("example", sorted(path.name for path in (K8S / "examples").iterdir()))
+def test_examples_render_valid_objects(example: str) -> None:
+    for document in kustomize(K8S / "examples" / example):
+        validate(document)

@@ -1,4 +1,4 @@
-"""k8s/components/model-volume/reload.py beside a real service: what it notices, what it asks for, and when it leaves the service alone."""
+"""k8s/components/model-volume/reload.py beside a real service."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from types import ModuleType
 import httpx
 import pytest
 
+from tests.support.manifests import K8S
 from tests.support.networks import checkpoint
-from tests.support.paths import ROOT
 from tests.support.server import Server, start_server
 from vitserve.export.build_bundle import build_bundle
 from vitserve.model.bundle.bundle import Bundle
 
-SCRIPT = ROOT / "k8s" / "components" / "model-volume" / "reload.py"
-KEY = "of the test"
+SCRIPT = K8S / "components" / "model-volume" / "reload.py"
+KEY = "key of this test"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def reload() -> Iterator[ModuleType]:
 
 @dataclass
 class Volume:
-    """Folders side by side, and the link ``current`` to one of them, which is what the service was told to serve."""
+    """Bundles side by side, and the link ``current`` to one of them, which the server serves."""
 
     directory: Path
     server: Server
@@ -55,14 +55,17 @@ class Volume:
         return int(self.server.url.rpartition(":")[2])
 
     def publish(self, name: str) -> None:
-        fresh = self.directory / "fresh"
-        fresh.symlink_to(name)
-        fresh.replace(self.current)
+        link = self.directory / "next"
+        link.symlink_to(name)
+        link.replace(self.current)
 
-    def served(self) -> str:
+    def publish_the_other(self) -> None:
+        self.publish("second" if os.readlink(self.current) == "first" else "first")
+
+    def served_version(self) -> str:
         return str(httpx.get(f"{self.server.url}/v1/model").json()["version"])
 
-    def reloads(self) -> int:
+    def reload_count(self) -> int:
         lines = httpx.get(f"{self.server.url}/metrics").text.splitlines()
         return int(sum(float(line.split()[-1]) for line in lines if line.startswith("vitserve_reloads_total{")))
 
@@ -73,67 +76,67 @@ def volume(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     shutil.copytree(bundle.path, directory / "first")
     build_bundle(checkpoint(seed=1), directory / "second", name="tiny")
     shutil.copytree(directory / "first", directory / "damaged")
-    (directory / "damaged" / "labels.txt").write_text("not what the manifest's sha256 says\n")
+    (directory / "damaged" / "labels.txt").write_text("not the file whose sha256 is in the manifest\n")
     manifest = directory / "damaged" / "bundle.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": "damaged"}))
     (directory / "current").symlink_to("first")
-    running = start_server("--bundle", str(directory / "current"), "--engine", "onnxruntime", "--admin-key", KEY)
-    yield Volume(directory, running)
-    assert running.stop() == 0
+    server = start_server("--bundle", str(directory / "current"), "--engine", "onnxruntime", "--admin-key", KEY)
+    yield Volume(directory, server)
+    assert server.stop() == 0
 
 
-def test_a_change_is_reloaded_once_and_a_refusal_is_not_asked_for_again(
+def test_each_change_is_reloaded_once_even_if_rejected(
     volume: Volume, reload: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    first = volume.served()
-    watch = reload.Watch(volume.current / "bundle.json", volume.port, KEY)
-    watch.look()
-    assert (volume.served(), volume.reloads()) == (first, 0)
+    first = volume.served_version()
+    watcher = reload.Watcher(volume.current / "bundle.json", volume.port, KEY)
+    watcher.check()
+    assert (volume.served_version(), volume.reload_count()) == (first, 0)
     volume.publish("second")
-    watch.look()
-    watch.look()
-    second = volume.served()
+    watcher.check()
+    watcher.check()
+    second = volume.served_version()
     assert second != first
-    assert volume.reloads() == 1
+    assert volume.reload_count() == 1
     volume.publish("damaged")
-    watch.look()
-    watch.look()
-    assert (volume.served(), volume.reloads()) == (second, 2)
-    assert "the service answers 409" in caplog.text
+    watcher.check()
+    watcher.check()
+    assert (volume.served_version(), volume.reload_count()) == (second, 2)
+    assert "the service responded 409" in caplog.text
     assert "labels.txt" in caplog.text
     volume.publish("first")
-    watch.look()
-    assert (volume.served(), volume.reloads()) == (first, 3)
+    watcher.check()
+    assert (volume.served_version(), volume.reload_count()) == (first, 3)
 
 
-def test_what_changed_before_it_looked_is_noticed(volume: Volume, reload: ModuleType) -> None:
-    before = volume.served()
-    volume.publish("second" if os.readlink(volume.current) == "first" else "first")
-    reload.Watch(volume.current / "bundle.json", volume.port, KEY).look()
-    assert volume.served() != before
+def test_change_before_the_first_check_is_reloaded(volume: Volume, reload: ModuleType) -> None:
+    before = volume.served_version()
+    volume.publish_the_other()
+    reload.Watcher(volume.current / "bundle.json", volume.port, KEY).check()
+    assert volume.served_version() != before
 
 
-def test_it_reloads_in_its_own_process_and_ends_when_it_is_told_to(volume: Volume) -> None:
+def test_script_reloads_and_exits_on_sigterm(volume: Volume) -> None:
     environment = os.environ | {
         "VITSERVE_BUNDLE": str(volume.current),
         "VITSERVE_PORT": str(volume.port),
         "VITSERVE_ADMIN_KEY": KEY,
     }
-    before = volume.served()
-    volume.publish("second" if os.readlink(volume.current) == "first" else "first")
+    before = volume.served_version()
+    volume.publish_the_other()
     process = subprocess.Popen([sys.executable, SCRIPT, "0.05"], env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     with process.stderr as lines:
-        assert "the service answers 200" in next(iter(lines))
-        assert volume.served() != before
+        assert "the service responded 200" in next(iter(lines))
+        assert volume.served_version() != before
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 
 
-def test_a_service_that_is_away_is_asked_again(tmp_path: Path, reload: ModuleType) -> None:
+def test_check_raises_while_the_service_is_unreachable(tmp_path: Path, reload: ModuleType) -> None:
     (tmp_path / "bundle.json").write_text("{}")
-    watch = reload.Watch(tmp_path / "bundle.json", 1, KEY)
+    watcher = reload.Watcher(tmp_path / "bundle.json", 1, KEY)
     for _ in range(2):
-        with pytest.raises(OSError, match="rejected"):
-            watch.look()
+        with pytest.raises(ConnectionRefusedError):
+            watcher.check()

@@ -1,4 +1,7 @@
-"""What is shipped to watch and to scale by: rules, dashboards, runbook, the cluster's components. test_saturation.py asks a real Prometheus."""
+"""Prometheus rules, Grafana dashboards, the runbook, and the components that monitor and scale in a cluster.
+
+tests/service/http_worker/test_saturation.py evaluates the queries in a real Prometheus.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,28 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
 from tests.support.paths import ROOT
-from tests.support.promql import COMPONENTS, CONFIGURATION, DASHBOARDS, RULES, groups, panels, read, rules, selectors
+from tests.support.promql import (
+    COMPONENTS,
+    CONFIGURATION,
+    DASHBOARDS,
+    RULES,
+    groups,
+    panels,
+    read_yaml,
+    rules,
+    selectors,
+)
 
 ALERTS = {rule["alert"]: rule for rule in rules("alert")}
-CASES = [ROOT / "tests" / "alerts.test.yml", ROOT / "tests" / "budget.test.yml"]
+CASES = sorted(Path(__file__).parent.glob("*.test.yml"))
+SCHEMAS = Path(__file__).parent / "crds"
+SCALING = ("monitoring", "hpa", "keda")
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 DEPLOYMENT = {
     "apiVersion": "apps/v1",
@@ -33,122 +50,114 @@ DEPLOYMENT = {
 def promtool(*arguments: str) -> str:
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
-    done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    result = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
-# -- rules
-
-
-def test_prometheus_accepts_its_configuration_and_the_rules() -> None:
+def test_promtool_accepts_configuration_and_rules() -> None:
     promtool("check", "config", "--lint=all", "--lint-fatal", str(CONFIGURATION))
-    assert f"{len(rules('record')) + len(rules('alert'))} rules found" in promtool(
-        "check", "rules", "--lint=all", "--lint-fatal", str(RULES)
-    )
+    output = promtool("check", "rules", "--lint=all", "--lint-fatal", str(RULES))
+    assert f"{len(rules('record')) + len(rules('alert'))} rules found" in output
 
 
 @pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
-def test_alerts_fire_when_they_should_and_only_then(cases: Path) -> None:
+def test_alerts_fire_exactly_when_expected(cases: Path) -> None:
     assert "SUCCESS" in promtool("test", "rules", str(cases))
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_each_alert_is_shown_firing_and_keeping_still(alert: str) -> None:
-    """On series that it looks at, once it fires and once it does not."""
+def test_cases_cover_each_alert_firing_and_not_firing(alert: str) -> None:
     recorded = {rule["record"]: {name for name, _ in selectors(rule["expr"])} for rule in rules("record")}
-    named = {name for name, _ in selectors(ALERTS[alert]["expr"])} or {"up"}
-    looked_at = {source for name in named for source in recorded.get(name, {name})}
-    seen = set()
-    for group in (group for path in CASES for group in read(path)["tests"]):
-        if looked_at <= {series["series"].split("{")[0] for series in group["input_series"]}:
-            seen |= {
+    names = {name for name, _ in selectors(ALERTS[alert]["expr"])} or {"up"}
+    sources = {source for name in names for source in recorded.get(name, {name})}
+    outcomes = set()
+    for group in (group for path in CASES for group in read_yaml(path)["tests"]):
+        if sources <= {series["series"].split("{")[0] for series in group["input_series"]}:
+            outcomes |= {
                 any(alert in sample["labels"] for sample in test["exp_samples"]) for test in group["promql_expr_test"]
             }
-    assert seen == {True, False}
+    assert outcomes == {True, False}
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_each_alert_has_a_section_of_the_runbook(alert: str) -> None:
+def test_runbook_has_a_section_for_each_alert(alert: str) -> None:
     assert ALERTS[alert]["annotations"]["runbook_url"] == f"docs/runbook.md#{alert.lower()}"
     section = RUNBOOK.partition(f"\n## {alert}\n")[2].partition("\n## ")[0]
-    assert [word for word in ("**Means.**", "**Look.**", "**Do.**") if word not in section] == []
+    assert [part for part in ("**Meaning.**", "**Diagnosis.**", "**Action.**") if part not in section] == []
     severity = ALERTS[alert]["labels"]["severity"]
     assert severity in ("page", "ticket")
     assert f"| [{alert}](#{alert.lower()}) | {severity} |" in RUNBOOK
 
 
-def test_the_runbook_has_no_other_sections() -> None:
-    assert set(re.findall(r"^## (\w+)$", RUNBOOK, re.MULTILINE)) == set(ALERTS)
+def test_runbook_has_no_section_for_other_alerts() -> None:
+    assert set(re.findall(r"^## (Vitserve\w+)$", RUNBOOK, re.MULTILINE)) == set(ALERTS)
 
 
-def test_the_runbook_speaks_of_panels_that_there_are() -> None:
+def test_runbook_names_existing_panels() -> None:
     titles = {json.loads(path.read_text())["title"] for path in DASHBOARDS} | {panel.title for panel in panels()}
-    assert set(re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", RUNBOOK.replace("\n", " "))) <= titles
+    names = set(re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", RUNBOOK))
+    assert len(names) > 10
+    assert names <= titles
 
 
-def test_the_operators_rules_are_the_same() -> None:
-    assert read(COMPONENTS / "monitoring" / "rules.yaml")["spec"]["groups"] == groups(), "`make rules` writes them"
-
-
-# -- dashboards
+def test_operator_rules_equal_prometheus_rules() -> None:
+    assert read_yaml(COMPONENTS / "monitoring" / "rules.yaml")["spec"]["groups"] == groups(), "run `make rules`"
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
-def test_a_dashboard_is_one_that_grafana_takes(path: Path) -> None:
-    """The classic model, of which each panel asks the data source that its reader chooses. Grafana itself is not in Debian, so it is not run."""
-    board = json.loads(path.read_text())
-    assert board["uid"] == f"vitserve-{path.stem}"
-    assert board["schemaVersion"] >= 39
-    assert {"datasource", "job", "instance"} == {variable["name"] for variable in board["templating"]["list"]}
+def test_dashboards_are_valid(path: Path) -> None:
+    """Grafana's classic dashboard model. Grafana itself is not run: Debian does not package it."""
+    dashboard = json.loads(path.read_text())
+    assert dashboard["uid"] == f"vitserve-{path.stem}"
+    assert dashboard["schemaVersion"] >= 39
+    assert {"datasource", "job", "instance"} == {variable["name"] for variable in dashboard["templating"]["list"]}
     source = {"type": "prometheus", "uid": "${datasource}"}
-    taken: set[tuple[int, int]] = set()
-    for panel in board["panels"]:
+    for panel in dashboard["panels"]:
         assert panel["datasource"] == source
         assert all(target["datasource"] == source for target in panel["targets"])
         assert panel["type"] in {"timeseries", "stat", "table", "heatmap"}
-        place = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert not cells & taken, f"{panel['title']} lies over another"
-        assert max(x for x, _ in cells) < 24
-        taken |= cells
+        assert panel["description"].endswith(".")
     for unique in ("id", "title"):
-        assert len({panel[unique] for panel in board["panels"]}) == len(board["panels"])
+        assert len({panel[unique] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
-def test_grafana_is_told_of_both_and_of_prometheus() -> None:
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_panels_do_not_overlap(path: Path) -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in json.loads(path.read_text())["panels"]:
+        position = panel["gridPos"]
+        columns = range(position["x"], position["x"] + position["w"])
+        cells = {(x, y) for x in columns for y in range(position["y"], position["y"] + position["h"])}
+        assert not cells & taken, f"{panel['title']} overlaps another panel"
+        assert columns[-1] < 24
+        taken |= cells
+
+
+def test_grafana_is_provisioned_with_dashboards_and_prometheus() -> None:
     provisioning = ROOT / "docker" / "grafana" / "provisioning"
-    (source,) = read(provisioning / "datasources" / "prometheus.yml")["datasources"]
+    (source,) = read_yaml(provisioning / "datasources" / "prometheus.yml")["datasources"]
     assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
-    assert source["jsonData"]["timeInterval"] == read(CONFIGURATION)["global"]["scrape_interval"]
-    (provider,) = read(provisioning / "dashboards" / "vitserve.yml")["providers"]
+    assert source["jsonData"]["timeInterval"] == read_yaml(CONFIGURATION)["global"]["scrape_interval"]
+    (provider,) = read_yaml(provisioning / "dashboards" / "vitserve.yml")["providers"]
     assert provider["type"] == "file"
     assert {path.stem for path in DASHBOARDS} == {"service", "capacity"}
 
 
-# -- the cluster's components
-
-
-def built(component: str, directory: Path) -> list[dict[str, Any]]:
-    """Of a deployment of three replicas with the component, as kustomize gives it."""
-    if (
-        shutil.which("kubectl") is None
-        or "Kustomize Version"
-        not in subprocess.run(["kubectl", "version", "--client"], capture_output=True, text=True).stdout
-    ):
-        pytest.skip("kubectl 1.21 or newer, which has a kustomize that knows components in it, is not installed")
+def render_with(component: str, directory: Path) -> list[dict[str, Any]]:
+    """A deployment of three replicas with the component, as kustomize renders it."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    version = subprocess.run(["kubectl", "version", "--client"], capture_output=True, text=True, check=False).stdout
+    if "Kustomize Version" not in version:
+        pytest.skip("kubectl is older than 1.21, the first version whose kustomize supports components")
     shutil.copytree(COMPONENTS, directory / "components")
     (directory / "deployment.yaml").write_text(yaml.safe_dump(DEPLOYMENT))
-    (directory / "kustomization.yaml").write_text(
-        yaml.safe_dump({"resources": ["deployment.yaml"], "components": [f"components/{component}"]})
-    )
-    done = subprocess.run(["kubectl", "kustomize", str(directory)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    kustomization = {"resources": ["deployment.yaml"], "components": [f"components/{component}"]}
+    (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    result = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return list(yaml.safe_load_all(result.stdout))
 
 
 @pytest.mark.parametrize(
@@ -159,64 +168,61 @@ def built(component: str, directory: Path) -> list[dict[str, Any]]:
         ("keda", {"ScaledObject"}),
     ],
 )
-def test_a_component_adds_its_resources_and_leaves_replicas_to_the_autoscaler(
-    component: str, kinds: set[str], tmp_path: Path
-) -> None:
-    resources = built(component, tmp_path)
-    assert {each["kind"] for each in resources} == kinds | {"Deployment"}
-    (deployment,) = (each for each in resources if each["kind"] == "Deployment")
+def test_autoscalers_take_control_of_the_replicas(component: str, kinds: set[str], tmp_path: Path) -> None:
+    resources = render_with(component, tmp_path)
+    assert {resource["kind"] for resource in resources} == kinds | {"Deployment"}
+    (deployment,) = (resource for resource in resources if resource["kind"] == "Deployment")
     assert ("replicas" in deployment["spec"]) == (component == "monitoring")
 
 
-def resources() -> list[Path]:
+def resource_files() -> list[Path]:
     return [
         COMPONENTS / component / name
-        for component in ("monitoring", "hpa", "keda")
-        for name in read(COMPONENTS / component / "kustomization.yaml")["resources"]
+        for component in SCALING
+        for name in read_yaml(COMPONENTS / component / "kustomization.yaml")["resources"]
     ]
 
 
-@pytest.mark.parametrize("path", resources(), ids=lambda path: path.stem)
-def test_a_resource_fits_its_schema(path: Path) -> None:
-    """Kubernetes' own, or the custom resource's with unknown fields rejected."""
-    resource = read(path)
+@pytest.mark.parametrize("path", resource_files(), ids=lambda path: path.stem)
+def test_resources_match_their_schema(path: Path) -> None:
+    resource = read_yaml(path)
     group, _, version = resource["apiVersion"].partition("/")
-    schema = ROOT / "tests" / "crds" / f"{resource['kind'].lower()}_{version}.json"
+    schema = SCHEMAS / f"{resource['kind'].lower()}_{version}.json"
     if schema.exists():
-        pytest.importorskip("jsonschema").Draft7Validator(json.loads(schema.read_text())).validate(resource)
+        jsonschema.Draft7Validator(json.loads(schema.read_text())).validate(resource)
     else:
         assert group == "autoscaling"
-        pytest.importorskip("kubernetes_validate").validate(resource, "1.32", strict=True)
+        kubernetes_validate.validate(resource, "1.32", strict=True)
 
 
-@pytest.mark.parametrize("component", ["monitoring", "hpa", "keda"])
-def test_a_component_is_one(component: str) -> None:
-    kustomization = read(COMPONENTS / component / "kustomization.yaml")
+@pytest.mark.parametrize("component", SCALING)
+def test_each_is_a_kustomize_component(component: str) -> None:
+    kustomization = read_yaml(COMPONENTS / component / "kustomization.yaml")
     assert (kustomization["apiVersion"], kustomization["kind"]) == ("kustomize.config.k8s.io/v1alpha1", "Component")
 
 
-def test_both_autoscalers_aim_at_the_same_and_scale_what_there_is() -> None:
-    hpa, scaled = read(COMPONENTS / "hpa" / "hpa.yaml")["spec"], read(COMPONENTS / "keda" / "scaledobject.yaml")["spec"]
-    (metric,), (trigger,) = hpa["metrics"], scaled["triggers"]
+def test_both_autoscalers_have_the_same_target_and_limits() -> None:
+    hpa = read_yaml(COMPONENTS / "hpa" / "hpa.yaml")["spec"]
+    keda = read_yaml(COMPONENTS / "keda" / "scaledobject.yaml")["spec"]
+    (metric,), (trigger,) = hpa["metrics"], keda["triggers"]
     assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "700m"}
     assert (trigger["metricType"], trigger["metadata"]["threshold"]) == ("AverageValue", "0.7")
-    assert hpa["behavior"] == scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
-    assert (
-        (hpa["minReplicas"], hpa["maxReplicas"]) == (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (1, 10)
-    ), "not to zero"
-    assert hpa["scaleTargetRef"]["name"] == scaled["scaleTargetRef"]["name"] == "vitserve"
+    assert hpa["behavior"] == keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert (hpa["minReplicas"], hpa["maxReplicas"]) == (1, 10)
+    assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (1, 10)
+    assert hpa["scaleTargetRef"]["name"] == keda["scaleTargetRef"]["name"] == "vitserve"
 
 
-def test_the_adapter_serves_the_metric_that_the_autoscaler_asks_for() -> None:
-    (metric,) = read(COMPONENTS / "hpa" / "hpa.yaml")["spec"]["metrics"]
-    (rule,) = read(COMPONENTS / "hpa" / "adapter.yaml")["rules"]["custom"]
+def test_adapter_provides_the_metric_of_the_autoscaler() -> None:
+    (metric,) = read_yaml(COMPONENTS / "hpa" / "hpa.yaml")["spec"]["metrics"]
+    (rule,) = read_yaml(COMPONENTS / "hpa" / "adapter.yaml")["rules"]["custom"]
     assert rule["seriesQuery"].split("{")[0] == metric["pods"]["metric"]["name"]
     assert set(rule["resources"]["overrides"]) == {"namespace", "pod"}
 
 
-def test_the_job_is_called_the_same_everywhere() -> None:
-    (scraped,) = read(CONFIGURATION)["scrape_configs"]
-    monitor = read(COMPONENTS / "monitoring" / "podmonitor.yaml")["spec"]
-    assert scraped["job_name"] == monitor["selector"]["matchLabels"][monitor["jobLabel"]] == "vitserve"
-    assert scraped["static_configs"] == [{"targets": ["vitserve:8000"]}]
-    assert read(CONFIGURATION)["global"]["scrape_interval"] == monitor["podMetricsEndpoints"][0]["interval"]
+def test_scrape_job_has_the_same_name_everywhere() -> None:
+    (job,) = read_yaml(CONFIGURATION)["scrape_configs"]
+    monitor = read_yaml(COMPONENTS / "monitoring" / "podmonitor.yaml")["spec"]
+    assert job["job_name"] == monitor["selector"]["matchLabels"][monitor["jobLabel"]] == "vitserve"
+    assert job["static_configs"] == [{"targets": ["vitserve:8000"]}]
+    assert read_yaml(CONFIGURATION)["global"]["scrape_interval"] == monitor["podMetricsEndpoints"][0]["interval"]

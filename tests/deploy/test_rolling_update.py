@@ -1,4 +1,7 @@
-"""A rolling update rehearsed: two real services behind a balancer of TCP connections, as a Service of Kubernetes is, replaced one by one under load."""
+"""A rolling update of two real services under load.
+
+They are behind a balancer of TCP connections, which is how a Kubernetes Service distributes requests.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from vitserve.model.bundle.bundle import Bundle
 
 
 class Balancer:
-    """Sends each new connection to the next backend; those that are open stay where they are."""
+    """Sends every new connection to the next backend. Open connections stay at theirs."""
 
     def __init__(self, *backends: Server) -> None:
         self.backends = list(backends)
-        self.sent: Counter[str] = Counter()
+        self.connections: Counter[str] = Counter()
 
     def __enter__(self) -> Balancer:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -32,34 +35,34 @@ class Balancer:
 
     def __exit__(self, *exception: object) -> None:
         with self._listener:
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+            self._listener.shutdown(socket.SHUT_RDWR)  # ends the accepting thread
             self._threads[0].join()
         for thread in self._threads:
             thread.join(60)
 
     def _accept(self) -> None:
-        for turn in itertools.count():
+        for number in itertools.count():
             try:
                 client, _ = self._listener.accept()
-            except OSError:  # shut down
+            except OSError:  # the listener was shut down
                 return
             backends = list(self.backends)
-            chosen = backends[turn % len(backends)].url
-            self.sent[chosen] += 1
-            self._threads.append(threading.Thread(target=self._carry, args=(client, chosen)))
+            url = backends[number % len(backends)].url
+            self.connections[url] += 1
+            self._threads.append(threading.Thread(target=self._proxy, args=(client, url)))
             self._threads[-1].start()
 
-    def _carry(self, client: socket.socket, url: str) -> None:
+    def _proxy(self, client: socket.socket, url: str) -> None:
         host, _, port = url.removeprefix("http://").rpartition(":")
         with client, socket.create_connection((host, int(port))) as server:
-            there = threading.Thread(target=self._pump, args=(client, server))
-            there.start()
-            self._pump(server, client)
-            there.join()
+            upstream = threading.Thread(target=self._copy, args=(client, server))
+            upstream.start()
+            self._copy(server, client)
+            upstream.join()
 
     @staticmethod
-    def _pump(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):  # the other direction broke, and its end sees that
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):  # the connection broke, and the other direction ends as well
             while data := source.recv(65536):
                 sink.sendall(data)
         with suppress(OSError):
@@ -68,40 +71,40 @@ class Balancer:
 
 @contextmanager
 def two_services(*arguments: str) -> Iterator[list[Server]]:
-    """All that are in the list at the end are stopped."""
-    with ThreadPoolExecutor() as starting:
-        running = list(starting.map(lambda _: start_server(*arguments), range(2)))
+    """A list of two running services. Every service in the list at the end is killed."""
+    with ThreadPoolExecutor() as pool:
+        services = list(pool.map(lambda _: start_server(*arguments), range(2)))
     try:
-        yield running
+        yield services
     finally:
-        for each in running:
-            each.process.kill()
-            each.process.wait()
+        for service in services:
+            service.process.kill()
+            service.process.wait()
 
 
-def test_a_rolling_update_fails_no_request(bundle: Bundle) -> None:
+def test_rolling_update_fails_no_request(bundle: Bundle) -> None:
     arguments = ("--bundle", str(bundle.path), "--timeout-ms", "60000")
     expected = expectations(bundle)
-    with two_services(*arguments) as running, Balancer(*running) as balancer:
-        old = [each.url for each in running]
+    with two_services(*arguments) as services, Balancer(*services) as balancer:
+        old_urls = {service.url for service in services}
         with Load(balancer.url, expected, connections=8) as load:
             load.wait_for(50)
-            for told_first in (True, False):
-                running.append(start_server(*arguments))  # maxSurge: ready before another goes
-                balancer.backends.append(running[-1])
-                leaving = running[0]
-                if told_first:  # as preStop sees to
+            for removed_before_sigterm in (True, False):
+                services.append(start_server(*arguments))  # as maxSurge: the new one is ready before an old one stops
+                balancer.backends.append(services[-1])
+                leaving = services[0]
+                if removed_before_sigterm:  # preStop gives the balancers time for that
                     balancer.backends.remove(leaving)
                     load.wait_for(20)
                 leaving.process.send_signal(signal.SIGTERM)
-                if not told_first:  # as when a node's proxy hears of it late
+                if not removed_before_sigterm:  # a balancer that is updated late
                     leaving.wait_for("draining")
                     load.wait_for(20)
                     balancer.backends.remove(leaving)
                 assert leaving.process.wait(60) == 0
-                running.remove(leaving)
+                services.remove(leaving)
                 load.wait_for(50)
         assert set(load.counts) == {"200"}, f"{load.counts} {load.complaints[:3]}"
         assert load.counts["200"] > 200
-        assert not {each.url for each in running} & set(old)
-        assert all(balancer.sent[each.url] for each in running), f"the new ones were not asked: {balancer.sent}"
+        assert not {service.url for service in services} & old_urls
+        assert all(balancer.connections[service.url] for service in services), balancer.connections

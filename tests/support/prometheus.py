@@ -1,4 +1,4 @@
-"""A real Prometheus of the shipped configuration, asked over its HTTP interface. Used by test_saturation.py."""
+"""A real Prometheus with the repository's configuration, queried over its HTTP interface."""
 
 from __future__ import annotations
 
@@ -16,38 +16,36 @@ import httpx
 from benchmarks.processes import free_port
 from tests.support.promql import CONFIGURATION
 
-INTERVAL = "2s"  # of scrapes and of evaluation, instead of 15 s: the test shall not take minutes. A scrape may take as long, beside an overload
+INTERVAL = "2s"  # of scrapes and rule evaluations, instead of 15 s; a scrape may take that long during overload
 
 
 @dataclass
 class Prometheus:
     client: httpx.Client
-    at: float | None = None  # the moment that queries are about; None for now
+    at: float | None = None  # evaluation time of queries, in seconds since the epoch; None: now
 
-    def ask(self, path: str, **parameters: str) -> Any:
-        answer = self.client.get(f"/api/v1/{path}", params=parameters)
-        body = answer.json()
+    def get(self, path: str, **parameters: str) -> Any:
+        body = self.client.get(f"/api/v1/{path}", params=parameters).json()
         assert body["status"] == "success", f"{parameters}: {body}"
         return body["data"]
 
     def query(self, expression: str) -> list[float]:
-        """The value of each series that it gives."""
-        moment = {} if self.at is None else {"time": str(self.at)}
-        return [float(each["value"][1]) for each in self.ask("query", query=expression, **moment)["result"]]
+        """The value of every series in the result."""
+        parameters = {} if self.at is None else {"time": str(self.at)}
+        result = self.get("query", query=expression, **parameters)["result"]
+        return [float(series["value"][1]) for series in result]
 
     def wait_for(self, expression: str) -> None:
-        """Until it gives something."""
-        ends = time.monotonic() + 60
+        """Return as soon as the result is not empty. Raises AssertionError after a minute."""
+        deadline = time.monotonic() + 60
         while not self.query(expression):
-            assert time.monotonic() < ends, f"within a minute nothing for {expression}"
-            time.sleep(
-                0.1
-            )  # it announces itself nowhere, and who asks without pause takes the time of what is being watched
+            assert time.monotonic() < deadline, f"no value within a minute for {expression}"
+            time.sleep(0.1)  # not `eventually`: its frequent queries would take CPU time from the service under test
 
 
 @contextmanager
 def prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
-    """Scrapes ``target`` (host:port) in the place of the one that the configuration names."""
+    """A Prometheus that scrapes ``target`` (host:port) instead of the configured target."""
     shutil.copytree(CONFIGURATION.parent, directory / "etc")
     configuration = CONFIGURATION.read_text()
     assert configuration.count("vitserve:8000") == 1

@@ -1,4 +1,4 @@
-"""What the shipped rules, dashboards and manifests ask of Prometheus. Used by test_monitoring.py, which reads them, and test_saturation.py, which asks."""
+"""The queries of the Prometheus rules, the Grafana dashboards and the Kubernetes components."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ RULES = ROOT / "docker" / "prometheus" / "rules.yml"
 CONFIGURATION = ROOT / "docker" / "prometheus" / "prometheus.yml"
 DASHBOARDS = sorted((ROOT / "docker" / "grafana" / "dashboards").glob("*.json"))
 COMPONENTS = ROOT / "k8s" / "components"
-# Of a metric of ours, or of a recording rule: the name, and the labels that it is asked for.
+# A metric of vitserve or a recording rule: its name and its label matchers.
 _SELECTOR = re.compile(r"\b((?:\w+:)?vitserve_\w+(?::\w+)?)(?:\{([^}]*)\})?")
 _LABEL = re.compile(r"(?:^|,)\s*(\w+)")
 _GROUPED = re.compile(r"\bby \(([^)]*)\)")
 
 
-def read(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
 
 
 def groups() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = read(RULES)["groups"]
-    return found
+    rule_groups: list[dict[str, Any]] = read_yaml(RULES)["groups"]
+    return rule_groups
 
 
 def rules(kind: str) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def rules(kind: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Panel:
-    """Of a dashboard, with one of its queries."""
+    """A panel of a dashboard with one of its queries."""
 
     dashboard: str
     title: str
@@ -47,20 +47,19 @@ class Panel:
 
 
 def panels() -> list[Panel]:
-    """With what Grafana puts in the place of its variables when everything is chosen."""
-    found = []
+    """Every query of every panel, with Grafana's variables replaced as if all jobs and instances were selected."""
+    queries = []
     for path in DASHBOARDS:
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel["targets"]:
-                query = (
-                    target["expr"].replace("$__rate_interval", "1m").replace("$job", ".*").replace("$instance", ".*")
-                )
-                found.append(Panel(path.stem, panel["title"], panel["description"], query))
-    return found
+                query = target["expr"].replace("$__rate_interval", "1m")
+                query = query.replace("$job", ".*").replace("$instance", ".*")
+                queries.append(Panel(path.stem, panel["title"], panel["description"], query))
+    return queries
 
 
 def selectors(text: str) -> list[tuple[str, set[str]]]:
-    """Each metric that an expression or a page of prose names, with the labels that it is asked for."""
+    """The metrics that an expression or a text names, with the labels in their matchers."""
     return [(name, set(_LABEL.findall(labels))) for name, labels in _SELECTOR.findall(text)]
 
 
@@ -69,5 +68,5 @@ def grouped_by(expression: str) -> set[str]:
 
 
 def as_truth(expression: str) -> str:
-    """An alert's expression that answers 1 or 0 instead of something or nothing, wherever its metrics are there."""
+    """An alert's expression that evaluates to 1 or 0 instead of a value or nothing, if its metrics exist."""
     return re.sub(r" (==|>|<) ", r" \1 bool ", expression)

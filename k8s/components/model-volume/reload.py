@@ -1,6 +1,7 @@
-"""Has the service beside it open the bundle again when its manifest changes: `reload.py [seconds between looks]`. Run by the pod's container `reload`.
+"""Reloads the bundle when its manifest changes: ``reload.py [SECONDS BETWEEN CHECKS]``. Runs as the container `reload`.
 
-Of the standard library alone. What the service rejects is not asked for again until the manifest changes once more; its reason goes to the log.
+It uses the standard library only. A bundle that the service rejects is not retried until its manifest changes again;
+the reason is logged.
 """
 
 from __future__ import annotations
@@ -18,37 +19,38 @@ log = logging.getLogger("reload")
 
 
 @dataclass
-class Watch:
+class Watcher:
     manifest: Path
     port: int
     key: str
-    settled: bytes = b""  # the manifest that the service has opened or rejected, as far as is known
-    compared: bool = False  # whether what it served at first has been held against the manifest
+    processed: bytes = b""  # the last manifest that the service opened or rejected
+    compared: bool = False  # whether the first manifest was compared with the model that the service reports
 
-    def look(self) -> None:
-        """Once. Raises OSError, HTTPException or ValueError where the volume or the service does not answer (yet)."""
-        found = self.manifest.read_bytes()
-        self.settled = self.settled or found  # the service opens that one itself when it starts
+    def check(self) -> None:
+        """Reload if the manifest changed.
+
+        Raises OSError, HTTPException or ValueError while the volume or the service is not available.
+        """
+        content = self.manifest.read_bytes()
+        self.processed = self.processed or content  # the service opens the first manifest itself
         if not self.compared:
-            status, served = self._ask("GET", "/v1/model")
-            if status == 200:
-                self.compared = True
-                described = json.loads(found)
-                if any(served[name] != described[name] for name in ("name", "version")):
-                    self.settled = b"another"  # it changed before this container first looked
-        if found != self.settled:
-            status, answer = self._ask("POST", "/v1/admin/reload")
-            log.log(
-                logging.INFO if status == 200 else logging.ERROR,
-                "%s changed; the service answers %d: %s",
-                self.manifest,
-                status,
-                json.dumps(answer),
-            )
+            self._compare(json.loads(content))
+        if content != self.processed:
+            status, response = self._request("POST", "/v1/admin/reload")
+            level = logging.INFO if status == 200 else logging.ERROR
+            log.log(level, "%s changed; the service responded %d: %s", self.manifest, status, json.dumps(response))
             if status in (200, 409):
-                self.settled = found
+                self.processed = content
 
-    def _ask(self, method: str, path: str) -> tuple[int, dict[str, object]]:
+    def _compare(self, description: dict[str, object]) -> None:
+        """Notice a manifest that changed after the service had read it and before the first check."""
+        status, model = self._request("GET", "/v1/model")
+        if status == 200:
+            self.compared = True
+            if any(model[key] != description[key] for key in ("name", "version")):
+                self.processed = b"another manifest"
+
+    def _request(self, method: str, path: str) -> tuple[int, dict[str, object]]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         try:
             connection.request(method, path, headers={"Authorization": f"Bearer {self.key}"})
@@ -61,19 +63,18 @@ class Watch:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGTERM}
-    )  # pid 1 has no default for it: it is waited for instead, between two looks
-    watch = Watch(
+    # Process 1 has no default action for SIGTERM: block the signal, and receive it between two checks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    watcher = Watcher(
         Path(os.environ["VITSERVE_BUNDLE"]) / "bundle.json",
         int(os.environ["VITSERVE_PORT"]),
         os.environ["VITSERVE_ADMIN_KEY"],
     )
     while signal.sigtimedwait({signal.SIGTERM}, seconds) is None:
         try:
-            watch.look()
+            watcher.check()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            log.warning("will look again: %s", error)
+            log.warning("retrying at the next check: %s", error)
 
 
 if __name__ == "__main__":

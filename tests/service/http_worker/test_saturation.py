@@ -23,7 +23,7 @@ from benchmarks.overload import Caller
 from tests.support.images import encoded, random_image
 from tests.support.paths import ROOT
 from tests.support.prometheus import Prometheus, prometheus
-from tests.support.promql import COMPONENTS, Panel, as_truth, grouped_by, panels, read, rules, selectors
+from tests.support.promql import COMPONENTS, Panel, as_truth, grouped_by, panels, read_yaml, rules, selectors
 from tests.support.server import start_server
 from vitserve.bench.client import Client
 from vitserve.bench.request import Picture
@@ -133,7 +133,7 @@ def time_of_overload(watching: Prometheus) -> float:
         f"vitserve_saturation >= {OVERLOADED_SCRAPED}",
     ]:
         watching.wait_for(expression)
-    return float(watching.ask("query", query="time()")["result"][1])
+    return float(watching.get("query", query="time()")["result"][1])
 
 
 def test_saturation_separates_light_load_from_overload(observation: Observation) -> None:
@@ -249,7 +249,7 @@ def test_every_alert_matches_a_metric(watching: Prometheus, rule: dict[str, str]
 
 
 def test_every_rule_is_evaluated_without_an_error(watching: Prometheus) -> None:
-    evaluated = [rule for group in watching.ask("rules")["groups"] for rule in group["rules"]]
+    evaluated = [rule for group in watching.get("rules")["groups"] for rule in group["rules"]]
     assert {rule["health"] for rule in evaluated} == {"ok"}
     assert len(evaluated) == len(rules("record")) + len(rules("alert"))
 
@@ -266,12 +266,12 @@ DETERMINISTIC = {rule["alert"] for rule in rules("alert")} - {
 def test_exactly_the_expected_alerts_are_pending(watching: Prometheus, alert: str) -> None:
     """Overload and a rejected engine. The alerts are pending for minutes before they fire."""
     pending = watching.query(f'count(ALERTS{{alertname="{alert}"}})') != []
-    assert pending == (alert in {"VitserveSaturated", "VitserveSheds", "VitserveFallbackEngine"})
+    assert pending == (alert in {"VitserveSaturated", "VitserveHighRejectionRate", "VitserveFallbackEngine"})
 
 
 def test_the_autoscalers_get_the_number_of_replicas(watching: Prometheus) -> None:
-    (trigger,) = read(COMPONENTS / "keda" / "scaledobject.yaml")["spec"]["triggers"]
-    (rule,) = read(COMPONENTS / "hpa" / "adapter.yaml")["rules"]["custom"]
+    (trigger,) = read_yaml(COMPONENTS / "keda" / "scaledobject.yaml")["spec"]["triggers"]
+    (rule,) = read_yaml(COMPONENTS / "hpa" / "adapter.yaml")["rules"]["custom"]
     adapted = (
         rule["metricsQuery"]
         .replace("<<.Series>>", "vitserve_saturation")
