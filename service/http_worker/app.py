@@ -25,8 +25,10 @@ from vitserve.model.arrays import Floats
 from vitserve.service import errors
 from vitserve.service.http_worker import openapi
 from vitserve.service.http_worker.dispatcher import Answer, Dispatcher, ModelReplacedError
+from vitserve.service.http_worker.gauges import gauges
 from vitserve.service.http_worker.request_parsing import Classification, parse, read_body
 from vitserve.service.http_worker.state import State
+from vitserve.service.metrics import Exposition
 
 WATCH_AFTER_SECONDS = (
     0.05  # to watch whether a client leaves costs as much as to parse its request; most are answered before
@@ -47,6 +49,7 @@ def create_app(state: State) -> FastAPI:
         yield
         state.end()
 
+    exposition = Exposition(lambda: gauges(state), state.metrics)
     app = FastAPI(title="vitserve", lifespan=lifespan, openapi_url="/openapi.json")
     handlers: dict[tuple[str, str], Handler] = {
         ("POST", "/v1/classify"): lambda request: _classify(state, request),
@@ -54,7 +57,7 @@ def create_app(state: State) -> FastAPI:
         ("POST", "/v1/admin/reload"): lambda request: _reload(state, request),
         ("GET", "/livez"): lambda request: _livez(),
         ("GET", "/readyz"): lambda request: _readyz(state),
-        ("GET", "/metrics"): lambda request: _metrics(state),
+        ("GET", "/metrics"): lambda request: _metrics(exposition),
     }
     guarded = {(method, path): _guarded(state, path, handler) for (method, path), handler in handlers.items()}
     app.router.routes += [Route(path, handler, methods=[method]) for (method, path), handler in guarded.items()]
@@ -271,9 +274,9 @@ async def _reload(state: State, request: Request) -> Response:
         raise errors.ForbiddenError("no admin_key is set, so this route is closed; SIGHUP reloads too")
     if not hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
         raise errors.ForbiddenError("the bearer token is not the admin key")
-    answer = await state.reload()
-    if answer["result"] != "ok":
-        raise errors.ReloadRejectedError(f"{answer['result']}: {answer['reason']}")
+    reloaded = await state.reload()
+    if reloaded.result != "ok":
+        raise errors.ReloadRejectedError(f"{reloaded.result}: {reloaded.reason}")
     model_info = state.serving().model_info
     return JSONResponse({"model": model_info.name, "version": model_info.version})
 
@@ -288,5 +291,5 @@ async def _readyz(state: State) -> Response:
     return JSONResponse(body, 503 if reasons else 200)
 
 
-async def _metrics(state: State) -> Response:
-    return Response(state.exposition(), media_type=CONTENT_TYPE_LATEST)
+async def _metrics(exposition: Exposition) -> Response:
+    return Response(exposition.text(), media_type=CONTENT_TYPE_LATEST)

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from tests.support.paths import ROOT
 from vitserve import __version__
 from vitserve.service.settings import Settings
-from vitserve.service.supervisor.supervisor import _GOODBYE_SECONDS
+from vitserve.service.supervisor.supervisor import ENGINE_EXIT_SECONDS
 
 K8S = ROOT / "k8s"
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
@@ -130,7 +130,7 @@ def test_the_outside_is_offered_routes_that_exist_and_no_others(client: httpx.Cl
 
 def test_whoever_ends_the_service_gives_it_the_time_to_drain() -> None:
     deployment = one("base/deployment.yaml")
-    drain = float(settings_env()["VITSERVE_DRAIN_SECONDS"]) + _GOODBYE_SECONDS
+    drain = float(settings_env()["VITSERVE_DRAIN_SECONDS"]) + ENGINE_EXIT_SECONDS
     until_sigterm = container(deployment)["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert until_sigterm > 0
     assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > until_sigterm + drain
@@ -138,7 +138,7 @@ def test_whoever_ends_the_service_gives_it_the_time_to_drain() -> None:
         service = COMPOSE["services"][name]
         assert (
             float(service["stop_grace_period"].removesuffix("s"))
-            > float(service["environment"]["VITSERVE_DRAIN_SECONDS"]) + _GOODBYE_SECONDS
+            > float(service["environment"]["VITSERVE_DRAIN_SECONDS"]) + ENGINE_EXIT_SECONDS
         )
 
 

@@ -37,7 +37,7 @@ def _fail(error: Exception) -> typer.Exit:
 
 def _serve(source: str, **values: Any) -> None:
     """Serve a model over HTTP: a bundle, or a SOURCE as `vitserve export` takes it, exported into the cache first. Without either, the one that comes along."""
-    from vitserve.service.supervisor.supervisor import serve
+    from vitserve.service.supervisor.launch import serve
 
     try:
         if source and values["bundle"]:
