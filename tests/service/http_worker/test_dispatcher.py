@@ -27,6 +27,7 @@ from vitserve.service.http_worker.dispatcher import Answer, Dispatcher, ModelRep
 from vitserve.service.ipc import memory_layout, wire_format
 from vitserve.service.ipc.connection import Connection
 from vitserve.service.ipc.control_channel import Channel
+from vitserve.service.ipc.control_messages import ConnectWorker, Retire
 from vitserve.service.ipc.memory_layout import FREE, Shape
 from vitserve.service.ipc.model_info import ModelInfo
 from vitserve.service.ipc.shared_memory import SlotTable
@@ -80,9 +81,9 @@ class House:
         process = BatchLoop(engine, SlotTable(self.memory), index, EPOCH, measured, metrics, hang_seconds=60.0)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection = self.connection(index)
-        Channel(ours).send({"kind": "connect", "worker": 0, "incarnation": 1}, [connection.fileno()])
+        Channel(ours).send(ConnectWorker(worker=0, incarnation=1), [connection.fileno()])
         connection.close()
-        Channel(ours).send({"kind": "retire"})
+        Channel(ours).send(Retire())
         thread = threading.Thread(target=process.run, args=(Channel(theirs),), daemon=True)
         thread.start()
         self.threads.append(thread)
