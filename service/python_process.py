@@ -1,4 +1,4 @@
-"""How vitserve starts Python processes: with the same interpreter, and without the working directory on the import path."""
+"""Starts Python processes with the same interpreter, and without the working directory on the import path."""
 
 from __future__ import annotations
 

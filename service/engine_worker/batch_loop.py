@@ -1,6 +1,7 @@
 """Runs batches of the images that the HTTP workers submit.
 
-An exception that ends a thread ends the process: the supervisor starts another, and the HTTP workers submit their images again.
+An exception that ends a thread ends the process. The supervisor starts another, and the HTTP workers submit their
+images again.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ Work = tuple[Batch, list[int]]  # a batch, and the slots of its images
 class BatchLoop:
     """Runs batches until it is retired and the last HTTP worker has disconnected.
 
-    There is one thread more than streams, and all are alike. One of them reads messages, the others run batches or are
-    idle. When the reader has a batch for a free stream, it runs that batch itself and another thread becomes the reader:
-    work is never handed from thread to thread.
+    There is one thread more than streams, and all are alike. One of them reads messages; the others run batches or
+    are idle. When the reader has a batch for a free stream, it runs that batch itself, and another thread becomes the
+    reader. Work is never handed from thread to thread, so a batch starts without a thread switch.
     """
 
     def __init__(

@@ -121,8 +121,8 @@ def startup_hints(settings: Settings, bundle: Bundle, engine: str) -> list[str]:
     if not settings.bundle:
         name, labels = bundle.manifest.name, bundle.labels
         return [
-            f"no model configured: serving the bundled demonstration model {name}, which classifies CIFAR-10 images into"
-            f" {len(labels)} classes ({', '.join(labels)}); to serve your own, run `vitserve serve SOURCE`"
+            f"no model configured: serving the bundled demonstration model {name}, which classifies CIFAR-10 images"
+            f" into {len(labels)} classes ({', '.join(labels)}); to serve your own, run `vitserve serve SOURCE`"
         ]
     has_int8 = any(artifact.precision == "int8" for artifact in bundle.manifest.artifacts)
     runs_on_cpu = engine in ("openvino", "onnxruntime")
@@ -138,9 +138,9 @@ def warm_up(engine: Engine, image_size: int, patience_seconds: float = WARM_UP_S
     """Runs zeros and returns the duration of a batch in seconds by its size, from 1 to the engine's max_batch.
 
     The libraries choose their kernels and touch their memory now, and the scheduler gets its first measurements.
-    A short batch runs three times, and the shortest duration counts. A long batch runs once, because the start waits for
-    it. Powers of two are measured first. The sizes that are left after ``patience_seconds`` are interpolated linearly:
-    with every engine, the first batch of a new size takes no longer than later ones.
+    A short batch runs three times, and the shortest duration counts. A long batch runs once, because the start waits
+    for it. Powers of two are measured first. The sizes that are left after ``patience_seconds`` are interpolated
+    linearly: with every engine, the first batch of a new size takes no longer than later ones.
     """
     sizes = range(1, engine.max_batch + 1)
     important = [size for size in sizes if size & (size - 1) == 0 or size == engine.max_batch]

@@ -41,7 +41,7 @@ def save_tuning_result(identity: str, tuning_result: TuningResult) -> Path:
 
 
 def load_tuning_result(identity: str) -> TuningResult | None:
-    """None if the bundle was not tuned on this kind of CPU. A file that cannot be read counts as none: it only costs speed."""
+    """None if the bundle was not tuned on this kind of CPU, or if the file cannot be read. That only costs speed."""
     path = path_of(identity)
     try:
         return TuningResult(**json.loads(path.read_text()))

@@ -79,7 +79,7 @@ class WorkerConnections:
                 incarnation, received = wire_format.unpack_submissions(message)
                 if incarnation != connection.peer_incarnation:
                     log.error(
-                        "dropping a message of incarnation %d from HTTP worker %d; the connection belongs to incarnation %d",
+                        "dropping a message of incarnation %d from HTTP worker %d: the connection is of incarnation %d",
                         incarnation,
                         connection.peer,
                         connection.peer_incarnation,

@@ -1,6 +1,7 @@
 """Memory, utilization and clock of the NVIDIA GPUs, read from the driver for each scrape of /metrics.
 
-Uses nvidia-ml-py, the binding of NVML: https://docs.nvidia.com/deploy/nvml-api. On a machine without a GPU, it is not imported.
+Uses nvidia-ml-py, the binding of NVML: https://docs.nvidia.com/deploy/nvml-api.
+On a machine without a GPU, it is not imported.
 """
 
 from __future__ import annotations

@@ -20,9 +20,10 @@ from vitserve.service.ipc.child_runtime import start_child
 from vitserve.service.ipc.control_messages import StartHttpWorker
 from vitserve.service.metrics import in_files
 
-# Load balancers keep idle connections for 60 s. They should close them first, or a request may meet a closing connection.
+# Longer than the 60 s of load balancers, which should close an idle connection first: if the server closed it, a
+# request could already be on its way.
 KEEP_ALIVE_SECONDS = 75
-LINGER_SECONDS = 1.0  # how long idle connections stay open after a drain began, for requests that are on their way
+LINGER_SECONDS = 1.0  # after a drain began, idle connections stay open this long for requests that are on their way
 
 
 class _Server(uvicorn.Server):
@@ -51,7 +52,7 @@ class _Server(uvicorn.Server):
 
 def main() -> None:
     channel, start, descriptors = start_child(StartHttpWorker)
-    # It logs a warning for every malformed form. The client gets an error response, and must not be able to fill the log.
+    # It logs a warning for every malformed form. Clients get an error response and must not be able to fill the log.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     preload(start.settings)
     metrics = in_files(start.process)
@@ -64,7 +65,7 @@ def main() -> None:
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
-    gc.freeze()  # exempts all objects so far from garbage collections, which would stop the loop for tens of milliseconds
+    gc.freeze()  # or full collections would scan all these objects and stop the event loop for tens of milliseconds
     _Server(config, state).run([socket.socket(fileno=descriptors[0])])
 
 

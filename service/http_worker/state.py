@@ -1,4 +1,4 @@
-"""An HTTP worker's state: starting, ready or draining, the model that it serves, and what the supervisor has reported."""
+"""An HTTP worker's state: whether it is starting, ready or draining, the model it serves, the supervisor's status."""
 
 from __future__ import annotations
 

@@ -63,6 +63,6 @@ def send_heartbeat(channel: Channel) -> None:
 
 
 def exit_orphaned() -> NoReturn:
-    """Exits at once, because the supervisor was killed. It cannot remove the metrics directory, so every child tries to."""
+    """Exits at once because the supervisor was killed. Removes the metrics directory, as the supervisor would."""
     shutil.rmtree(os.environ.get(METRICS_DIR, ""), ignore_errors=True)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The channel between the supervisor and one of the processes that it started. control_messages.py defines the messages."""
+"""The channel between the supervisor and one of its child processes. control_messages.py defines the messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Channel:
         self._connection.setblocking(blocking)
 
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
-        """Raises BlockingIOError if the peer does not read and the socket's buffer is full, OSError if the peer has closed."""
+        """Raises BlockingIOError if the socket's buffer is full, OSError if the peer has closed."""
         socket.send_fds(self._connection, [encode(message)], descriptors)
 
     def receive(self) -> tuple[Message, list[int]] | None:

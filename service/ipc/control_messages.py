@@ -1,7 +1,7 @@
 """The control protocol: every message between the supervisor and the processes that it starts.
 
-The messages are rare and small. Each travels as one JSON object, together with the file descriptors named in its docstring.
-Images do not travel this way: see wire_format.py.
+The messages are rare and small. Each is sent as one JSON object, together with the file descriptors named in its
+docstring. Images are not sent this way: see wire_format.py.
 
     supervisor → HTTP worker     StartHttpWorker, ConnectEngine, Status, Reloaded, Drain
     HTTP worker → supervisor     Heartbeat, Reload
@@ -169,7 +169,7 @@ def decode(data: bytes) -> Message:
     except ValueError as error:
         raise ControlMessageError(f"not a JSON message: {data[:100]!r}") from error
     kind = values.pop("kind", None) if isinstance(values, dict) else None
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise ControlMessageError(f"unknown kind of control message: {kind!r}")
     if "settings" in values:
         values["settings"] = _construct(Settings, values["settings"])
@@ -177,7 +177,7 @@ def decode(data: bytes) -> Message:
 
 
 def _construct(cls: type[T], values: Mapping[str, Any]) -> T:
-    expected = cls.__dataclass_fields__.keys()  # type: ignore[attr-defined]
+    expected = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := values.keys() - expected:
         raise ControlMessageError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
     if missing := expected - values.keys():

@@ -49,8 +49,8 @@ class Children:
     async def monitor(self, child: ChildProcess, handle: Handler) -> bool:
         """Passes the child's messages to ``handle`` until it exits, and kills it if it sends none for too long.
 
-        Returns whether the child has ever sent a message. The silence is measured in two halves of hang_seconds: if the
-        whole machine was suspended, the first half is over at once, and the child has the second half to send a heartbeat.
+        Returns whether the child has ever sent a message. hang_seconds are measured in two halves: after the whole
+        machine was suspended, the first half is over at once, and the child has the second one to send a heartbeat.
         """
         started, silent_halves = False, 0
         while True:

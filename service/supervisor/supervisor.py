@@ -1,6 +1,7 @@
-"""Starts, monitors and restarts the HTTP workers, loads and reloads the model, drains. Handles no request, imports nothing heavy.
+"""Starts, monitors and restarts the HTTP workers, loads and reloads the model, drains.
 
-One coroutine looks after each child: it starts the process, handles its messages until it exits, and starts it again.
+One coroutine runs each child: it starts the process, handles its messages until it exits, and starts it again. The
+supervisor handles no request and imports no large library, so that it starts at once and does not crash with them.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Supervisor:
     # -- the model
 
     async def _run_model_loader(self, group: asyncio.TaskGroup) -> None:
-        """Loads the bundle at start and again at every reload, one at a time. The model that serves is not disturbed."""
+        """Loads the bundle at start and at every reload, one at a time. The current model continues to serve."""
         attempts, is_reload = 0, False
         while True:
             self._reload_wanted.clear()

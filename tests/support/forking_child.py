@@ -1,4 +1,4 @@
-"""A child of the supervisor in which a library forks. It reports the fork's process id and exits; the fork keeps the channel open."""
+"""A child of the supervisor that forks, reports the fork's process id and exits. The fork keeps the channel open."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vitserve.service.ipc.child_runtime import start_child
 from vitserve.service.ipc.control_messages import Progress, StartHttpWorker
 
 if __name__ == "__main__":
-    channel, _, _ = start_child(StartHttpWorker)
+    channel = start_child(StartHttpWorker)[0]
     fork = os.fork()
     if fork == 0:
         signal.pause()

@@ -40,6 +40,12 @@ def expectations(*bundles: Bundle) -> dict[tuple[str, str], np.ndarray]:
     return expected
 
 
+def local_port(connection: http.client.HTTPConnection) -> int:
+    assert connection.sock is not None
+    port: int = connection.sock.getsockname()[1]
+    return port
+
+
 @dataclass
 class Load:
     """Sends requests over ``connections`` connections as long as its ``with`` block runs.
@@ -93,7 +99,7 @@ class Load:
             try:
                 if connection.sock is None:
                     connection.connect()
-                    self.ports[client] = connection.sock.getsockname()[1]
+                    self.ports[client] = local_port(connection)
                 connection.request("POST", "/v1/classify", IMAGES[index], {"Content-Type": "image/jpeg"})
                 response = connection.getresponse()
                 body = response.read()

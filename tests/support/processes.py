@@ -42,7 +42,7 @@ def kill(pid: int, with_signal: signal.Signals = signal.SIGKILL) -> None:
 def has_exited(pid: int) -> bool:
     """A zombie counts as exited: its parent may have exited before it."""
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 

@@ -62,9 +62,10 @@ class Server:
 
 def _command_line(process: psutil.Process) -> list[str]:
     try:
-        return process.cmdline()
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        arguments: list[str] = process.cmdline()
+    except psutil.NoSuchProcess:  # it has exited
         return []
+    return arguments
 
 
 def start_server(

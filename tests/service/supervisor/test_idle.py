@@ -18,7 +18,7 @@ INTERVAL_SECONDS = 20.0  # long, because the kernel reports CPU time in steps of
 
 def cpu_seconds(pids: list[int]) -> float:
     times = [psutil.Process(pid).cpu_times() for pid in pids]
-    return sum(time.user + time.system for time in times)
+    return float(sum(used.user + used.system for used in times))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The bundle is replaced while the service runs: no request is lost, and a bundle that cannot be served changes nothing."""
+"""The bundle is replaced while the service runs: no request is lost, and a rejected bundle changes nothing."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_a_drain_is_bounded(slow: Bundle, reason: str, arguments: tuple[str, ...
 
 
 def test_nothing_is_left_of_a_killed_supervisor(bundle: Bundle, expected: Expected) -> None:
-    """The metrics directory is removed. The slot table is unnamed memory, which ends with the last process that has it."""
+    """The metrics directory is removed. The kernel frees the slot table, which is unnamed memory."""
     with serving("--bundle", str(bundle.path), *LONG_TIMEOUT, "--workers", "2") as running:
         children = [*running.pids(ENGINE_WORKER), *running.pids(HTTP_WORKER)]
         metrics_directory = Path(psutil.Process(children[0]).environ()[METRICS_DIR])
