@@ -79,6 +79,11 @@ def start_server(
     )
     running = Server(process)
     threading.Thread(target=running.read, daemon=True).start()  # a pipe that is full would block the server
-    running.url = running.wait_for(r"running on (http://[\d.:]+)")
-    running.wait_for(re.escape(until))
+    try:
+        running.url = running.wait_for(r"running on (http://[\d.:]+)")
+        running.wait_for(re.escape(until))
+    except BaseException:
+        process.kill()
+        process.wait(60)
+        raise
     return running

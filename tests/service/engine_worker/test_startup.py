@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from tests.support.server import start_server
+from tests.support.processes import READY, line_count, serving, wait_for_lines
 from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.service import machine
 from vitserve.service.engine_worker.startup import Progress, startup_hints
@@ -22,18 +22,17 @@ def int8_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_log_says_which_model_engine_and_precision_serve(bundle: Bundle) -> None:
-    running = start_server("--bundle", str(bundle.path), "--engine", "onnxruntime", "--precision", "fp32")
-    running.wait_for(rf"ready: tiny \(version {bundle.manifest.version}\) on onnxruntime in fp32\n")
-    assert "demonstration model" not in "".join(running.log)
-    assert running.stop() == 0
+    with serving("--bundle", str(bundle.path), "--engine", "onnxruntime", "--precision", "fp32") as running:
+        running.wait_for(rf"ready: tiny \(version {bundle.manifest.version}\) on onnxruntime in fp32\n")
+        assert "demonstration model" not in "".join(running.log)
+        assert running.stop() == 0
 
 
 def test_the_log_names_the_demonstration_model_once() -> None:
-    running = start_server("--engines", "2", "--threads", "1")
-    running.wait_for("(?s)(ready: .*){2}")
-    lines = [line for line in running.log if "bundled demonstration model compact-hybrid-cifar10" in line]
-    assert len(lines) == 1
-    assert running.stop() == 0
+    with serving("--engines", "2", "--threads", "1") as running:
+        wait_for_lines(running, READY, 2)
+        assert line_count(running, "bundled demonstration model compact-hybrid-cifar10") == 1
+        assert running.stop() == 0
 
 
 def test_the_hint_says_how_to_serve_an_own_model() -> None:

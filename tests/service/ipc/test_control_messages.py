@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import socket
+from collections.abc import Callable
 from typing import get_args
 
 import hypothesis.strategies as st
@@ -105,14 +106,15 @@ def test_a_child_reads_all_messages_that_have_arrived() -> None:
 
 
 @pytest.mark.parametrize("action", [send_heartbeat, lambda channel: next(received_messages(channel))])
-def test_a_child_exits_when_the_supervisor_has_exited(monkeypatch: pytest.MonkeyPatch, action: object) -> None:
+def test_a_child_exits_when_the_supervisor_has_exited(
+    monkeypatch: pytest.MonkeyPatch, action: Callable[[Channel], object]
+) -> None:
     def exit_process(status: int) -> None:
         raise SystemExit(status)
 
     monkeypatch.setattr(os, "_exit", exit_process)
     child, supervisor = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     supervisor.close()
-    assert callable(action)
     with pytest.raises(SystemExit):
         action(child)
     child.close()

@@ -14,22 +14,25 @@ import pytest
 from tests.support.http import classify
 from tests.support.images import encoded, random_image
 from tests.support.paths import ROOT
-from tests.support.processes import ENGINE_WORKER, HTTP_WORKER
-from tests.support.server import start_server
+from tests.support.processes import ENGINE_WORKER, HTTP_WORKER, serving
 from vitserve.model.bundle.bundle import Bundle
 
 
 def test_an_engine_that_crashes_its_process_is_skipped(tmp_path: Path, bundle: Bundle) -> None:
     """As a faulty driver would. A module of the library's name ends the process that imports it."""
     (tmp_path / "openvino.py").write_text("import os\nos._exit(3)\n")
-    running = start_server("--bundle", str(bundle.path), environment={"PYTHONPATH": str(tmp_path)})
-    with httpx.Client(base_url=running.url, timeout=60) as client:
+    with (
+        serving("--bundle", str(bundle.path), environment={"PYTHONPATH": str(tmp_path)}) as running,
+        httpx.Client(base_url=running.url, timeout=60) as client,
+    ):
         assert classify(client, encoded(random_image())).status_code == 200
-        serving = client.get("/v1/model").json()["serving"]
-    assert (serving["engine"], serving["precision"]) == ("onnxruntime", "fp32")
-    assert {(rejection["engine"], rejection["cause"]) for rejection in serving["rejected"]} == {("openvino", "crashed")}
-    running.wait_for("disabling openvino in .* until the next reload: 2 processes crashed while loading it")
-    assert running.stop() == 0
+        model = client.get("/v1/model").json()["serving"]
+        assert (model["engine"], model["precision"]) == ("onnxruntime", "fp32")
+        rejections = model["rejected"]
+        assert {(rejection["engine"], rejection["cause"]) for rejection in rejections} == {("openvino", "crashed")}
+        assert all(rejection["reason"] for rejection in rejections)
+        running.wait_for("disabling openvino in .* until the next reload: 2 processes crashed while loading it")
+        assert running.stop() == 0
 
 
 @pytest.mark.parametrize(("module", "name"), [(HTTP_WORKER, "http-worker-0"), (ENGINE_WORKER, "engine-worker-0-b")])
