@@ -1,4 +1,4 @@
-"""How this package starts Python processes of its own: with the same interpreter, and never with code of the working directory."""
+"""Starts Python processes with the same interpreter, and without the working directory on the import path."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import os
 import sys
 from pathlib import Path
 
-_IMPORT_ROOT = Path(__file__).parents[2]  # the directory that holds the package vitserve: a checkout, or site-packages
+_IMPORT_ROOT = Path(__file__).parents[
+    2
+]  # the directory that contains the package vitserve: a checkout or site-packages
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """The command that runs ``module``. ``-P`` keeps the working directory out of its import path: users have files called service.py or export.py."""
+    """The command line that runs ``module``.
+
+    ``-P`` keeps the working directory off the import path. It may contain a user's own vitserve.py or export.py.
+    """
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def python_environment() -> dict[str, str]:
-    """This process's environment, with an import path on which the package vitserve is found."""
+    """This process's environment, with a PYTHONPATH that contains the package vitserve."""
     path = os.pathsep.join(filter(None, [str(_IMPORT_ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""Opens a bundle in an engine worker: chooses and verifies the engine, warms it up, makes the slot table that it founds."""
+"""The start of an engine worker: choose and verify the engine, warm it up, create the slot table."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from vitserve.model.bundle.bundle import MANIFEST, Bundle, BundleError, open_bundle, sha256
-from vitserve.service.engine_worker.tuning_cache import load_tuning_result
+from vitserve.service import machine
+from vitserve.service.engine_worker.tuning_cache import TuningResult, load_tuning_result
 from vitserve.service.engines.engine import Engine, EngineOptions
 from vitserve.service.engines.selection import NoEngineError, Opened, open_engine
-from vitserve.service.ipc import memory_layout
+from vitserve.service.ipc import control_messages, memory_layout
 from vitserve.service.ipc.control_channel import Channel
 from vitserve.service.ipc.memory_layout import Shape
 from vitserve.service.ipc.model_info import ModelInfo
-from vitserve.service.machine import cache_dir, plan_dir
 from vitserve.service.settings import DEFAULT_BUNDLE, Settings
 
 log = logging.getLogger(__name__)
 
-WARM_UP_SECONDS = 0.5  # after which only batch sizes that are powers of two are still measured
+WARM_UP_SECONDS = 0.5  # after which only the batch sizes that are powers of two are still measured
+PROGRESS_SECONDS = 0.5  # between two progress messages
 
 
 class BundleRejectedError(Exception):
-    """The bundle cannot be served: ``result`` is for the metric, the message for people."""
+    """The bundle cannot be served. ``result`` is the label of vitserve_reloads_total."""
 
-    def __init__(self, result: str, reason: str) -> None:
+    def __init__(self, result: Literal["bad_bundle", "no_engine", "changed"], reason: str) -> None:
         super().__init__(reason)
         self.result = result
 
 
 class Progress:
-    """Tells the supervisor what the opening is at, so that it is patient, and /readyz can say it; a few times a second at most."""
+    """Reports to the supervisor what the start does now. /readyz shows it, and it resets the start timeout."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel, self._next = channel, 0.0
@@ -44,102 +46,128 @@ class Progress:
     def __call__(self, step: str) -> None:
         now = time.monotonic()
         if now >= self._next:
-            self._next = now + 0.5
-            self._say(step)
+            self._next = now + PROGRESS_SECONDS
+            self._send(step)
 
     def trying(self, engine: str) -> None:
-        """Always told: if this process dies, it is what the next one may have to do without."""
+        """Sent without delay: if loading this engine crashes the process, the supervisor has to know which it was."""
         self._trying = engine
-        self._say(f"opening {engine}")
+        self._send(f"loading {engine}")
 
-    def _say(self, step: str) -> None:
-        self._channel.send({"kind": "progress", "step": step[:1000], "trying": self._trying})
+    def _send(self, step: str) -> None:
+        self._channel.send(control_messages.Progress(step[:1000], self._trying))
 
 
 def open_model(settings: Settings, progress: Progress, skipped: Sequence[str]) -> tuple[Bundle, Opened, EngineOptions]:
-    """Raises Refused."""
+    """Raises BundleRejectedError."""
     try:
         bundle = open_bundle(Path(settings.bundle) if settings.bundle else DEFAULT_BUNDLE)
     except BundleError as error:
         raise BundleRejectedError("bad_bundle", str(error)) from error
+    tuning_result = _applicable_tuning_result(settings, bundle)
+    options = _engine_options(settings, tuning_result)
+    first = (tuning_result.engine, tuning_result.precision) if tuning_result else None
+    try:
+        return bundle, open_engine(bundle, options, first, progress, progress.trying, skipped), options
+    except NoEngineError as error:
+        raise BundleRejectedError("no_engine", str(error)) from error
+
+
+def _applicable_tuning_result(settings: Settings, bundle: Bundle) -> TuningResult | None:
+    """None if the settings name another engine or precision than the one that was measured to be the fastest."""
     tuning_result = load_tuning_result(sha256(bundle.path / MANIFEST))
-    if tuning_result is not None and (
-        settings.engine not in ("auto", tuning_result.engine)
-        or settings.precision not in ("auto", tuning_result.precision)
-    ):
-        tuning_result = None  # another engine was asked for than the one that was measured
-    streams = settings.streams or (
-        min(tuning_result.streams, settings.slots // settings.max_batch) if tuning_result else 1
-    )
-    threads = settings.threads or (tuning_result.threads if tuning_result and not settings.streams else 0)
-    plans = {"none": "", "auto": str(plan_dir())}.get(settings.plan_dir, settings.plan_dir)
-    options = EngineOptions(
+    if tuning_result is None:
+        return None
+    applies = settings.engine in ("auto", tuning_result.engine)
+    applies &= settings.precision in ("auto", tuning_result.precision)
+    return tuning_result if applies else None
+
+
+def _engine_options(settings: Settings, tuning_result: TuningResult | None) -> EngineOptions:
+    streams, threads = settings.streams or 1, settings.threads
+    if tuning_result is not None and not settings.streams:
+        streams = min(tuning_result.streams, settings.slots // settings.max_batch)
+        threads = settings.threads or tuning_result.threads
+    return EngineOptions(
         settings.engine,
         settings.precision,
         streams,
         threads,
         settings.max_batch,
         _engine_cache_dir(settings),
-        plans,
+        {"none": "", "auto": str(machine.plan_dir())}.get(settings.plan_dir, settings.plan_dir),
         serve_meanwhile=settings.while_building == "serve",
         compile=settings.torch_compile,
     )
-    try:
-        first = (tuning_result.engine, tuning_result.precision) if tuning_result else None
-        return bundle, open_engine(bundle, options, first, progress, progress.trying, skipped), options
-    except NoEngineError as error:
-        raise BundleRejectedError("no_engine", str(error)) from error
 
 
 def _engine_cache_dir(settings: Settings) -> str:
-    """Empty where there is none or it cannot be written: then engines compile at every start."""
+    """Empty if no directory is set or it cannot be written: then engines compile at every start."""
     if settings.engine_cache_dir == "none":
         return ""
-    directory = cache_dir() / "compiled" if settings.engine_cache_dir == "auto" else Path(settings.engine_cache_dir)
+    automatic = settings.engine_cache_dir == "auto"
+    directory = machine.cache_dir() / "compiled" if automatic else Path(settings.engine_cache_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             return str(directory)
     except OSError as error:
-        log.warning("engines are compiled at every start: %s", error)
+        log.warning("cannot use the engine cache, so engines compile at every start: %s", error)
         return ""
 
 
-def warm_up(engine: Engine, image_size: int, patience_seconds: float = WARM_UP_SECONDS) -> dict[int, float]:
-    """Runs batches of every size and returns the seconds each took: kernels are chosen, memory is touched, and the scheduler has its figures.
+def startup_hints(settings: Settings, bundle: Bundle, engine: str) -> list[str]:
+    """Log lines about what the user may want to change: the model that is served, and its precision."""
+    if not settings.bundle:
+        name, labels = bundle.manifest.name, bundle.labels
+        return [
+            f"no model configured: serving the bundled demonstration model {name}, which classifies CIFAR-10 images"
+            f" into {len(labels)} classes ({', '.join(labels)}); to serve your own, run `vitserve serve SOURCE`"
+        ]
+    has_int8 = any(artifact.precision == "int8" for artifact in bundle.manifest.artifacts)
+    runs_on_cpu = engine in ("openvino", "onnxruntime")
+    if runs_on_cpu and settings.precision == "auto" and not has_int8 and machine.multiplies_int8():
+        return [
+            "this CPU has int8 instructions, but the bundle has no int8 artifact; int8 may be faster: to add it, run"
+            " `vitserve export SOURCE --output BUNDLE --images DIR` with a directory of typical images"
+        ]
+    return []
 
-    A quick batch is run three times and the best counts; a slow one is not repeated, because the start waits for it. Powers of two come first, and what is
-    left after ``patience_seconds`` is taken to lie on the line between its neighbors: on none of the engines does the first batch of a further size cost more.
+
+def warm_up(engine: Engine, image_size: int, patience_seconds: float = WARM_UP_SECONDS) -> dict[int, float]:
+    """Runs zeros and returns the duration of a batch in seconds by its size, from 1 to the engine's max_batch.
+
+    The libraries choose their kernels and touch their memory now, and the scheduler gets its first measurements.
+    A short batch runs three times, and the shortest duration counts. A long batch runs once, because the start waits
+    for it. Powers of two are measured first. The sizes that are left after ``patience_seconds`` are interpolated
+    linearly: with every engine, the first batch of a new size takes no longer than later ones.
     """
     sizes = range(1, engine.max_batch + 1)
     important = [size for size in sizes if size & (size - 1) == 0 or size == engine.max_batch]
     began, seconds = time.monotonic(), dict[int, float]()
-    for size in [*important, *(each for each in sizes if each not in important)]:
+    for size in [*important, *(size for size in sizes if size not in important)]:
         if size not in important and time.monotonic() - began >= patience_seconds:
             break
         pixels = np.zeros((size, image_size, image_size, 3), np.uint8)
-        times: list[float] = []
+        durations: list[float] = []
         if size == 1:
-            engine.run(
-                0, pixels
-            )  # not counted: the first of all is slower by a fifth, and of a slow engine it would be the only one of its size
-        while len(times) < 3 and sum(times) < 0.1:
+            engine.run(0, pixels)  # not counted: the very first batch takes a fifth longer
+        while len(durations) < 3 and sum(durations) < 0.1:
             started = time.monotonic()
             engine.run(0, pixels)
-            times.append(time.monotonic() - started)
-        seconds[size] = min(times)
+            durations.append(time.monotonic() - started)
+        seconds[size] = min(durations)
     known = sorted(seconds)
     return dict(zip(sizes, np.interp(sizes, known, [seconds[size] for size in known]).tolist(), strict=True))
 
 
 def describe(bundle: Bundle, opened: Opened) -> ModelInfo:
     manifest, engine = bundle.manifest, opened.engine
-    rejected = [vars(each) for each in opened.rejected]
     serving = {
         "engine": engine.name,
         "precision": engine.precision,
         "parity": vars(opened.parity),
-        "rejected": rejected,
+        "rejected": [vars(rejection) for rejection in opened.rejected],
         "streams": engine.streams,
     }
     return ModelInfo(
@@ -157,6 +185,7 @@ def describe(bundle: Bundle, opened: Opened) -> ModelInfo:
 def create_slot_table(
     bundle: Bundle, opened: Opened, model_info: ModelInfo, settings: Settings, workers: int, engines: int
 ) -> int:
+    """Returns a file descriptor."""
     engine, golden = opened.engine, bundle.golden()
     classes = golden.reference.logits.shape[1]
     shape = Shape(

@@ -1,6 +1,6 @@
-"""What `vitserve tune` found fastest for a bundle on this kind of CPU: kept outside the bundle, which other machines serve too.
+"""The results of `vitserve tune`: the fastest engine for a bundle on this kind of CPU.
 
-Written by vitserve.py's `tune`, read by opening.py.
+They are kept in the cache directory and not in the bundle, because other machines may serve the same bundle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TuningResult:
     precision: Precision
     streams: int
     threads: int  # per stream
-    images_per_second: float  # that it reached when it was chosen, at its best batch size
+    images_per_second: float  # as measured, at the best batch size
 
 
 def path_of(identity: str) -> Path:
@@ -34,19 +34,19 @@ def path_of(identity: str) -> Path:
 def save_tuning_result(identity: str, tuning_result: TuningResult) -> Path:
     path = path_of(identity)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(asdict(tuning_result), indent=1))
-    fresh.replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(asdict(tuning_result), indent=1))
+    temporary.replace(path)
     return path
 
 
 def load_tuning_result(identity: str) -> TuningResult | None:
-    """None where nothing was measured, or what was written cannot be read: then nothing is lost but speed."""
+    """None if the bundle was not tuned on this kind of CPU, or if the file cannot be read. That only costs speed."""
     path = path_of(identity)
     try:
         return TuningResult(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        log.warning("%s is not a choice of `vitserve tune` and is left aside: %s", path, error)
+        log.warning("ignoring invalid tuning result %s: %s", path, error)
         return None

@@ -18,12 +18,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vitserve import __version__
 from vitserve.service import errors
 from vitserve.service.http_worker import openapi
 from vitserve.service.http_worker.classify import classify
+from vitserve.service.http_worker.gauges import gauges
 from vitserve.service.http_worker.request_parsing import reject_query
 from vitserve.service.http_worker.state import State
+from vitserve.service.metrics import Exposition
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def create_app(state: State) -> FastAPI:
         yield
         state.end()
 
+    exposition = Exposition(lambda: gauges(state), state.metrics)
     app = FastAPI(title="vitserve", version=__version__, lifespan=lifespan, openapi_url="/openapi.json")
     handlers: dict[tuple[str, str], Handler] = {
         ("POST", "/v1/classify"): lambda request: classify(state, request),
@@ -44,7 +46,7 @@ def create_app(state: State) -> FastAPI:
         ("POST", "/v1/admin/reload"): lambda request: _reload(state, request),
         ("GET", "/livez"): lambda request: _livez(),
         ("GET", "/readyz"): lambda request: _readyz(state),
-        ("GET", "/metrics"): lambda request: _metrics(state),
+        ("GET", "/metrics"): lambda request: _metrics(exposition),
     }
     guarded = {(method, path): _guarded(state, path, handler) for (method, path), handler in handlers.items()}
     app.router.routes += [Route(path, handler, methods=[method]) for (method, path), handler in guarded.items()]
@@ -121,9 +123,9 @@ async def _reload(state: State, request: Request) -> Response:
     if not hmac.compare_digest(authorization.encode(), f"Bearer {key}".encode()):
         raise errors.ForbiddenError("the bearer token is not the admin key")
     reject_query(request)
-    reply = await state.reload()
-    if reply["result"] != "ok":
-        raise errors.ReloadRejectedError(f"{reply['result']}: {reply['reason']}")
+    reloaded = await state.reload()
+    if reloaded.result != "ok":
+        raise errors.ReloadRejectedError(f"{reloaded.result}: {reloaded.reason}")
     model_info = state.serving().model_info
     return JSONResponse({"model": model_info.name, "version": model_info.version})
 
@@ -138,5 +140,5 @@ async def _readyz(state: State) -> Response:
     return JSONResponse(body, 503 if reasons else 200)
 
 
-async def _metrics(state: State) -> Response:
-    return Response(state.exposition(), media_type=CONTENT_TYPE_LATEST)
+async def _metrics(exposition: Exposition) -> Response:
+    return Response(exposition.text(), media_type=CONTENT_TYPE_LATEST)

@@ -1,6 +1,7 @@
-"""What NVIDIA's driver says of its devices, for each scrape.
+"""Memory, utilization and clock of the NVIDIA GPUs, read from the driver for each scrape of /metrics.
 
-Calls: NVML's, by nvidia-ml-py, https://docs.nvidia.com/deploy/nvml-api. Without a device nothing is imported and nothing is said.
+Uses nvidia-ml-py, the binding of NVML: https://docs.nvidia.com/deploy/nvml-api.
+On a machine without a GPU, it is not imported.
 """
 
 from __future__ import annotations
@@ -18,46 +19,46 @@ log = logging.getLogger(__name__)
 
 
 def gpu_gauges() -> Iterator[Metric]:
-    """Of every device of the machine that we may use. Nothing, and one line in the log, where the driver cannot be asked."""
-    if not machine.gpus() or not _begun():
+    """One sample for each GPU that this process may use. Nothing if NVML is not available."""
+    if not machine.gpus() or not nvml_is_available():
         return
     import pynvml
 
     memory = GaugeMetricFamily(
-        "vitserve_gpu_memory_bytes", "Device memory, by all who use the device.", labels=["gpu", "kind"]
+        "vitserve_gpu_memory_bytes", "GPU memory, used by all processes and in total.", labels=["gpu", "kind"]
     )
-    busy = GaugeMetricFamily(
-        "vitserve_gpu_utilization_ratio", "Share of the last moments in which a kernel ran.", labels=["gpu"]
+    utilization = GaugeMetricFamily(
+        "vitserve_gpu_utilization_ratio", "GPU utilization as reported by NVML (0 to 1).", labels=["gpu"]
     )
     clock = GaugeMetricFamily(
         "vitserve_gpu_clock_hertz",
-        "Clock of the multiprocessors: lower than its peak where heat or power limit it.",
+        "Clock of the multiprocessors. Below its maximum when temperature or power limit it.",
         labels=["gpu"],
     )
     try:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle, gpu = pynvml.nvmlDeviceGetHandleByIndex(index), str(index)
-            bytes_of = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            memory.add_metric([gpu, "used"], bytes_of.used)
-            memory.add_metric([gpu, "total"], bytes_of.total)
-            busy.add_metric([gpu], pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+            device_memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            memory.add_metric([gpu, "used"], device_memory.used)
+            memory.add_metric([gpu, "total"], device_memory.total)
+            utilization.add_metric([gpu], pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
             clock.add_metric([gpu], pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM) * 1e6)
     except pynvml.NVMLError as error:
-        log.warning("the driver does not tell of its GPUs: %s", error)
-    yield from (memory, busy, clock)
+        log.warning("cannot query GPUs through NVML: %s", error)
+    yield from (memory, utilization, clock)
 
 
 @cache
-def _begun() -> bool:
-    """Once a process, and with it what is to be said of a failure."""
+def nvml_is_available() -> bool:
+    """Initializes NVML. Cached, so that a failure is logged once and not at every scrape."""
     try:
         import pynvml
     except ImportError:
-        log.warning("no gauges of the GPUs: pip install 'vitserve[gpu]'")
+        log.warning("no GPU metrics: nvidia-ml-py is not installed: pip install 'vitserve[gpu]'")
         return False
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        log.warning("no gauges of the GPUs: %s", error)
+        log.warning("no GPU metrics: %s", error)
         return False
     return True

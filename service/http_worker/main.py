@@ -1,6 +1,6 @@
 """A process that speaks HTTP and decodes images.
 
-python -m vitserve.service.http_worker.main <descriptor of the supervisor's channel>
+python -m vitserve.service.http_worker.main <file descriptor of the control channel>
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ import uvicorn
 from vitserve.service.http_worker.app import create_app
 from vitserve.service.http_worker.decoding import preload
 from vitserve.service.http_worker.state import State
-from vitserve.service.ipc.control_channel import start_child
+from vitserve.service.ipc.child_runtime import start_child
+from vitserve.service.ipc.control_messages import StartHttpWorker
 from vitserve.service.metrics import in_files
-from vitserve.service.settings import Settings
 
-# Longer than the 60 s that balancers keep an idle connection: they are to close it, not we under a request that is on its way.
+# Longer than the 60 s of load balancers, which should close an idle connection first: if the server closed it, a
+# request could already be on its way.
 KEEP_ALIVE_SECONDS = 75
-LINGER_SECONDS = 1.0  # a client about to use a connection that it kept finds it open for so long after the drain began
+LINGER_SECONDS = 1.0  # after a drain began, idle connections stay open this long for requests that are on their way
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that stops when the supervisor says so; signals are not for it."""
+    """Stops when the supervisor orders a drain, instead of after a signal."""
 
     def __init__(self, config: uvicorn.Config, state: State) -> None:
         super().__init__(config)
         self._state = state
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal that reached the whole group, Ctrl-C say, has reached the supervisor too."""
+        """A signal to the whole process group, such as Ctrl-C, is handled by the supervisor."""
 
     async def main_loop(self) -> None:
-        """Uvicorn's own wakes ten times a second to look whether it should end."""
+        """Uvicorn's own loop wakes ten times a second to check whether to stop."""
         while not self._state.draining.is_set():
             await self.on_tick(0)  # sets the Date header
             try:
@@ -50,19 +51,12 @@ class _Server(uvicorn.Server):
 
 
 def main() -> None:
-    channel, opening, descriptors = start_child()
-    # It warns of every malformed form; our answer says so already, and a client shall not write to our log.
+    channel, start, descriptors = start_child(StartHttpWorker)
+    # It logs a warning for every malformed form. Clients get an error response and must not be able to fill the log.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
-    settings = Settings(**opening["settings"])
-    preload(settings)
-    state = State(
-        settings,
-        channel,
-        in_files(opening["process"]),
-        opening["worker"],
-        opening["incarnation"],
-        opening["decode_threads"],
-    )
+    preload(start.settings)
+    metrics = in_files(start.process)
+    state = State(start.settings, channel, metrics, start.worker, start.incarnation, start.decode_threads)
     config = uvicorn.Config(
         create_app(state),
         log_config=None,
@@ -71,7 +65,7 @@ def main() -> None:
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
-    gc.freeze()  # what has been made by now stays; to look through it again and again for garbage would stop the loop for tens of milliseconds
+    gc.freeze()  # or full collections would scan all these objects and stop the event loop for tens of milliseconds
     _Server(config, state).run([socket.socket(fileno=descriptors[0])])
 
 

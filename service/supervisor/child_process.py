@@ -1,4 +1,4 @@
-"""A child process as the supervisor sees it: its channel and its end."""
+"""One child process as the supervisor sees it: its control channel and its exit."""
 
 from __future__ import annotations
 
@@ -12,28 +12,25 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from vitserve.service.ipc.control_channel import Channel, Message
+from vitserve.service.ipc.control_channel import Channel
+from vitserve.service.ipc.control_messages import Message, StartMessage
 from vitserve.service.python_process import python_command, python_environment
 
 log = logging.getLogger("vitserve.supervisor")
 
 
-class Child:
-    """Runs ``module`` in a process group of its own; ``opening`` is its first message.
+class ChildProcess:
+    """Runs ``module`` in a process group of its own and sends it ``start`` as the first message.
 
-    A child has ended when its channel has, or else (Linux) its process: a foreign library may fork, and the fork holds the channel open while it lives.
+    The child has exited when its channel is closed or, on Linux, when its process has exited. The channel alone is not
+    enough: a library in the child may fork, and the fork keeps the channel open.
     """
 
     def __init__(
-        self,
-        module: str,
-        name: str,
-        incarnation: int,
-        opening: Message,
-        descriptors: Sequence[int],
-        environment: Mapping[str, str],
+        self, module: str, start: StartMessage, descriptors: Sequence[int], environment: Mapping[str, str]
     ) -> None:
-        self.name, self.incarnation, self.hung = name, incarnation, False
+        self.name, self.incarnation = start.process, start.incarnation
+        self.hung = False  # whether it was killed because it sent no heartbeat
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -44,58 +41,57 @@ class Child:
             )
         ours.setblocking(False)
         self._channel = Channel(ours)
-        self._readable, self._gone = asyncio.Event(), False
+        self._readable, self._exited = asyncio.Event(), False
         asyncio.get_running_loop().add_reader(ours.fileno(), self._readable.set)
-        self._end = (
-            os.pidfd_open(self._process.pid) if sys.platform == "linux" else None
-        )  # readable when the process is
-        if self._end is not None:
-            asyncio.get_running_loop().add_reader(self._end, self._has_gone)
-        self.send(opening, descriptors)
+        # A pidfd becomes readable when the process exits.
+        self._pidfd = os.pidfd_open(self._process.pid) if sys.platform == "linux" else None
+        if self._pidfd is not None:
+            asyncio.get_running_loop().add_reader(self._pidfd, self._handle_exit)
+        self.send(start, descriptors)
 
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         try:
             self._channel.send(message, descriptors)
         except BlockingIOError:
-            log.error("%s does not read what it is told; it is killed", self.name)
+            log.error("%s does not read its control messages; killing it", self.name)
             self.kill()
         except OSError:
-            pass  # it has died; whoever listens to it learns of it
+            pass  # it has exited, which receive() reports
 
     async def receive(self) -> tuple[Message, list[int]] | None:
-        """None at its end."""
+        """The next message and its descriptors. None once the child has exited and all its messages have been read."""
         while True:
             try:
                 return self._channel.receive()
             except BlockingIOError:
-                if self._gone:  # and all that it said has been read
+                if self._exited:
                     return None
                 self._readable.clear()
                 await self._readable.wait()
 
-    def _has_gone(self) -> None:
-        self._gone = True
-        self._readable.set()
-        self._forget_end()
-
-    def _forget_end(self) -> None:
-        if self._end is not None:
-            asyncio.get_running_loop().remove_reader(self._end)
-            os.close(self._end)
-            self._end = None
-
     def kill(self) -> None:
-        """Even one that is stopped, and what it forked. Nothing to do once it has been reaped, and its number may be another's."""
+        """Kills the child, even a stopped one, and every process that it forked. Does nothing after reap()."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    async def ended(self) -> str:
-        """Reaps it. Returns what ended it, in words."""
-        self._forget_end()
+    async def reap(self) -> str:
+        """Kills what is left of the child and collects its exit status. Returns it in words, for log lines."""
+        self._close_pidfd()
         if self._channel.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
             self._channel.close()
-        self.kill()  # should it live on without its channel
+        self.kill()
         code = await asyncio.to_thread(self._process.wait)
-        return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
+        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+    def _handle_exit(self) -> None:
+        self._exited = True
+        self._readable.set()
+        self._close_pidfd()
+
+    def _close_pidfd(self) -> None:
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None

@@ -23,7 +23,7 @@ from tests.support.manifests import (
     settings_env,
 )
 from vitserve.service.settings import Settings
-from vitserve.service.supervisor.supervisor import _GOODBYE_SECONDS
+from vitserve.service.supervisor.supervisor import ENGINE_EXIT_SECONDS
 
 FIELDS = {f"VITSERVE_{field.name.upper()}": field for field in dataclasses.fields(Settings)}
 
@@ -100,14 +100,14 @@ def test_ingress_and_gateway_expose_only_public_routes(client: httpx.Client) -> 
 
 def test_grace_periods_are_longer_than_the_drain() -> None:
     deployment = manifest("base/deployment.yaml")
-    stop_seconds = float(settings_env()["VITSERVE_DRAIN_SECONDS"]) + _GOODBYE_SECONDS
+    stop_seconds = float(settings_env()["VITSERVE_DRAIN_SECONDS"]) + ENGINE_EXIT_SECONDS
     pre_stop_seconds = container(deployment)["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pre_stop_seconds > 0
     assert pod_spec(deployment)["terminationGracePeriodSeconds"] > pre_stop_seconds + stop_seconds
     for name in COMPOSE_SERVICES:
         service = COMPOSE["services"][name]
         drain_seconds = float(service["environment"]["VITSERVE_DRAIN_SECONDS"])
-        assert float(service["stop_grace_period"].removesuffix("s")) > drain_seconds + _GOODBYE_SECONDS
+        assert float(service["stop_grace_period"].removesuffix("s")) > drain_seconds + ENGINE_EXIT_SECONDS
 
 
 def test_service_links_cannot_override_settings() -> None:

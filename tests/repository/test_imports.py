@@ -30,9 +30,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "service.machine",
         "service.python_process",
     },
+    "service/ipc/control_messages.py": {"service.settings"},
     "service/ipc": {"model.arrays", "model.bundle.preprocess", "service.ipc", "service.scheduler"},
     "service/supervisor": {
         "service.engines.catalog",
+        "service.ipc.child_runtime",
         "service.ipc.control_channel",
         "service.ipc.control_messages",
         "service.ipc.memory_layout",

@@ -60,7 +60,7 @@ def test_measuring_imports_no_torch() -> None:
 
 
 def test_the_supervisor_imports_nothing_heavy() -> None:
-    loaded = modules_after("import vitserve.service.supervisor.supervisor")
+    loaded = modules_after("import vitserve.service.supervisor.launch")
     assert not loaded & {
         "numpy",
         "torch",

@@ -25,6 +25,7 @@ from vitserve.service.http_worker.dispatcher import Dispatcher
 from vitserve.service.http_worker.image_job import ImageResult
 from vitserve.service.ipc import memory_layout, wire_format
 from vitserve.service.ipc.control_channel import Channel
+from vitserve.service.ipc.control_messages import ConnectWorker, Retire
 from vitserve.service.ipc.memory_layout import FREE, WAITING, Shape
 from vitserve.service.ipc.model_info import ModelInfo
 from vitserve.service.ipc.shared_memory import SlotTable
@@ -102,9 +103,9 @@ class Harness:
         )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         endpoint = self.connect(index)
-        Channel(ours).send({"kind": "connect", "worker": 0, "incarnation": 1}, [endpoint.fileno()])
+        Channel(ours).send(ConnectWorker(worker=0, incarnation=1), [endpoint.fileno()])
         endpoint.close()
-        Channel(ours).send({"kind": "retire"})
+        Channel(ours).send(Retire())
         thread = threading.Thread(target=loop.run, args=(Channel(theirs),), daemon=True)
         thread.start()
         self.threads.append(thread)

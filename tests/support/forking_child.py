@@ -1,15 +1,17 @@
-"""A child of the supervisor in which a library forks: it says so, and ends; the fork holds its channel and lives on. Run by test_processes.py."""
+"""A child of the supervisor that forks, reports the fork's process id and exits. The fork keeps the channel open."""
 
 from __future__ import annotations
 
 import os
 import signal
 
-from vitserve.service.ipc.control_channel import start_child
+from vitserve.service.ipc.child_runtime import start_child
+from vitserve.service.ipc.control_messages import Progress, StartHttpWorker
 
-channel, _, _ = start_child()
-fork = os.fork()
-if fork == 0:
-    signal.pause()
-channel.send({"kind": "forked", "pid": fork})
-os._exit(3)
+if __name__ == "__main__":
+    channel = start_child(StartHttpWorker)[0]
+    fork = os.fork()
+    if fork == 0:
+        signal.pause()
+    channel.send(Progress(str(fork), None))
+    os._exit(3)

@@ -39,7 +39,7 @@ def serve(source: str, **values: Any) -> None:
         if values["bundle"]:
             _check_bundle(Path(values["bundle"]))
         settings = Settings(**values)
-        from vitserve.service.supervisor.supervisor import serve as run
+        from vitserve.service.supervisor.launch import serve as run
 
         status = run(settings)
     raise typer.Exit(status)

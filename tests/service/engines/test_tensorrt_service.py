@@ -17,7 +17,7 @@ from vitserve.service import machine
 from vitserve.service.engines.engine import EngineOptions
 from vitserve.service.engines.selection import NoEngineError, open_engine
 from vitserve.service.settings import Settings
-from vitserve.service.supervisor.supervisor import for_this_machine
+from vitserve.service.supervisor.launch import for_this_machine
 
 
 @pytest.fixture

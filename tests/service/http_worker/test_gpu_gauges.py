@@ -1,4 +1,4 @@
-"""What the metrics say of GPUs, of a driver that is not there: its answers are given here, its names are the genuine ones."""
+"""The GPU gauges, with NVML's functions replaced. Their names are checked against the real library."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    begun = gpu_gauges._begun
-    begun.cache_clear()
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    cached = gpu_gauges.nvml_is_available
+    cached.cache_clear()
     monkeypatch.setattr(machine, "gpus", lambda: ["0", "1"])
     yield
-    begun.cache_clear()
+    cached.cache_clear()
 
 
-def answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver's answers, of two devices."""
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
@@ -42,30 +42,28 @@ def values() -> dict[tuple[str, ...], float]:
     }
 
 
-def test_each_device_tells_its_memory_its_use_and_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(monkeypatch)
-    told = values()
-    assert told["vitserve_gpu_memory_bytes", "1", "used"] == 2
-    assert told["vitserve_gpu_memory_bytes", "0", "total"] == 100
-    assert told["vitserve_gpu_utilization_ratio", "1"] == 0.5
-    assert told["vitserve_gpu_clock_hertz", "0"] == 1.98e9
+def test_each_gpu_has_memory_utilization_and_clock(nvml: None) -> None:
+    samples = values()
+    assert samples["vitserve_gpu_memory_bytes", "1", "used"] == 2
+    assert samples["vitserve_gpu_memory_bytes", "0", "total"] == 100
+    assert samples["vitserve_gpu_utilization_ratio", "1"] == 0.5
+    assert samples["vitserve_gpu_clock_hertz", "0"] == 1.98e9
 
 
-def test_a_driver_that_does_not_answer_costs_a_line_in_the_log_and_no_scrape(caplog: pytest.LogCaptureFixture) -> None:
-    """The genuine library, on a machine without NVIDIA's."""
+def test_a_missing_driver_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The real library on a machine without the driver. Two scrapes return nothing and log one line."""
     assert [values(), values()] == [{}, {}]
-    assert [each.message for each in caplog.records] == ["no gauges of the GPUs: NVML Shared Library Not Found"]
+    assert [record.message for record in caplog.records] == ["no GPU metrics: NVML Shared Library Not Found"]
 
 
-def test_without_a_device_the_library_is_not_even_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_nvml_is_not_initialized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "gpus", lambda: [])
-    monkeypatch.setattr(gpu_gauges, "_begun", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(gpu_gauges, "nvml_is_available", lambda: pytest.fail("NVML was initialized"))
     assert values() == {}
 
 
-def test_the_documents_name_only_what_is_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the names that test_saturation.py leaves to us."""
-    answer(monkeypatch)
+def test_documents_name_only_gauges_that_exist(nvml: None) -> None:
+    """Of the names that test_saturation.py does not check."""
     exposed = {name for name, *_ in values()}
     for page in (ROOT / "docs").glob("*.md"):
         assert set(re.findall(r"\bvitserve_gpu_[a-z_]*[a-z]\b", page.read_text())) <= exposed | {"vitserve_gpu"}

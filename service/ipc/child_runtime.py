@@ -1,0 +1,68 @@
+"""What an HTTP worker and an engine worker have in common as child processes of the supervisor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import NoReturn, TypeVar
+
+from vitserve.service.ipc.control_channel import METRICS_DIR, Channel
+from vitserve.service.ipc.control_messages import Heartbeat, Message, StartEngineWorker, StartHttpWorker
+
+HEARTBEATS = 4  # sent per hang_seconds, so that one that is late does no harm
+
+Start = TypeVar("Start", StartHttpWorker, StartEngineWorker)
+
+
+def start_child(expected: type[Start]) -> tuple[Channel, Start, list[int]]:
+    """Opens the channel named on the command line and waits for the start message.
+
+    Signals are ignored: a Ctrl-C in a terminal reaches every process, and the supervisor alone decides what to do.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    received = channel.receive()
+    if received is None:
+        sys.exit(1)
+    start, descriptors = received
+    assert isinstance(start, expected)
+    set_up_logging(start.process, start.settings.log_level)
+    return channel, start, descriptors
+
+
+def set_up_logging(process: str, level: str) -> None:
+    logging.basicConfig(level=level.upper(), format=f"%(asctime)s %(levelname)s {process} %(name)s: %(message)s")
+
+
+def received_messages(channel: Channel) -> Iterator[tuple[Message, list[int]]]:
+    """Yields the messages that have arrived, without waiting. Exits the process if the supervisor has exited."""
+    while True:
+        try:
+            received = channel.receive()
+        except BlockingIOError:
+            return
+        if received is None:
+            exit_orphaned()
+        yield received
+
+
+def send_heartbeat(channel: Channel) -> None:
+    """Exits the process if the supervisor has exited."""
+    try:
+        channel.send(Heartbeat())
+    except BlockingIOError:
+        pass  # a supervisor that does not read messages does not check heartbeats either
+    except OSError:
+        exit_orphaned()
+
+
+def exit_orphaned() -> NoReturn:
+    """Exits at once because the supervisor was killed. Removes the metrics directory, as the supervisor would."""
+    shutil.rmtree(os.environ.get(METRICS_DIR, ""), ignore_errors=True)
+    os._exit(1)

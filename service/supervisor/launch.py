@@ -1,0 +1,67 @@
+"""serve(): resolves the settings that depend on the machine, opens the port, and runs the supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.util
+import logging
+import os
+import shutil
+import socket
+import tempfile
+
+from vitserve.service import machine
+from vitserve.service.ipc.child_runtime import set_up_logging
+from vitserve.service.ipc.control_channel import METRICS_DIR
+from vitserve.service.settings import Settings
+from vitserve.service.supervisor.children import SupervisorGaveUpError
+from vitserve.service.supervisor.supervisor import Supervisor
+
+log = logging.getLogger("vitserve.supervisor")
+
+GPU_DECODE_THREADS = (
+    32  # per HTTP worker; they wait for the GPU, which decodes the images of all waiting threads together
+)
+
+
+def serve(settings: Settings) -> int:
+    """Blocks until SIGTERM or SIGINT. Returns the exit status: 0 if every admitted request was answered.
+
+    Raises SettingsError, and OSError if it cannot listen on the address.
+    """
+    set_up_logging("supervisor", settings.log_level)
+    settings = for_this_machine(settings, machine.cores())
+    directory = tempfile.mkdtemp(prefix="vitserve-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    os.environ[METRICS_DIR] = directory  # inherited by the child processes
+    try:
+        with _listen(settings) as listener:
+            return asyncio.run(Supervisor(settings, listener).run())
+    except SupervisorGaveUpError as error:
+        log.critical("giving up: %s", error)
+        return 1
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def for_this_machine(settings: Settings, cores: int) -> Settings:
+    """Replaces the settings that are 0 (automatic) by values for this machine. Raises SettingsError."""
+    workers = settings.workers or max(1, min(8, cores // 4, settings.slots // settings.max_images))
+    engines = settings.engines or (max(1, len(machine.gpus())) if _runs_on_gpus(settings.engine) else 1)
+    threads = settings.decode_threads or (GPU_DECODE_THREADS if settings.decode == "gpu" else max(1, cores // workers))
+    return dataclasses.replace(settings, workers=workers, engines=engines, decode_threads=threads)
+
+
+def _runs_on_gpus(engine: str) -> bool:
+    """Whether to start one engine worker for each GPU. With ``auto``, only if a package for GPUs is installed."""
+    if engine == "auto":
+        return any(importlib.util.find_spec(package) is not None for package in ("tensorrt", "cuda", "torch"))
+    return engine in ("tensorrt", "onnxruntime-cuda", "torch")
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    log.info("running on http://%s:%d", host, listener.getsockname()[1])
+    return listener

@@ -1,0 +1,91 @@
+"""The start of an engine worker: what it logs for the user, and what it reports to the supervisor."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+
+import pytest
+
+from tests.support.processes import READY, line_count, serving, wait_for_lines
+from vitserve.model.bundle.bundle import Bundle, open_bundle
+from vitserve.service import machine
+from vitserve.service.engine_worker.startup import Progress, startup_hints
+from vitserve.service.ipc import control_messages
+from vitserve.service.ipc.control_channel import Channel
+from vitserve.service.settings import DEFAULT_BUNDLE, Settings
+
+
+@pytest.fixture(autouse=True)
+def int8_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "multiplies_int8", lambda: True)
+
+
+def test_the_log_says_which_model_engine_and_precision_serve(bundle: Bundle) -> None:
+    with serving("--bundle", str(bundle.path), "--engine", "onnxruntime", "--precision", "fp32") as running:
+        running.wait_for(rf"ready: tiny \(version {bundle.manifest.version}\) on onnxruntime in fp32\n")
+        assert "demonstration model" not in "".join(running.log)
+        assert running.stop() == 0
+
+
+def test_the_log_names_the_demonstration_model_once() -> None:
+    with serving("--engines", "2", "--threads", "1") as running:
+        wait_for_lines(running, READY, 2)
+        assert line_count(running, "bundled demonstration model compact-hybrid-cifar10") == 1
+        assert running.stop() == 0
+
+
+def test_the_hint_says_how_to_serve_an_own_model() -> None:
+    (hint,) = startup_hints(Settings(), open_bundle(DEFAULT_BUNDLE), "openvino")
+    assert "CIFAR-10 images into 10 classes (airplane, automobile, " in hint
+    assert "`vitserve serve SOURCE`" in hint
+
+
+def test_the_hint_says_how_to_add_int8(bundle: Bundle) -> None:
+    (hint,) = startup_hints(Settings(bundle="b"), without_int8(bundle), "openvino")
+    assert "no int8 artifact" in hint
+    assert "`vitserve export SOURCE --output BUNDLE --images DIR`" in hint
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "onnxruntime-cuda", "torch"])
+def test_there_is_no_int8_hint_for_other_engines(bundle: Bundle, engine: str) -> None:
+    assert startup_hints(Settings(bundle="b"), without_int8(bundle), engine) == []
+
+
+def test_there_is_no_int8_hint_when_another_precision_is_set(bundle: Bundle) -> None:
+    assert startup_hints(Settings(bundle="b", precision="fp32"), without_int8(bundle), "openvino") == []
+
+
+def test_there_is_no_int8_hint_when_the_bundle_has_int8() -> None:
+    assert startup_hints(Settings(bundle="b"), open_bundle(DEFAULT_BUNDLE), "openvino") == []
+
+
+def test_there_is_no_int8_hint_without_instructions(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "multiplies_int8", lambda: False)
+    assert startup_hints(Settings(bundle="b"), without_int8(bundle), "openvino") == []
+
+
+def without_int8(bundle: Bundle) -> Bundle:
+    artifacts = tuple(artifact for artifact in bundle.manifest.artifacts if artifact.precision != "int8")
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, artifacts=artifacts))
+
+
+def test_progress_is_limited_but_the_engine_is_always_reported() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel, supervisor = Channel(near), Channel(far)
+    supervisor.setblocking(False)
+    progress = Progress(channel)
+    for step in range(100):
+        progress(f"step {step}")
+    progress.trying("openvino in bf16")
+    received = []
+    for _ in range(2):
+        message = supervisor.receive()
+        assert message is not None
+        received.append(message[0])
+    assert received == [
+        control_messages.Progress("step 0", None),
+        control_messages.Progress("loading openvino in bf16", "openvino in bf16"),
+    ]
+    channel.close()
+    supervisor.close()

@@ -1,0 +1,120 @@
+"""The control protocol: every message survives the channel, and anything else is a clear error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from collections.abc import Callable
+from typing import get_args
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from vitserve.service.ipc.child_runtime import received_messages, send_heartbeat
+from vitserve.service.ipc.control_channel import Channel
+from vitserve.service.ipc.control_messages import (
+    ControlMessageError,
+    Drain,
+    Heartbeat,
+    Message,
+    Reload,
+    Reloaded,
+    Retire,
+    StartEngineWorker,
+    StartHttpWorker,
+    decode,
+    encode,
+)
+from vitserve.service.settings import Settings
+
+st.register_type_strategy(
+    Settings, st.builds(Settings, port=st.integers(0, 65535), bundle=st.text(), drain_seconds=st.floats(0.1, 1e9))
+)
+MESSAGES = st.one_of([st.from_type(message) for message in get_args(Message)])
+
+
+@given(MESSAGES)
+def test_every_message_survives_encoding(message: Message) -> None:
+    assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"", "not a JSON message: b''"),
+        (b"\xff\xfe", "not a JSON message"),
+        (b"[]", "unknown kind of control message: None"),
+        (b"{}", "unknown kind of control message: None"),
+        (b'{"kind": "Restart"}', "unknown kind of control message: 'Restart'"),
+        (b'{"kind": ["Drain"]}', "unknown kind of control message"),
+        (b'{"kind": "Reload", "id": 1, "path": "/"}', "Reload has no field path"),
+        (b'{"kind": "Reload"}', "Reload lacks the field id"),
+    ],
+)
+def test_other_data_is_a_clear_error(data: bytes, error: str) -> None:
+    with pytest.raises(ControlMessageError) as raised:
+        decode(data)
+    assert error in str(raised.value)
+
+
+def test_settings_are_checked_like_a_message() -> None:
+    settings = dataclasses.asdict(Settings())
+    start = {"kind": "StartHttpWorker", "process": "p", "incarnation": 1, "worker": 0, "decode_threads": 1}
+    assert decode(json.dumps(start | {"settings": settings}).encode()) == StartHttpWorker("p", 1, Settings(), 0, 1)
+    with pytest.raises(ControlMessageError, match="Settings has no field presicion"):
+        decode(json.dumps(start | {"settings": settings | {"presicion": "int8"}}).encode())
+
+
+def test_the_channel_carries_messages_and_descriptors() -> None:
+    near, far = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    near.setblocking(False)
+    start = StartEngineWorker("engine-worker-0-a", 3, Settings(), 0, 1, 1, ["openvino in bf16"])
+    with pytest.raises(BlockingIOError):
+        near.receive()
+    reader, writer = os.pipe()
+    far.send(start, [reader])
+    far.send(Reload(5))
+    received = near.receive()
+    assert received is not None
+    message, (descriptor,) = received
+    assert message == start
+    os.write(writer, b"x")
+    assert os.read(descriptor, 1) == b"x"
+    assert near.receive() == (Reload(5), [])
+    for open_descriptor in (reader, writer, descriptor):
+        os.close(open_descriptor)
+    far.close()
+    assert near.receive() is None
+    near.close()
+
+
+def test_a_child_reads_all_messages_that_have_arrived() -> None:
+    child, supervisor = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    child.setblocking(False)
+    sent: list[Message] = [Drain(), Reloaded(1, "ok", ""), Retire()]
+    for message in sent:
+        supervisor.send(message)
+    assert [message for message, _ in received_messages(child)] == sent
+    assert list(received_messages(child)) == []
+    send_heartbeat(child)
+    assert supervisor.receive() == (Heartbeat(), [])
+    child.close()
+    supervisor.close()
+
+
+@pytest.mark.parametrize("action", [send_heartbeat, lambda channel: next(received_messages(channel))])
+def test_a_child_exits_when_the_supervisor_has_exited(
+    monkeypatch: pytest.MonkeyPatch, action: Callable[[Channel], object]
+) -> None:
+    def exit_process(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", exit_process)
+    child, supervisor = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    supervisor.close()
+    with pytest.raises(SystemExit):
+        action(child)
+    child.close()
