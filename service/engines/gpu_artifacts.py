@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from vitserve.model.bundle.bundle import GRAPH, WEIGHTS, Artifact, Bundle
 from vitserve.model.config import ViTConfig
 from vitserve.service.engines.catalog import ENGINES
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
+from vitserve.service.engines.tensorrt.target import Target, local_target
 from vitserve.service.python_process import python_command, python_environment
 
 # Modules that are run and never imported, so that a service without a GPU does not need their libraries.
@@ -40,20 +40,6 @@ class PlanOptions:
     max_batch: int = 64
 
 
-@dataclass(frozen=True)
-class Target:
-    """The GPU and the TensorRT version that a plan is built for. It runs on no other."""
-
-    gpu: str
-    compute_capability: tuple[int, int]
-    tensorrt: str
-
-    @property
-    def slug(self) -> str:
-        major, minor = self.compute_capability
-        return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.gpu).strip('-').lower()}-sm{major}{minor}-trt{self.tensorrt}"
-
-
 def gpu_artifact(bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Progress) -> Path | None:
     """The plan or cast graph that ``artifact`` runs from, built if it is missing. None if it runs from the bundle.
 
@@ -70,16 +56,14 @@ def gpu_artifact(bundle: Bundle, artifact: Artifact, options: EngineOptions, pro
 
 
 def _plan(bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Progress) -> Path:
-    from vitserve.service.engines.tensorrt.engine import target
-
-    gpu, precision = target(), artifact.precision
-    if precision == "fp8" and gpu.compute_capability < FP8_CAPABILITY:
+    target, precision = local_target(), artifact.precision
+    if precision == "fp8" and target.compute_capability < FP8_CAPABILITY:
         raise EngineUnavailableError(
-            f"fp8 needs compute capability {FP8_CAPABILITY}; the {gpu.gpu} has {gpu.compute_capability}"
+            f"fp8 needs compute capability {FP8_CAPABILITY}; the {target.gpu} has {target.compute_capability}"
         )
     assert precision in ("bf16", "fp16", "fp8")
     plan_options = PlanOptions(precision, options.max_batch)
-    path = plan_path(Path(options.plan_dir), bundle, artifact.path, plan_options, gpu)
+    path = plan_path(Path(options.plan_dir), bundle, artifact.path, plan_options, target)
     if not path.exists():
         if options.defer_builds:
             _reject_unbuilt(path)

@@ -15,7 +15,6 @@ from vitserve.model.arrays import Precision
 from vitserve.service.engines.cuda import runtime
 from vitserve.service.engines.cuda.batching import Buffers, GpuEngine
 from vitserve.service.engines.engine import EngineUnavailableError
-from vitserve.service.engines.gpu_artifacts import Target
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +32,6 @@ class TensorRtLogger(trt.ILogger):  # type: ignore[misc, unused-ignore]  # untyp
             log.error("TensorRT: %s", msg)
         else:
             log.log(logging.WARNING if severity == trt.ILogger.Severity.WARNING else logging.DEBUG, "TensorRT: %s", msg)
-
-
-def target() -> Target:
-    """What a plan that is built here can run on. Raises EngineUnavailableError without a device."""
-    runtime.count_devices()
-    name, capability = runtime.describe_device()
-    return Target(name, capability, trt.__version__)
 
 
 class TensorRtEngine(GpuEngine):
