@@ -38,8 +38,9 @@ from vitserve.model.arrays import Pixels, Precision
 from vitserve.model.bundle.bundle import GRAPH, Bundle, open_bundle
 from vitserve.model.bundle.evaluation import read_images
 from vitserve.model.network.vit import ViT
+from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
-from vitserve.service.engines.selection import open_one
+from vitserve.service.engines.telemetry import disable_telemetry
 
 PLAIN, DIALECT = "plain graph, ONNX Runtime", "fused attention (MultiHeadAttention)"
 STEPS: dict[str, tuple[str, Precision]] = {  # of the bundle: engine and precision
@@ -92,7 +93,7 @@ def subjects(
     fuse_attention(network)
     trace(Servable(network, checkpoint.preprocessing).eval(), size, directory / "fused.onnx")
     for_onnxruntime(directory / "fused.onnx", directory / "dialect.onnx")
-    found[DIALECT] = subject(open_one("onnxruntime", "fp32", directory / "dialect.onnx", options), options)
+    found[DIALECT] = subject(construct_engine("onnxruntime", "fp32", directory / "dialect.onnx", options), options)
     graphs = {(each.engine, each.precision): bundle.path / each.path for each in bundle.manifest.artifacts}
     for name, (engine, precision) in STEPS.items():
         try:
@@ -100,7 +101,8 @@ def subjects(
                 (engine, precision) not in graphs and precision == "int8"
             ):  # of random weights it need not be exact to be as fast as any other
                 graphs[engine, precision] = directory / "int8.xml"
-                import openvino  # after what it must find set: service/engines/selection.py
+                disable_telemetry()
+                import openvino
 
                 openvino.save_model(
                     calibrated(bundle.path / GRAPH, calibration(checkpoint, images), smooth=True),
@@ -109,7 +111,7 @@ def subjects(
                 )
             if (engine, precision) not in graphs:
                 raise EngineUnavailableError(f"the bundle has no {precision} for {engine}")
-            found[name] = subject(open_one(engine, precision, graphs[engine, precision], options), options)
+            found[name] = subject(construct_engine(engine, precision, graphs[engine, precision], options), options)
         except Exception as error:  # whatever a foreign library raises: the others are still worth measuring
             skipped[name] = str(error)
     return found

@@ -37,8 +37,9 @@ from vitserve.model.bundle.bundle import (
 from vitserve.model.bundle.evaluation import Images, evaluate, in_batches
 from vitserve.model.bundle.parity import compare
 from vitserve.model.config import variant_of
+from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
-from vitserve.service.engines.selection import open_one
+from vitserve.service.engines.telemetry import disable_telemetry
 
 ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
 FP8_GRAPH = "fp8.onnx"
@@ -167,6 +168,7 @@ class Prover:
 
     def _calibrated(self) -> Artifact:
         """SmoothQuant on and off, the better is kept; where both lose too much, with layers left in float."""
+        disable_telemetry()
         import openvino
 
         assert self.calibration is not None
@@ -204,6 +206,7 @@ class Prover:
         return self._gate(best[1])
 
     def _calibrated_until(self, smooth: bool) -> Artifact:
+        disable_telemetry()
         import openvino
 
         assert self.calibration is not None
@@ -232,7 +235,7 @@ class Prover:
             raise ArtifactRejectedError("fp8 needs images to calibrate with (--images)")
         self.progress(f"quantizing to fp8 with {len(self.calibration.pixels)} images")
         fp8.calibrated(self.contents / GRAPH, self.contents / FP8_GRAPH, self.calibration.pixels)
-        runs = open_one(
+        runs = construct_engine(
             "onnxruntime", "fp8", self.contents / FP8_GRAPH, EngineOptions(max_batch=len(self.golden.pixels))
         )
         try:
@@ -255,7 +258,9 @@ class Prover:
         self.progress(f"proving {engine} in {precision}")
         from vitserve.service.engines.openvino_engine import OpenVinoEngine
 
-        opened = open_one(engine, precision, self.contents / path, EngineOptions(max_batch=len(self.golden.pixels)))
+        opened = construct_engine(
+            engine, precision, self.contents / path, EngineOptions(max_batch=len(self.golden.pixels))
+        )
         try:
             attention = (
                 attention_report.of_openvino(opened.compiled)

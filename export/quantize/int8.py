@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitserve.model.arrays import Outputs, Pixels
+from vitserve.service.engines.telemetry import disable_telemetry
 from vitserve.service.machine import multiplies_int8
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def fold_smoothing(model: openvino.Model) -> int:
 
     OpenVINO has taken the LayerNorm apart into MVN · scale + shift, of constants.
     """
+    disable_telemetry()
     from openvino import opset13
 
     folded = 0
@@ -136,6 +138,7 @@ def _read(graph: Path) -> openvino.Model:
 
     OpenVINO 2026's int8 transformations lose the other kind where ReLU and quantization follow: 1.2 points of accuracy of the model that comes along.
     """
+    disable_telemetry()
     import openvino
     from openvino import opset13
 
@@ -151,6 +154,7 @@ def _read(graph: Path) -> openvino.Model:
 
 
 def _nncf(images: Pixels, smooth: bool) -> tuple[Any, dict[str, Any]]:
+    disable_telemetry()
     try:
         with _quiet():
             import nncf

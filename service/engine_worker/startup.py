@@ -96,7 +96,7 @@ def _engine_options(settings: Settings, tuning_result: TuningResult | None) -> E
         settings.max_batch,
         _engine_cache_dir(settings),
         {"none": "", "auto": str(machine.plan_dir())}.get(settings.plan_dir, settings.plan_dir),
-        serve_meanwhile=settings.while_building == "serve",
+        defer_builds=settings.while_building == "serve",
         compile=settings.torch_compile,
     )
 

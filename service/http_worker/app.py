@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vitserve import __version__
 from vitserve.service import errors
 from vitserve.service.http_worker import openapi
 from vitserve.service.http_worker.classify import classify

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.util
 import logging
 import os
 import shutil
@@ -12,6 +11,7 @@ import socket
 import tempfile
 
 from vitserve.service import machine
+from vitserve.service.engines.catalog import wants_gpu_workers
 from vitserve.service.ipc.child_runtime import set_up_logging
 from vitserve.service.ipc.control_channel import METRICS_DIR
 from vitserve.service.settings import Settings
@@ -47,16 +47,9 @@ def serve(settings: Settings) -> int:
 def for_this_machine(settings: Settings, cores: int) -> Settings:
     """Replaces the settings that are 0 (automatic) by values for this machine. Raises SettingsError."""
     workers = settings.workers or max(1, min(8, cores // 4, settings.slots // settings.max_images))
-    engines = settings.engines or (max(1, len(machine.gpus())) if _runs_on_gpus(settings.engine) else 1)
+    engines = settings.engines or (max(1, len(machine.gpus())) if wants_gpu_workers(settings.engine) else 1)
     threads = settings.decode_threads or (GPU_DECODE_THREADS if settings.decode == "gpu" else max(1, cores // workers))
     return dataclasses.replace(settings, workers=workers, engines=engines, decode_threads=threads)
-
-
-def _runs_on_gpus(engine: str) -> bool:
-    """Whether to start one engine worker for each GPU. With ``auto``, only if a package for GPUs is installed."""
-    if engine == "auto":
-        return any(importlib.util.find_spec(package) is not None for package in ("tensorrt", "cuda", "torch"))
-    return engine in ("tensorrt", "onnxruntime-cuda", "torch")
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -112,7 +112,7 @@ def test_without_any_engine_nothing_is_proven_and_no_bundle_written(
     def absent(name: str, *_: object) -> Engine:
         raise EngineUnavailableError(f"{name} is not installed")
 
-    monkeypatch.setattr(vitserve.export.build_bundle, "open_one", absent)
+    monkeypatch.setattr(vitserve.export.build_bundle, "construct_engine", absent)
     with pytest.raises(ExportError, match="openvino is not installed; onnxruntime is not installed"):
         build_bundle(checkpoint(), tmp_path / "bundle", name="none")
     assert list(tmp_path.iterdir()) == []
@@ -155,7 +155,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> No
 
 def test_engines_are_closed_when_their_proof_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, closed = list[str](), list[str]()
-    genuine = vitserve.export.build_bundle.open_one
+    genuine = vitserve.export.build_bundle.construct_engine
 
     def opens(*arguments: object) -> Engine:
         engine = genuine(*arguments)  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ def test_engines_are_closed_when_their_proof_fails(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(engine, "close", lambda: closed.append(engine.name))
         return engine
 
-    monkeypatch.setattr(vitserve.export.build_bundle, "open_one", opens)
+    monkeypatch.setattr(vitserve.export.build_bundle, "construct_engine", opens)
     with pytest.raises(ExportError):
         build_bundle(checkpoint(), tmp_path / "bundle", name="wrong")
     assert closed == opened == ["openvino"]

@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tests.service.engines.test_tensorrt import gpu as gpu
-from tests.service.engines.test_tensorrt_service import environment as environment
+from tests.support.gpu.fixtures import Gpu
 from tests.support.images import random_image
 from tests.support.networks import TINY, checkpoint
 from tests.support.paths import ROOT
@@ -22,7 +20,7 @@ from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.model.bundle.evaluation import Images
 from vitserve.service.engines import selection as opening
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
-from vitserve.service.engines.gpu_artifacts import Target
+from vitserve.service.engines.tensorrt.target import Target
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +68,10 @@ def test_it_comes_first_on_a_gpu_and_not_at_all_without_one(
 
 
 def test_a_gpu_without_it_is_told_apart(
-    with_fp8: Bundle, tmp_path: Path, gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    with_fp8: Bundle, tmp_path: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu.engine, "target", lambda: Target("NVIDIA A100", (8, 0), "11.4"))
+    target = "vitserve.service.engines.gpu_artifacts.local_target"
+    monkeypatch.setattr(target, lambda: Target("NVIDIA A100", (8, 0), "11.4"))
     options = EngineOptions(engine="tensorrt", precision="fp8", plan_dir=str(tmp_path))
     (fp8,) = opening.candidates(with_fp8, options)
     with pytest.raises(

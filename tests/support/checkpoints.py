@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vitserve.export.checkpoint.load import Checkpoint
 from vitserve.export.graph.trace import Servable, trace
 from vitserve.model.arrays import Pixels
+from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions
-from vitserve.service.engines.selection import open_one
 
 log = logging.getLogger("parity")  # docs/models.md has the command that shows it
 
@@ -88,7 +88,7 @@ def assert_same_logits(
 def _served_logits(checkpoint: Checkpoint, pixels: Pixels, directory: Path) -> np.ndarray:
     graph = directory / "model.onnx"
     trace(Servable(checkpoint.network, checkpoint.preprocessing).eval(), checkpoint.preprocessing.image_size, graph)
-    engine = open_one("onnxruntime", "fp32", graph, EngineOptions(max_batch=len(pixels)))
+    engine = construct_engine("onnxruntime", "fp32", graph, EngineOptions(max_batch=len(pixels)))
     logits = engine.run(0, pixels).logits
     engine.close()
     return logits

@@ -20,7 +20,7 @@ from tests.support.waiting import eventually_async
 from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.service.engine_worker.batch_loop import BatchLoop
-from vitserve.service.engines.engine import gathered
+from vitserve.service.engines.engine import select_rows
 from vitserve.service.http_worker.dispatcher import Dispatcher
 from vitserve.service.http_worker.image_job import ImageResult
 from vitserve.service.ipc import memory_layout, wire_format
@@ -59,7 +59,7 @@ class FakeEngine:
         pass
 
     def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
-        pixels = gathered(pixels, rows)
+        pixels = select_rows(pixels, rows)
         self.sizes.append(len(pixels))
         self.on_run()
         means = pixels.mean(axis=(1, 2), dtype=np.float32) / 10
