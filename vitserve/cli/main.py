@@ -134,7 +134,8 @@ def export(
     """Export a checkpoint to a bundle, proving every engine equal to its source before it is accepted."""
     from rich.console import Console
 
-    from vitserve.export.build_bundle import ExportError, build_bundle
+    from vitserve.export.artifacts import ExportError
+    from vitserve.export.build_bundle import build_bundle
     from vitserve.export.checkpoint.load import load_checkpoint
     from vitserve.model.bundle.evaluation import read_images
 
@@ -166,7 +167,7 @@ def export(
                 version=version or None,
                 training=json.loads(record.read_text()) if record.exists() else None,
                 precisions=[each.value for each in precision] if precision else None,
-                calibration=calibration,
+                calibration_images=calibration,
                 evaluation_images=evaluation_images,
                 max_loss=max_loss,
                 progress=progress,

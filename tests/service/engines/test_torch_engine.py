@@ -17,7 +17,8 @@ from torch import nn
 from tests.support.images import random_image
 from tests.support.networks import TINY, network
 from vitserve.export.graph.optimize import OptimizedNetwork
-from vitserve.export.graph.trace import Servable, trace
+from vitserve.export.graph.reference import ReferenceNetwork
+from vitserve.export.graph.trace import trace
 from vitserve.model.arrays import Outputs
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.bundle.parity import compare
@@ -55,7 +56,7 @@ def test_the_graph_of_every_family_is_what_torch_computes(family: str, tmp_path:
     )
     with torch.inference_mode():
         ours = TorchGraph(tmp_path / "model.onnx").eval()(images)
-        source = Servable(made, Preprocessing(config.image_size)).eval()(images)  # type: ignore[arg-type]
+        source = ReferenceNetwork(made, Preprocessing(config.image_size)).eval()(images)  # type: ignore[arg-type]
     assert (
         compare(Outputs(*(each.numpy() for each in ours)), Outputs(*(each.numpy() for each in source))).failure("fp32")
         is None
