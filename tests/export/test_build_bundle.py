@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from tests.support.bundles import artifact_in, random_images
 from tests.support.networks import TINY, checkpoint, network
+from tests.support.paths import ROOT
 from vitserve.cli.main import app
 from vitserve.export import build_bundle as build_module
 from vitserve.export import workspace
@@ -181,3 +183,9 @@ def test_fp16_is_rejected_before_the_export_starts(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="fp16 cannot be exported"):
         build_bundle(checkpoint(), tmp_path / "bundle", name="tiny", precisions=["fp16"], progress=steps.append)
     assert steps == []
+
+
+def test_export_imports_no_engine() -> None:
+    script = "import sys, vitserve.export.build_bundle\nprint({'onnxruntime', 'openvino', 'nncf'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -28,7 +28,8 @@ from tests.support.server import start_server
 from vitserve.cli.main import app
 from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
 from vitserve.export.checkpoint.state_dict import CheckpointError, Tensors
-from vitserve.export.graph.trace import Servable, trace
+from vitserve.export.graph.reference import ReferenceNetwork
+from vitserve.export.graph.trace import trace
 from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.bundle import open_bundle
 from vitserve.model.config import ViTConfig
@@ -86,7 +87,7 @@ def assert_equal(
     if directory is None:
         return
     graph = directory / "model.onnx"
-    trace(Servable(checkpoint.network, checkpoint.preprocessing).eval(), checkpoint.preprocessing.image_size, graph)
+    trace(ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval(), checkpoint.preprocessing.image_size, graph)
     engine = open_one("onnxruntime", "fp32", graph, EngineOptions(max_batch=count))
     served = engine.run(0, pixels).logits
     engine.close()
