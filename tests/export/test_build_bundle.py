@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from tests.support.bundles import artifact_in, random_images
+from tests.support.images import encoded, random_image
 from tests.support.networks import TINY, checkpoint, network
 from tests.support.paths import ROOT
 from vitserve.cli.main import app
@@ -94,7 +95,7 @@ def test_mismatch_is_reported_and_no_bundle_written(tmp_path: Path, monkeypatch:
         trace(OptimizedNetwork(network(TINY, seed=1), checkpoint().preprocessing).eval(), image_size, path)
 
     monkeypatch.setattr(build_module, "trace", trace_another_network)
-    message = r"openvino in fp32 does not match the source network: logits differ by .* fp32 allows 1e-04"
+    message = r"openvino in fp32 does not match the source network: logits differ by .* fp32 .* 1e-04"
     with pytest.raises(ExportError, match=message):
         build_bundle(checkpoint(), tmp_path / "bundle", name="wrong")
     assert list(tmp_path.iterdir()) == []
@@ -148,6 +149,18 @@ def test_command_exports_a_checkpoint(tmp_path: Path) -> None:
     assert exported.labels == tuple("abcdefg")
     assert f"letters {exported.manifest.version}" in result.output
     assert len(exported.manifest.version) == 12
+
+
+def test_command_calibrates_and_evaluates_on_images(tmp_path: Path) -> None:
+    for seed in range(12):
+        (tmp_path / f"{seed}.png").write_bytes(encoded(random_image(seed=seed)))
+    source, output = save(tmp_path / "weights.safetensors"), tmp_path / "bundle"
+    command = ["export", str(source), "-o", str(output), "--images", str(tmp_path), "--max-loss", "50"]
+    result = CliRunner().invoke(app, [*command, "--calibration-images", "4", "--evaluation-images", "5"])
+    assert result.exit_code == 0, result.output
+    evaluation = artifact_in(open_bundle(output), "bf16").evaluation
+    assert evaluation is not None
+    assert evaluation.images == 5
 
 
 def test_invalid_checkpoint_is_rejected_with_a_reason(tmp_path: Path) -> None:

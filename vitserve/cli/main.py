@@ -123,7 +123,7 @@ def export(
         ),
     ] = None,
     calibration_images: Annotated[int, typer.Option(min=1, help="How many of them to calibrate with.")] = 300,
-    evaluation_image_count: Annotated[int, typer.Option(min=1, help="How many others to judge on.")] = 1000,
+    evaluation_images: Annotated[int, typer.Option(min=1, help="How many others to judge on.")] = 1000,
     max_loss: Annotated[
         float,
         typer.Option(
@@ -154,11 +154,11 @@ def export(
                 status.update(step)
                 console.print(f"[dim]{step}[/dim]")
 
-            calibration = evaluation_images = None
+            calibration = evaluation = None
             if images is not None:
                 progress(f"reading images of {images}")
-                calibration, evaluation_images = read_images(
-                    images, checkpoint.preprocessing, checkpoint.labels, calibration_images, evaluation_image_count
+                calibration, evaluation = read_images(
+                    images, checkpoint.preprocessing, checkpoint.labels, calibration_images, evaluation_images
                 )
             bundle = build_bundle(
                 checkpoint,
@@ -168,7 +168,7 @@ def export(
                 training=json.loads(record.read_text()) if record.exists() else None,
                 precisions=[each.value for each in precision] if precision else None,
                 calibration_images=calibration,
-                evaluation_images=evaluation_images,
+                evaluation_images=evaluation,
                 max_loss=max_loss,
                 progress=progress,
             )

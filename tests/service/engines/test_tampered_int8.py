@@ -56,7 +56,6 @@ def test_layer_with_doubled_scales_is_rejected(quantized: Bundle, tmp_path: Path
     opened.engine.close()
     for layer in (0, 3, 5, 4 * SMALL.depth - 3, 4 * SMALL.depth - 1):
         broken = open_bundle(tampered(quantized, tmp_path / str(layer), layer))
-        assert broken.damaged == {}
         opened = open_engine(broken, EngineOptions(), first=("openvino", "int8"))
         opened.engine.close()
         assert opened.engine.precision != "int8", f"layer {layer}"
