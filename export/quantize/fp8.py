@@ -24,8 +24,9 @@ _BATCH_SIZE = 8
 def write_fp8_graph(reference_graph: Path, path: Path, images: Pixels) -> None:
     """Writes the reference graph with both operands of the blocks' products quantized.
 
-    ``path`` is in the same directory, and shares the weights. Arithmetic stays in float32, so that any CPU can measure the loss that fp8 causes;
-    cast_graph() converts the graph to bf16 and fp8. Raises ValueError if the graph has no such product.
+    ``path`` is in the same directory, and shares the weights. Arithmetic stays in float32, so that any CPU can measure
+    the loss that fp8 causes. cast_graph() converts the graph to bf16 and fp8. Raises ValueError if there is no such
+    product.
     """
     model = ir.load(reference_graph)
     products = [
@@ -96,7 +97,10 @@ def _quantize(
 
 def _greatest_magnitudes(reference_graph: Path, names: Sequence[str], images: Pixels) -> dict[str, float]:
     """The greatest magnitude of each named value over all images."""
-    import onnxruntime  # fold_weights() is also used where only TensorRT is installed
+    try:
+        import onnxruntime  # here, because fold_weights() also runs where only TensorRT is installed
+    except ImportError as error:
+        raise ImportError(f"calibrating fp8 needs onnxruntime ({error}): pip install 'vitserve[export]'") from error
 
     probe = reference_graph.with_name("probe.onnx")
     try:

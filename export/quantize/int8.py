@@ -123,9 +123,13 @@ def _constant(value: Any) -> Any:
 def write_dynamic_int8_graph(graph: Path, path: Path) -> None:
     """Writes ``graph`` with int8 weights to ``path``. ONNX Runtime computes the ranges of activations for every batch.
 
-    On a CPU without VNNI, weights use 7 bits for the reason that quantize() gives.
+    On a CPU without VNNI, weights use 7 bits for the reason that quantize() gives. Raises ImportError without ONNX
+    Runtime.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    try:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise ImportError(f"int8 without images needs onnxruntime ({error}): pip install 'vitserve[export]'") from error
 
     with _quiet():
         quantize_dynamic(

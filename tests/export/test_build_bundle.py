@@ -28,7 +28,7 @@ from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
 from vitserve.export.checkpoint.state_dict import CheckpointError
 from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.trace import trace
-from vitserve.model.arrays import Outputs
+from vitserve.model.arrays import Outputs, Precision
 from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.model.bundle.parity import TOLERANCE, compare
 from vitserve.model.bundle.preprocess import Preprocessing
@@ -127,6 +127,19 @@ def test_one_installed_cpu_engine_is_enough(
     assert any(step.startswith(f"skipped: {absent} is not installed") for step in steps)
     assert f"running {present} in float32 on 10 evaluation images" in steps
     assert artifact_in(exported, "bf16").evaluation is not None
+
+
+@pytest.mark.parametrize(("precision", "message"), [("int8", "int8 without images"), ("fp8", "calibrating fp8")])
+def test_missing_onnxruntime_is_reported_with_the_command(
+    precision: Precision, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("onnxruntime", "onnxruntime.quantization"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "vitserve.service.engines.onnxruntime_engine", raising=False)
+    images = random_images(4, TINY.image_size) if precision == "fp8" else None
+    with pytest.raises(ExportError, match=rf"{message} needs onnxruntime .*pip install 'vitserve\[export\]'"):
+        build_bundle(checkpoint(), tmp_path / "bundle", name="tiny", precisions=[precision], calibration_images=images)
+    assert list(tmp_path.iterdir()) == []
 
 
 def save(path: Path, drop: str = "") -> Path:
