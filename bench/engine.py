@@ -16,7 +16,7 @@ from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.bundle import Artifact, Bundle
 from vitserve.service import machine
 from vitserve.service.engines.engine import Engine, EngineOptions
-from vitserve.service.engines.selection import candidates, golden_check, open_artifact
+from vitserve.service.engines.selection import candidates, open_verified, openable
 
 Run = Callable[[int, Pixels], object]  # a stream, a batch
 
@@ -65,23 +65,17 @@ def opened(
     options: EngineOptions,
     skipped: Callable[[str], None],
     precisions: Sequence[str] = (),
-    *,
-    gate: bool = True,
 ) -> Iterator[tuple[Artifact, Subject]]:
-    """What ``options`` name, or ``precisions`` do, of what can run here and reproduces the golden images."""
-    for artifact in candidates(bundle, options):
-        if precisions and artifact.precision not in precisions:
-            continue
-        engine = None
-        try:
-            engine = open_artifact(bundle, artifact, options)
-            if gate:
-                golden_check(engine, bundle, artifact)
-        except Exception as error:  # whatever a foreign library raises: it is not measured, and why is said
-            if engine is not None:
-                engine.close()
-            skipped(f"{artifact.engine} in {artifact.precision}: {error}")
-            continue
+    """Opens every artifact that matches ``options`` and ``precisions`` (empty: all) and passes the golden check.
+
+    ``skipped`` receives the reason for each of the others.
+    """
+
+    def opener(artifact: Artifact) -> Engine:
+        return open_verified(bundle, artifact, options).engine
+
+    artifacts = (each for each in candidates(bundle, options) if not precisions or each.precision in precisions)
+    for artifact, engine in openable(artifacts, opener, lambda rejection: skipped(str(rejection))):
         yield artifact, subject(engine, options)
 
 

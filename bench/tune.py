@@ -13,7 +13,7 @@ from vitserve.model.bundle.bundle import Artifact, Bundle
 from vitserve.service import machine
 from vitserve.service.engine_worker.tuning_cache import TuningResult
 from vitserve.service.engines.engine import Engine, EngineOptions
-from vitserve.service.engines.selection import candidates, golden_check, open_artifact, runs_on_gpu
+from vitserve.service.engines.selection import candidates, open_verified, runs_on_gpu
 
 WITHIN = 0.97  # of the highest rate: the simpler setting is taken, for what separates them is noise
 
@@ -83,13 +83,7 @@ def sizes(max_batch: int) -> list[int]:
 
 
 def _opened(bundle: Bundle, artifact: Artifact, options: EngineOptions) -> Engine:
-    engine = open_artifact(bundle, artifact, options)
-    try:
-        golden_check(engine, bundle, artifact)
-    except BaseException:
-        engine.close()
-        raise
-    return engine
+    return open_verified(bundle, artifact, options).engine
 
 
 def _measure(engine: Engine, streams: int, threads: int, golden: Pixels, size: int, seconds: float) -> Measurement:

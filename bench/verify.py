@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from vitserve.bench.engine import subject, take_turns
 from vitserve.bench.report import EngineRow, engine_table, printer, where
-from vitserve.model.bundle.bundle import GRAPH, Artifact, Bundle, Evaluation
+from vitserve.model.bundle.bundle import Artifact, Bundle, Evaluation
 from vitserve.model.bundle.evaluation import Images, evaluate, in_batches
 from vitserve.model.bundle.parity import Parity
 from vitserve.service import machine
 from vitserve.service.engines.engine import Engine, EngineOptions
-from vitserve.service.engines.selection import NoEngineError, candidates, golden_check, open_artifact, open_one
+from vitserve.service.engines.golden_check import golden_check
+from vitserve.service.engines.selection import (
+    EngineRejection,
+    candidates,
+    no_engine,
+    open_artifact,
+    open_engine,
+    openable,
+)
 from vitserve.service.engines.tensorrt.plan_report import PlanReport
 
 if TYPE_CHECKING:
@@ -129,16 +137,15 @@ def verify(
 
 
 def _open(bundle: Bundle, options: EngineOptions, progress: Callable[[str], None]) -> tuple[Engine, Artifact]:
-    """The first that can be opened, whatever it computes: the report shall say what is wrong with it, and not hide it behind the next."""
-    reasons = []
-    for artifact in candidates(bundle, options):
-        try:
-            return open_artifact(bundle, artifact, options, progress), artifact
-        except Exception as error:  # whatever a foreign library raises
-            reasons.append(f"{artifact.engine} in {artifact.precision}: {error}")
-    raise NoEngineError(
-        "; ".join(reasons) or f"the bundle has nothing for engine {options.engine!r} in precision {options.precision!r}"
-    )
+    """Opens the first candidate that can be opened, without the golden check, whose failure belongs in the report."""
+    rejected: list[EngineRejection] = []
+
+    def opener(artifact: Artifact) -> Engine:
+        return open_artifact(bundle, artifact, options, progress)
+
+    for artifact, engine in openable(candidates(bundle, options), opener, rejected.append):
+        return engine, artifact
+    raise no_engine(options, rejected)
 
 
 def _attention(bundle: Bundle, artifact: Artifact, engine: Engine) -> Attention | None:
@@ -161,7 +168,7 @@ def _attention(bundle: Bundle, artifact: Artifact, engine: Engine) -> Attention 
 
 
 def _evaluate(bundle: Bundle, engine: Engine, images: Images) -> Evaluation:
-    reference = open_one("onnxruntime", "fp32", bundle.path / GRAPH, EngineOptions(max_batch=8))
+    reference = open_engine(bundle, EngineOptions(precision="fp32", max_batch=8)).engine
     try:
         expected = in_batches(lambda pixels: reference.run(0, pixels), 8)(images.pixels)
     finally:

@@ -39,8 +39,8 @@ from vitserve.model.arrays import Pixels, Precision
 from vitserve.model.bundle.bundle import GRAPH, Bundle, open_bundle
 from vitserve.model.bundle.evaluation import read_images
 from vitserve.model.network.vit import ViT
+from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
-from vitserve.service.engines.selection import open_one
 
 PLAIN, DIALECT = "plain graph, ONNX Runtime", "fused attention (MultiHeadAttention)"
 STEPS: dict[str, tuple[str, Precision]] = {  # of the bundle: engine and precision
@@ -93,7 +93,7 @@ def subjects(
     fuse_attention(network)
     trace(ReferenceNetwork(network, checkpoint.preprocessing).eval(), size, directory / "fused.onnx")
     write_onnxruntime_graph(directory / "fused.onnx", directory / "dialect.onnx")
-    found[DIALECT] = subject(open_one("onnxruntime", "fp32", directory / "dialect.onnx", options), options)
+    found[DIALECT] = subject(construct_engine("onnxruntime", "fp32", directory / "dialect.onnx", options), options)
     graphs = {(each.engine, each.precision): bundle.path / each.path for each in bundle.manifest.artifacts}
     for name, (engine, precision) in STEPS.items():
         try:
@@ -105,7 +105,7 @@ def subjects(
                 int8.save(model, directory / "int8.xml")
             if (engine, precision) not in graphs:
                 raise EngineUnavailableError(f"the bundle has no {precision} for {engine}")
-            found[name] = subject(open_one(engine, precision, graphs[engine, precision], options), options)
+            found[name] = subject(construct_engine(engine, precision, graphs[engine, precision], options), options)
         except Exception as error:  # whatever a foreign library raises: the others are still worth measuring
             skipped[name] = str(error)
     return found

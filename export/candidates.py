@@ -16,15 +16,17 @@ from vitserve.export.workspace import FP8_GRAPH, ONNXRUNTIME_GRAPH, Workspace, o
 from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.model.bundle.bundle import GRAPH, WEIGHTS
 from vitserve.model.bundle.evaluation import Images, in_batches
+from vitserve.service.engines.catalog import ENGINES
 from vitserve.service.engines.engine import EngineUnavailableError
 
-# The CPU engines with a float32 artifact, and the graph that each one runs. The fastest is first.
-FLOAT32_GRAPHS = {"openvino": GRAPH, "onnxruntime": ONNXRUNTIME_GRAPH}
+OWN_GRAPHS = {"onnxruntime": ONNXRUNTIME_GRAPH}  # other engines run the reference graph
 
 
 def float32_searches(workspace: Workspace) -> Iterator[Search]:
-    for engine, graph in FLOAT32_GRAPHS.items():
-        yield _float32(workspace, engine, graph)
+    """One for each CPU engine that runs a file of the bundle, the fastest first."""
+    for engine, kind in ENGINES.items():
+        if kind.artifact == "bundle" and "fp32" in kind.cpu:
+            yield _float32(workspace, engine, OWN_GRAPHS.get(engine, GRAPH))
 
 
 def reduced_search(precision: Precision, workspace: Workspace) -> Search:

@@ -13,8 +13,8 @@ from vitserve.export.prove import AccuracyLimit, Candidate
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import WEIGHTS, Golden
 from vitserve.model.bundle.evaluation import Images, in_batches
+from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions
-from vitserve.service.engines.selection import open_one
 
 ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
 FP8_GRAPH = "fp8.onnx"
@@ -43,7 +43,7 @@ def opened(
     Raises EngineUnavailableError if the engine cannot run here.
     """
     graph = workspace.directory / path
-    runtime = open_one(engine, precision, graph, EngineOptions(max_batch=workspace.batch_size))
+    runtime = construct_engine(engine, precision, graph, EngineOptions(max_batch=workspace.batch_size))
     try:
         run = in_batches(lambda pixels: runtime.run(0, pixels), workspace.batch_size)
         yield Candidate(engine, precision, path, weights, run, attention_kernels(runtime, graph))

@@ -20,6 +20,8 @@ from tests.support.server import Server, start_server
 from vitserve.export.build_bundle import build_bundle
 from vitserve.model.bundle.bundle import Bundle
 
+pytest_plugins = ["tests.support.gpu.fixtures"]
+
 hypothesis.settings.register_profile(
     "any machine", deadline=None
 )  # how long an example takes says how busy the machine is

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitserve.model.arrays import Outputs, Pixels
+from vitserve.service.engines.telemetry import disable_telemetry
 from vitserve.service.machine import multiplies_int8
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def fold_smoothing(model: openvino.Model) -> int:
     The result is the same, with one pass over memory less per factor. OpenVINO represents a LayerNorm as MVN · scale +
     shift, where scale and shift are constants.
     """
+    disable_telemetry()
     from openvino import opset13
 
     folded = 0
@@ -144,6 +146,7 @@ def write_dynamic_int8_graph(graph: Path, path: Path) -> None:
 
 def save(model: openvino.Model, path: Path) -> None:
     """Writes ``path`` (.xml) and its weights (.bin), without rounding float32 constants to fp16."""
+    disable_telemetry()
     import openvino
 
     openvino.save_model(model, path, compress_to_fp16=False)
@@ -155,6 +158,7 @@ def _read(graph: Path) -> openvino.Model:
     OpenVINO 2026's int8 transformations drop a reshaped bias if ReLU and quantization follow. This cost the default
     model 1.2 percentage points of accuracy.
     """
+    disable_telemetry()
     import openvino
     from openvino import opset13
 
@@ -170,6 +174,7 @@ def _read(graph: Path) -> openvino.Model:
 
 
 def _nncf(images: Pixels, smooth: bool) -> tuple[Any, dict[str, Any]]:
+    disable_telemetry()
     try:
         with _quiet():
             import nncf

@@ -81,7 +81,7 @@ def open_model(settings: Settings, progress: Progress, skipped: Sequence[str]) -
         settings.max_batch,
         _engine_cache_dir(settings),
         plans,
-        serve_meanwhile=settings.while_building == "serve",
+        defer_builds=settings.while_building == "serve",
         compile=settings.torch_compile,
     )
     try:

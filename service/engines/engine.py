@@ -1,4 +1,4 @@
-"""What an engine is. Knows nothing of HTTP, labels or settings."""
+"""The interface of an engine. An engine knows nothing of HTTP, labels or settings."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ class EngineUnavailableError(RuntimeError):
 
 
 class DeviceLostError(BaseException):
-    """The device will answer nothing more to this process, which therefore must end: another takes over and runs again what this one was running.
+    """The device no longer accepts calls from this process, so the process must exit.
 
-    Not an Exception, so that nobody who handles a failed batch takes it for one.
+    The supervisor starts another one, which runs the interrupted batches again. This is not an ``Exception``, so that
+    the handling of a failed batch does not catch it.
     """
 
 
 @dataclass(frozen=True)
 class EngineOptions:
+    """How to open an engine. ``auto`` leaves the choice to selection.py."""
+
     engine: str = "auto"
     precision: str = "auto"
     streams: int = 1
-    threads: int = 0  # per stream; 0: the machine's cores shared among the streams
+    threads: int = 0  # per stream; 0: the machine's cores divided by the number of streams
     max_batch: int = 8
-    engine_cache_dir: str = ""  # where engines keep what they compiled, for a quicker start; empty: nowhere
-    plan_dir: str = ""  # where TensorRT's plans and typed graphs lie or are built; empty: neither TensorRT nor ONNX Runtime on CUDA is used
-    serve_meanwhile: bool = False  # leave out what has to be built first for minutes; missing_plans() says what that is
-    compile: bool = False  # torch: have it make kernels of its own
+    engine_cache_dir: str = ""  # for models that the engines compile; empty: no cache
+    plan_dir: str = ""  # for TensorRT plans and cast graphs; empty: the engines that need them are not used
+    defer_builds: bool = False  # reject a TensorRT plan that is not built yet, instead of building it for minutes
+    compile: bool = False  # torch only: torch.compile
 
 
 class Engine(Protocol):
-    """Runs batches on one device. Each stream may be used by one thread at a time, different streams at once."""
+    """Runs batches on one device. One thread at a time may use a stream; different streams run at the same time."""
 
     name: str
     precision: Precision
@@ -42,21 +45,22 @@ class Engine(Protocol):
     max_batch: int
 
     def share(self, pixels: Pixels) -> None:
-        """Before the first run() with rows: the array that all rows will be of, which the engine may arrange itself for."""
+        """Registers the slot table's pixels, uint8 [slots, H, W, 3]. Call it once, before run() with ``rows``."""
         ...
 
     def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
-        """uint8 [n, H, W, 3] with 1 ≤ n ≤ max_batch → float32 logits [n, classes], embedding [n, width], owned by the client.
+        """uint8 [n, H, W, 3] with 1 ≤ n ≤ max_batch → float32 logits [n, classes] and embedding [n, width].
 
-        With ``rows``, those n images of ``pixels`` in this order: then ``pixels`` is the slot table, always the same, which a device may read by itself.
+        With ``rows``, ``pixels`` is the array given to share(), and the batch is those rows of it, in this order.
+        The returned arrays are new; a later run does not overwrite them.
         """
         ...
 
     def close(self) -> None: ...
 
 
-def gathered(pixels: Pixels, rows: Sequence[int] | None) -> Pixels:
-    """The batch that run() was asked for as one array; a single image is not copied."""
+def select_rows(pixels: Pixels, rows: Sequence[int] | None) -> Pixels:
+    """The batch of run() as one array. A single image is not copied."""
     if rows is None:
         return pixels
     return pixels[rows[0] : rows[0] + 1] if len(rows) == 1 else pixels[rows]

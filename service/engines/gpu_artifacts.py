@@ -1,13 +1,13 @@
-"""What a bundle's graph is made into for a GPU, TensorRT plans and typed graphs: their names, where they lie, and having one built by a process of its own.
+"""TensorRT plans and cast graphs: the files that are built from a bundle for the GPU of this machine.
 
-Needs neither TensorRT nor onnx.
+Names them, finds them in ``plan_dir`` and has missing ones built by a separate process. This module itself needs
+neither TensorRT nor onnx.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,48 +15,110 @@ from pathlib import Path
 from typing import Literal
 
 from vitserve.model.arrays import Precision
-from vitserve.model.bundle.bundle import GRAPH, WEIGHTS, Bundle
+from vitserve.model.bundle.bundle import GRAPH, WEIGHTS, Artifact, Bundle
 from vitserve.model.config import ViTConfig
-from vitserve.service.engines.engine import EngineUnavailableError
+from vitserve.service.engines.catalog import ENGINES
+from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
+from vitserve.service.engines.tensorrt.target import Target, local_target
 from vitserve.service.python_process import python_command, python_environment
 
-# Run, and never imported: a service without a GPU needs none of it.
+# Modules that are run and never imported, so that a service without a GPU does not need their libraries.
 PLAN_BUILDER = "vitserve.export.build_plan"
 CAST_GRAPH_BUILDER = "vitserve.export.graph.cast_precision"
+FP8_CAPABILITY = (8, 9)  # Ada: https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html
+
+Progress = Callable[[str], None]
+
+
+class NotBuiltError(EngineUnavailableError):
+    """The engine can run once its plan is built."""
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     precision: Literal["bf16", "fp16", "fp8"] = "bf16"
     max_batch: int = 64
-    optimization_level: int = 3  # 0 … 5: more tactics are tried at each
-    workspace_bytes: int = 4 << 30  # at most, while building and for scratch memory of the plan
-    allow_unfused: bool = False
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a plan is good for, and for nothing else."""
+def gpu_artifact(bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Progress) -> Path | None:
+    """The plan or cast graph that ``artifact`` runs from, built if it is missing. None if it runs from the bundle.
 
-    gpu: str
-    compute_capability: tuple[int, int]
-    tensorrt: str
+    Raises ImportError without the engine's library, NotBuiltError with ``defer_builds``, and EngineUnavailableError
+    without a GPU or if the build fails.
+    """
+    match ENGINES[artifact.engine].artifact:
+        case "plan":
+            return _plan(bundle, artifact, options, progress)
+        case "cast_graph":
+            return _cast_graph(bundle, artifact, options, progress)
+        case _:
+            return None
 
-    @property
-    def slug(self) -> str:
-        major, minor = self.compute_capability
-        return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.gpu).strip('-').lower()}-sm{major}{minor}-trt{self.tensorrt}"
+
+def _plan(bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Progress) -> Path:
+    target, precision = local_target(), artifact.precision
+    if precision == "fp8" and target.compute_capability < FP8_CAPABILITY:
+        raise EngineUnavailableError(
+            f"fp8 needs compute capability {FP8_CAPABILITY}; the {target.gpu} has {target.compute_capability}"
+        )
+    assert precision in ("bf16", "fp16", "fp8")
+    plan_options = PlanOptions(precision, options.max_batch)
+    path = plan_path(Path(options.plan_dir), bundle, artifact.path, plan_options, target)
+    if not path.exists():
+        if options.defer_builds:
+            _reject_unbuilt(path)
+        _build_plan_once(bundle, artifact.path, path, plan_options, progress)
+    return path
+
+
+def _reject_unbuilt(path: Path) -> None:
+    """A failed build is not repeated in the background: it takes minutes on the GPU that serves requests."""
+    failure = _failure_of(path)
+    if failure.exists():
+        raise EngineUnavailableError(f"{failure.read_text()}; remove {failure} to try again")
+    raise NotBuiltError("its plan is not built yet")
+
+
+def _build_plan_once(bundle: Bundle, graph: str, path: Path, options: PlanOptions, progress: Progress) -> None:
+    failure = _failure_of(path)
+    try:
+        build_plan(bundle, graph, path, options, progress)
+    except EngineUnavailableError as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        failure.write_text(str(error))
+        raise
+    failure.unlink(missing_ok=True)
+
+
+def _failure_of(plan: Path) -> Path:
+    """The file that holds the reason of a failed build."""
+    return plan.with_suffix(".failed")
+
+
+def _cast_graph(bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Progress) -> Path:
+    from vitserve.service.engines.cuda import runtime
+
+    runtime.count_devices()  # raises EngineUnavailableError before anything is built
+    path = cast_graph_path(Path(options.plan_dir), bundle, artifact.precision)
+    if not path.exists():
+        build_cast_graph(bundle, path, artifact.precision, progress)
+    return path
 
 
 def plan_path(directory: Path, bundle: Bundle, graph: str, options: PlanOptions, target: Target) -> Path:
-    """Of the bundle's file ``graph``."""
+    """``graph`` is the bundle's file that the plan is built from."""
     return directory / f"{_digest(bundle, graph)}-{options.precision}-b{options.max_batch}-{target.slug}.plan"
 
 
 def plans_of(directory: Path, bundle: Bundle) -> list[Path]:
-    """Those of the bundle that lie there, whatever GPU they are for; a report of the same name, .json, lies beside each."""
-    graphs = sorted({GRAPH, *(each.path for each in bundle.manifest.artifacts if each.engine == "tensorrt")})
-    return [path for graph in graphs for path in sorted(directory.glob(f"{_digest(bundle, graph)}-*.plan"))]
+    """The bundle's plans in ``directory``, for any GPU. Beside each plan lies its PlanReport, with the suffix .json."""
+    plan_engines = {name for name, kind in ENGINES.items() if kind.artifact == "plan"}
+    own_graphs = {each.path for each in bundle.manifest.artifacts if each.engine in plan_engines}
+    return [
+        path
+        for graph in sorted({GRAPH, *own_graphs})
+        for path in sorted(directory.glob(f"{_digest(bundle, graph)}-*.plan"))
+    ]
 
 
 def cast_graph_path(directory: Path, bundle: Bundle, precision: Precision) -> Path:
@@ -73,37 +135,35 @@ def attention_layers(bundle: Bundle) -> int:
     return config.depth if isinstance(config, ViTConfig) else 0
 
 
-def build_plan(bundle: Bundle, graph: str, path: Path, options: PlanOptions, progress: Callable[[str], None]) -> None:
-    """Minutes. Raises EngineUnavailable."""
+def build_plan(bundle: Bundle, graph: str, path: Path, options: PlanOptions, progress: Progress) -> None:
+    """Takes minutes. Raises EngineUnavailableError."""
     arguments = [str(bundle.path / graph), str(path), str(attention_layers(bundle)), json.dumps(asdict(options))]
-    _elsewhere(
-        PLAN_BUILDER,
-        arguments,
-        lambda line: progress(f"building the TensorRT plan: {line}"),
-        "no TensorRT plan could be built",
-    )
+
+    def report(line: str) -> None:
+        progress(f"building the TensorRT plan: {line}")
+
+    _run_builder(PLAN_BUILDER, arguments, report, "the TensorRT plan could not be built")
 
 
-def build_cast_graph(bundle: Bundle, path: Path, precision: Precision, progress: Callable[[str], None]) -> None:
-    """Seconds. Raises EngineUnavailable."""
-    progress(f"writing the graph in {precision}")
-    _elsewhere(
-        CAST_GRAPH_BUILDER,
-        [str(bundle.path / GRAPH), str(path), precision],
-        progress,
-        f"no graph in {precision} could be made",
-    )
+def build_cast_graph(bundle: Bundle, path: Path, precision: Precision, progress: Progress) -> None:
+    """Takes seconds. Raises EngineUnavailableError."""
+    progress(f"writing the {precision} graph")
+    arguments = [str(bundle.path / GRAPH), str(path), precision]
+    _run_builder(CAST_GRAPH_BUILDER, arguments, progress, f"the {precision} graph could not be written")
 
 
-def _elsewhere(module: str, arguments: Sequence[str], progress: Callable[[str], None], failed: str) -> None:
-    """In a process that ends with this one, which stays as small as it is."""
-    last = ""
-    with subprocess.Popen(
-        python_command(module, *arguments), stdout=subprocess.PIPE, text=True, env=python_environment()
-    ) as building:
-        assert building.stdout is not None
-        for line in building.stdout:
-            last = line.strip()
-            progress(last)
-    if building.returncode != 0:
-        raise EngineUnavailableError(f"{failed}: {last or f'the builder ended with status {building.returncode}'}")
+def _run_builder(module: str, arguments: Sequence[str], progress: Progress, failure: str) -> None:
+    """Runs ``module`` in its own process, so that this one does not load its libraries.
+
+    Each line of its output is a step, and the last line of a failed run is the reason.
+    """
+    last_line = ""
+    command = python_command(module, *arguments)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=python_environment()) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last_line = line.strip()
+            progress(last_line)
+    if process.returncode != 0:
+        reason = last_line or f"the builder exited with status {process.returncode}"
+        raise EngineUnavailableError(f"{failure}: {reason}")

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, in float32 or int8 (it has no bf16 on x86)."""
+"""ONNX Runtime on the CPU, in fp32 or int8. It has no bf16 on x86."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import onnxruntime
 
 from vitserve.model.arrays import Outputs, Pixels, Precision
-from vitserve.service.engines.engine import gathered
+from vitserve.service.engines.engine import select_rows
 
 
 class OnnxRuntimeEngine:
-    """One session shared by the streams: its run() may be called from several threads, and the weights exist once."""
+    """All streams use one session, so the weights are loaded once. Its run() is thread-safe."""
 
     name = "onnxruntime"
 
@@ -21,16 +21,15 @@ class OnnxRuntimeEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0"
-        )  # spinning threads burn a core that decodes images
+        # Spinning threads would occupy cores that decode images.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def share(self, pixels: Pixels) -> None:
-        """Nothing to arrange: the CPU reads it as it is."""
+        """Does nothing: the CPU reads the slot table directly."""
 
     def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
-        logits, embedding = self._session.run(["logits", "embedding"], {"pixels": gathered(pixels, rows)})
+        logits, embedding = self._session.run(["logits", "embedding"], {"pixels": select_rows(pixels, rows)})
         return Outputs(logits, embedding)
 
     def close(self) -> None:

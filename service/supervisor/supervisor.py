@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import importlib.util
 import logging
 import os
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from vitserve.service import machine
+from vitserve.service.engines.catalog import wants_gpu_workers
 from vitserve.service.ipc import memory_layout
 from vitserve.service.ipc.control_channel import METRICS_DIR, Message, set_up_logging
 from vitserve.service.settings import Settings
@@ -467,16 +467,9 @@ def serve(settings: Settings) -> int:
 def for_this_machine(settings: Settings, cores: int) -> Settings:
     """Fills in what is left to the machine. Raises SettingsError."""
     workers = settings.workers or max(1, min(8, cores // 4, settings.slots // settings.max_images))
-    engines = settings.engines or (max(1, len(machine.gpus())) if _runs_on_gpus(settings.engine) else 1)
+    engines = settings.engines or (max(1, len(machine.gpus())) if wants_gpu_workers(settings.engine) else 1)
     threads = settings.decode_threads or (GPU_DECODE_THREADS if settings.decode == "gpu" else max(1, cores // workers))
     return dataclasses.replace(settings, workers=workers, engines=engines, decode_threads=threads)
-
-
-def _runs_on_gpus(engine: str) -> bool:
-    """Whether an engine worker for each GPU is wanted: where auto finds nothing to run on them, one on the CPU is."""
-    if engine == "auto":
-        return any(importlib.util.find_spec(package) is not None for package in ("tensorrt", "cuda", "torch"))
-    return engine in ("tensorrt", "onnxruntime-cuda", "torch")
 
 
 def _listen_on(settings: Settings) -> socket.socket:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.service.engines.test_tensorrt_service import environment as environment
 from tests.support.images import encoded, random_image
 from tests.support.networks import TINY
 from tests.support.paths import ROOT

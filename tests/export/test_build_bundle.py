@@ -34,8 +34,8 @@ from vitserve.model.bundle.parity import TOLERANCE, compare
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig
 from vitserve.model.network.resnet import ResNet
+from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import Engine, EngineUnavailableError
-from vitserve.service.engines.selection import open_one
 
 
 def test_reference_graph_has_the_documented_form(bundle: Bundle) -> None:
@@ -105,7 +105,7 @@ def test_without_any_engine_no_bundle_is_written(tmp_path: Path, monkeypatch: py
     def open_nothing(name: str, *_: object) -> Engine:
         raise EngineUnavailableError(f"{name} is not installed")
 
-    monkeypatch.setattr(workspace, "open_one", open_nothing)
+    monkeypatch.setattr(workspace, "construct_engine", open_nothing)
     with pytest.raises(ExportError, match="openvino is not installed; onnxruntime is not installed"):
         build_bundle(checkpoint(), tmp_path / "bundle", name="none")
     assert list(tmp_path.iterdir()) == []
@@ -191,14 +191,14 @@ def test_engine_is_closed_when_verification_fails(tmp_path: Path, monkeypatch: p
     opened, closed = list[str](), list[str]()
 
     def open_wrong(*arguments: object) -> Engine:
-        engine = open_one(*arguments)  # type: ignore[arg-type]
+        engine = construct_engine(*arguments)  # type: ignore[arg-type]
         opened.append(engine.name)
         zeros = Outputs(np.zeros((16, 7), np.float32), np.zeros((16, 32), np.float32))
         monkeypatch.setattr(engine, "run", lambda stream, pixels: zeros)
         monkeypatch.setattr(engine, "close", lambda: closed.append(engine.name))
         return engine
 
-    monkeypatch.setattr(workspace, "open_one", open_wrong)
+    monkeypatch.setattr(workspace, "construct_engine", open_wrong)
     with pytest.raises(ExportError):
         build_bundle(checkpoint(), tmp_path / "bundle", name="wrong")
     assert closed == opened == ["openvino"]

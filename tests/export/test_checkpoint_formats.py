@@ -33,8 +33,8 @@ from vitserve.export.graph.trace import trace
 from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.bundle import open_bundle
 from vitserve.model.config import ViTConfig
+from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions
-from vitserve.service.engines.selection import open_one
 
 log = logging.getLogger("parity")  # docs/models.md says how to see it
 
@@ -88,7 +88,7 @@ def assert_equal(
         return
     graph = directory / "model.onnx"
     trace(ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval(), checkpoint.preprocessing.image_size, graph)
-    engine = open_one("onnxruntime", "fp32", graph, EngineOptions(max_batch=count))
+    engine = construct_engine("onnxruntime", "fp32", graph, EngineOptions(max_batch=count))
     served = engine.run(0, pixels).logits
     engine.close()
     apart = float(np.abs(served - expected.numpy()).max() / scale)

@@ -1,9 +1,10 @@
-"""Type stubs of the genuine GPU bindings, made on any machine: what our code may call, with which arguments. Needs a C compiler and the package index, no GPU.
+"""Makes type stubs of the real GPU bindings. Needs a C compiler and the package index, but no GPU.
 
-    python -m tests.support.tensorrt_stubs FOLDER
+    python -m tests.support.tensorrt_stubs DIRECTORY
 
-TensorRT's bindings (PyPI: tensorrt_cu13_bindings) are imported with three empty libraries in the place of NVIDIA's, so that no object can be made, but
-every class, signature and enumeration is there to be read. CUDA's bindings (cuda-bindings) import without a driver, NVML's (nvidia-ml-py) are plain Python.
+TensorRT's bindings (PyPI: tensorrt_cu13_bindings) are imported with three empty libraries instead of NVIDIA's. No
+object can be created, but every class, signature and enumeration can be read. CUDA's bindings (cuda-bindings) can be
+imported without a driver, and NVML's (nvidia-ml-py) are plain Python.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 VERSION = "11.4.0.106"
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
-# What the bindings look up in those libraries when they are imported: factories, which find nothing here.
+# The functions that the bindings look up in those libraries when they are imported.
 FACTORIES = (
     "createInferBuilder_INTERNAL",
     "createInferRefitter_INTERNAL",
@@ -35,12 +36,15 @@ FACTORIES = (
 )
 
 
-class Missing(RuntimeError):
-    """This machine cannot make the stubs; the message says what it lacks."""
+class StubsUnavailableError(RuntimeError):
+    """The stubs cannot be made on this machine. The message names what is missing."""
 
 
 def make_stubs(directory: Path) -> Path:
-    """A directory for MYPYPATH that holds ``tensorrt``, ``cuda.bindings.runtime`` and ``pynvml``. Raises Missing."""
+    """A directory for MYPYPATH that holds ``tensorrt``, ``cuda.bindings.runtime`` and ``pynvml``.
+
+    Raises StubsUnavailableError.
+    """
     bindings, stubs = directory / "bindings", directory / "stubs"
     _install(bindings)
     (stubs / "tensorrt").mkdir(parents=True)
@@ -51,30 +55,30 @@ def make_stubs(directory: Path) -> Path:
             "pybind11_stubgen",
             "--ignore-all-errors",
             "-o",
-            str(directory / "made"),
+            str(directory / "generated"),
             "tensorrt_bindings.tensorrt",
         ],
         os.environ | {"PYTHONPATH": str(bindings)},
     )
-    text = (directory / "made" / "tensorrt_bindings" / "tensorrt.pyi").read_text()
-    version = f'\n__version__: str  # "{VERSION}": of the package around it\n'
+    text = (directory / "generated" / "tensorrt_bindings" / "tensorrt.pyi").read_text()
+    version = f'\n__version__: str  # "{VERSION}"\n'  # defined by the package around the bindings
     (stubs / "tensorrt" / "__init__.pyi").write_text(
-        _readable(text.replace("tensorrt_bindings.tensorrt.", "")) + version
+        _valid_python(text.replace("tensorrt_bindings.tensorrt.", "")) + version
     )
     (stubs / "cuda" / "bindings").mkdir(parents=True)
     for package in (stubs / "cuda", stubs / "cuda" / "bindings"):
         (package / "__init__.pyi").touch()
-    (stubs / "cuda" / "bindings" / "runtime.pyi").write_text("\n".join(_of_cuda()))
+    (stubs / "cuda" / "bindings" / "runtime.pyi").write_text("\n".join(_cuda_stub()))
     import pynvml
 
-    shutil.copy(pynvml.__file__, stubs)  # Python, and its own stub
+    shutil.copy(pynvml.__file__, stubs)  # plain Python is its own stub
     return stubs
 
 
 def _install(bindings: Path) -> None:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
-        raise Missing("no C compiler is installed")
+        raise StubsUnavailableError("no C compiler is installed")
     _run(
         [
             sys.executable,
@@ -91,24 +95,22 @@ def _install(bindings: Path) -> None:
     source = bindings / "factories.c"
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in FACTORIES))
     for library in LIBRARIES:
-        made = bindings / "tensorrt_bindings" / f"lib{library}.so.{VERSION.partition('.')[0]}"
-        _run([compiler, "-shared", "-fPIC", "-o", str(made), str(source)])
+        output = bindings / "tensorrt_bindings" / f"lib{library}.so.{VERSION.partition('.')[0]}"
+        _run([compiler, "-shared", "-fPIC", "-o", str(output), str(source)])
 
 
-def _readable(text: str) -> str:
-    """A few signatures are not Python (an argument called ``in``, one without a default behind one that has it): whoever uses those is rejected."""
-    lines = [
-        "import builtins",
-        *re.sub(r"(-> |[(,] ?\w+: )bool\b", r"\1builtins.bool", text).splitlines(),
-    ]  # ``bool`` is one of TensorRT's types there
-    while (wrong := _wrong_line(lines)) is not None:
-        lines[wrong - 1], replaced = re.subn(r"\(.*\)", "(self, *, unreadable: typing.Never)", lines[wrong - 1])
+def _valid_python(text: str) -> str:
+    """A few signatures are not valid Python, such as an argument named ``in``. A call of those is a type error."""
+    # In the stub ``bool`` is one of TensorRT's types.
+    lines = ["import builtins", *re.sub(r"(-> |[(,] ?\w+: )bool\b", r"\1builtins.bool", text).splitlines()]
+    while (number := _invalid_line(lines)) is not None:
+        lines[number - 1], replaced = re.subn(r"\(.*\)", "(self, *, invalid: typing.Never)", lines[number - 1])
         if not replaced:
-            raise Missing(f"line {wrong} of the stubs made is not Python: {lines[wrong - 1]}")
+            raise StubsUnavailableError(f"line {number} of the stubs is not valid Python: {lines[number - 1]}")
     return "\n".join(lines)
 
 
-def _wrong_line(lines: list[str]) -> int | None:
+def _invalid_line(lines: list[str]) -> int | None:
     try:
         ast.parse("\n".join(lines))
     except SyntaxError as error:
@@ -116,8 +118,8 @@ def _wrong_line(lines: list[str]) -> int | None:
     return None
 
 
-def _of_cuda() -> Iterator[str]:
-    """Every function with its arguments' names, every enumeration with its members; C tells no more through these bindings."""
+def _cuda_stub() -> Iterator[str]:
+    """Every function with the names of its arguments, and every enumeration. The bindings hold no types."""
     from cuda.bindings import runtime
 
     yield "import typing\nfrom enum import IntEnum\n"
@@ -145,7 +147,7 @@ def _arguments(function: Any) -> str:
 def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise Missing(f"{' '.join(command[:4])} … failed: {(done.stderr or done.stdout).strip()[-500:]}")
+        raise StubsUnavailableError(f"{' '.join(command[:4])} … failed: {(done.stderr or done.stdout).strip()[-500:]}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""CUDA's runtime without torch: memory, streams and graphs, the error of every call checked.
+"""The CUDA runtime without torch: memory, streams and graphs. Every call's error is checked.
 
-Calls, flags and their meaning: the CUDA runtime API, https://docs.nvidia.com/cuda/cuda-runtime-api.
-An engine worker sees one device (CUDA_VISIBLE_DEVICES), so that none of its threads has to choose one.
+Reference: the CUDA runtime API, https://docs.nvidia.com/cuda/cuda-runtime-api.
+An engine worker sees one device (CUDA_VISIBLE_DEVICES), so its threads need not select one.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from cuda.bindings import runtime
 
 from vitserve.service.engines.engine import DeviceLostError, EngineUnavailableError
 
-_OF_CAPTURE = range(
-    900, 910
-)  # cudaErrorStreamCaptureUnsupported … cudaErrorGraphExecUpdateFailure and its neighbors: of a stream, not of the device
-_LOST = "; the device answers every further call so, until the process ends"
+# cudaErrorStreamCaptureUnsupported … cudaErrorGraphExecUpdateFailure concern one stream, not the device.
+_CAPTURE_ERRORS = range(900, 910)
+_LOST = "; the device fails every further call until the process ends"
 
 
 class CudaError(RuntimeError):
-    """A call failed, and the device can still be used."""
+    """A call failed. The device can still be used."""
 
 
 def checked(returned: tuple[Any, ...]) -> Any:
-    """What a call returned behind its error: nothing, one value or several. Raises CudaError, or DeviceLost where the error stays."""
+    """The values that a call returned: none, one or several.
+
+    Raises CudaError, or DeviceLostError if the error persists.
+    """
     error, *values = returned
     if error != runtime.cudaError_t.cudaSuccess:
         raise _failure(error)
@@ -38,24 +40,27 @@ def _failure(error: Any) -> BaseException:
     _, name = runtime.cudaGetErrorName(error)
     _, text = runtime.cudaGetErrorString(error)
     message = f"{name.decode()}: {text.decode()}"
-    runtime.cudaGetLastError()  # forgets what can be forgotten
+    runtime.cudaGetLastError()  # clears an error that does not persist
     return DeviceLostError(f"{message}{_LOST}") if _is_lost() else CudaError(message)
 
 
 def raise_if_lost(error: Exception) -> None:
-    """For what other libraries raise of the device's errors: raises DeviceLost where the error stays."""
+    """For errors that another library raises: raises DeviceLostError if the device's error persists."""
     if _is_lost():
         raise DeviceLostError(f"{error}{_LOST}") from error
 
 
 def _is_lost() -> bool:
-    """Whether the error is still there when all work has been waited for; a device that cannot be waited for, because a stream captures, is not lost."""
-    (still,) = runtime.cudaDeviceSynchronize()
-    return still != runtime.cudaError_t.cudaSuccess and int(still) not in _OF_CAPTURE
+    """Whether the device still reports an error after synchronization.
+
+    It cannot be synchronized while a stream captures a graph. Then it is not lost.
+    """
+    (status,) = runtime.cudaDeviceSynchronize()
+    return status != runtime.cudaError_t.cudaSuccess and int(status) not in _CAPTURE_ERRORS
 
 
 def count_devices() -> int:
-    """Raises EngineUnavailable without a device or its driver."""
+    """Raises EngineUnavailableError without a device or its driver."""
     error, count = runtime.cudaGetDeviceCount()
     if error != runtime.cudaError_t.cudaSuccess or not count:
         _, text = runtime.cudaGetErrorString(error)
@@ -64,7 +69,7 @@ def count_devices() -> int:
 
 
 def describe_device() -> tuple[str, tuple[int, int]]:
-    """Its name and compute capability."""
+    """The device's name and compute capability."""
     properties = checked(runtime.cudaGetDeviceProperties(0))
     return properties.name.decode(), (properties.major, properties.minor)
 
@@ -78,15 +83,14 @@ class Stream:
 
     @contextmanager
     def captured(self) -> Iterator[Graph]:
-        """What is enqueued inside is not run, but becomes the graph."""
+        """Work that is enqueued inside the ``with`` block is not run but recorded in the graph."""
         graph = Graph()
-        checked(
-            runtime.cudaStreamBeginCapture(self.handle, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-        )
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        checked(runtime.cudaStreamBeginCapture(self.handle, mode))
         try:
             yield graph
         except BaseException:
-            runtime.cudaStreamEndCapture(self.handle)  # whose own error is that of what went wrong inside
+            runtime.cudaStreamEndCapture(self.handle)  # its own error only repeats the one raised in the block
             raise
         graph.instantiate(checked(runtime.cudaStreamEndCapture(self.handle)))
 
@@ -95,11 +99,11 @@ class Stream:
 
 
 class Graph:
-    """Kernels and copies with fixed addresses and sizes, launched as one."""
+    """Kernels and copies with fixed addresses and sizes, launched together."""
 
-    def instantiate(self, drawn: Any) -> None:
-        self._graph = checked(runtime.cudaGraphInstantiate(drawn, 0))
-        checked(runtime.cudaGraphDestroy(drawn))
+    def instantiate(self, captured: Any) -> None:
+        self._graph = checked(runtime.cudaGraphInstantiate(captured, 0))
+        checked(runtime.cudaGraphDestroy(captured))
 
     def launch(self, stream: Stream) -> None:
         checked(runtime.cudaGraphLaunch(self._graph, stream.handle))
@@ -113,13 +117,13 @@ class DeviceMemory:
         self.address = int(checked(runtime.cudaMalloc(size_bytes)))
 
     def fill(self, offset_bytes: int, array: npt.NDArray[Any], stream: Stream) -> None:
-        """From ``array``, contiguous. Without a stop on the host where the array lies in pinned memory; it must then stay as it is until the stream has run."""
+        """Copies a contiguous array to the device.
+
+        If the array is pinned, the copy is asynchronous: do not change the array before the stream is synchronized.
+        """
         to_device = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        checked(
-            runtime.cudaMemcpyAsync(
-                self.address + offset_bytes, array.ctypes.data, array.nbytes, to_device, stream.handle
-            )
-        )
+        address = self.address + offset_bytes
+        checked(runtime.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, to_device, stream.handle))
 
     def read_into(self, array: npt.NDArray[Any], stream: Stream) -> None:
         to_host = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -130,7 +134,7 @@ class DeviceMemory:
 
 
 class Pinned:
-    """Memory of ours that the device may read and write by itself: an array that is there, registered."""
+    """An existing array, registered so that the device can access its memory directly."""
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
         self.array = array
@@ -141,8 +145,8 @@ class Pinned:
 
 
 def pinned_zeros(*shape: int) -> Pinned:
-    """float32. On pages of its own, because whole pages are registered."""
+    """A float32 array on its own pages, because CUDA registers whole pages."""
     size, page = int(np.prod(shape)) * 4, 4096
-    room = np.zeros(size + page, np.uint8)
-    start = -room.ctypes.data % page
-    return Pinned(room[start : start + size].view(np.float32).reshape(shape))
+    block = np.zeros(size + page, np.uint8)
+    start = -block.ctypes.data % page
+    return Pinned(block[start : start + size].view(np.float32).reshape(shape))

@@ -1,6 +1,6 @@
-"""TensorRT on one GPU, from a plan made by export/build_plan.py.
+"""TensorRT on one GPU. Runs a plan that export/build_plan.py built.
 
-Calls: TensorRT 11's Python API, https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api.
+Reference: TensorRT 11's Python API, https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from vitserve.model.arrays import Precision
 from vitserve.service.engines.cuda import runtime
 from vitserve.service.engines.cuda.batching import Buffers, GpuEngine
 from vitserve.service.engines.engine import EngineUnavailableError
-from vitserve.service.engines.gpu_artifacts import Target
 
 log = logging.getLogger(__name__)
 
 
-class TensorRtLogger(trt.ILogger):  # type: ignore[misc, unused-ignore]  # of no known type where TensorRT is not installed
-    """Into our log. Keeps the errors, because TensorRT's calls tell by a None or False that there was one, and only here which."""
+class TensorRtLogger(trt.ILogger):  # type: ignore[misc, unused-ignore]  # untyped unless TensorRT is installed
+    """Forwards to our log and keeps the errors: a failed TensorRT call returns only None or False."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,20 +34,13 @@ class TensorRtLogger(trt.ILogger):  # type: ignore[misc, unused-ignore]  # of no
             log.log(logging.WARNING if severity == trt.ILogger.Severity.WARNING else logging.DEBUG, "TensorRT: %s", msg)
 
 
-def target() -> Target:
-    """What a plan built here is good for. Raises EngineUnavailable without a device."""
-    runtime.count_devices()
-    name, capability = runtime.describe_device()
-    return Target(name, capability, trt.__version__)
-
-
 class TensorRtEngine(GpuEngine):
-    """One plan, whose weights exist once; contexts and CUDA graphs for each stream and batch size."""
+    """One plan for all streams, so the weights are loaded once. Contexts and CUDA graphs per stream and batch size."""
 
     name = "tensorrt"
 
     def __init__(self, plan: Path, precision: Precision, streams: int, max_batch: int) -> None:
-        """Raises EngineUnavailable without a device, or where the plan is of another GPU or TensorRT, or for smaller batches."""
+        """Raises EngineUnavailableError without a device, or if the plan is for another GPU, TensorRT or batch size."""
         runtime.count_devices()
         logger = TensorRtLogger()
         self._runtime = trt.Runtime(logger)
@@ -57,7 +49,7 @@ class TensorRtEngine(GpuEngine):
             raise EngineUnavailableError(f"{plan} cannot be used here: {'; '.join(logger.errors)}")
         largest = _largest_batch(engine)
         if largest < max_batch:
-            raise EngineUnavailableError(f"{plan} takes batches of at most {largest}; {max_batch} are wanted")
+            raise EngineUnavailableError(f"{plan} supports batches of up to {largest}; max_batch is {max_batch}")
         image = shape_of(engine.get_tensor_shape("pixels"))[1:]
         classes, width = (int(engine.get_tensor_shape(name)[1]) for name in ("logits", "embedding"))
         self.plan, self._engine = plan, engine
@@ -71,7 +63,10 @@ class TensorRtEngine(GpuEngine):
         )
 
     def layer_milliseconds(self, size: int) -> dict[str, float]:
-        """Of one batch, by TensorRT's profiler, which runs each layer alone: their shares are what is meant, not their sum. No stream may run meanwhile."""
+        """Milliseconds per layer of one batch, from TensorRT's profiler. No stream may run at the same time.
+
+        The profiler runs layers one by one: use the layers' shares, because their sum exceeds the time of a batch.
+        """
         buffers, _ = self._streams[0]
         program, profiler = _Program(self._engine, buffers), _Profiler()
         try:
@@ -91,9 +86,10 @@ class _Profiler(trt.IProfiler):  # type: ignore[misc, unused-ignore]  # as Tenso
 
 
 class _Program:
-    """Each size has a context of its own, which nothing changes once its graph is captured; they share the memory that they compute in, for one runs at a time.
+    """A context and a CUDA graph per batch size.
 
-    A graph holds the kernels and the outputs' way to the host.
+    A context does not change after its graph is captured. The contexts share scratch memory, because one runs at a
+    time. A graph holds the kernels and the copies of the outputs to the host.
     """
 
     def __init__(self, engine: trt.ICudaEngine, buffers: Buffers) -> None:
@@ -104,9 +100,7 @@ class _Program:
 
     def prepare(self, size: int) -> None:
         context, stream = self._context(size), self._buffers.stream
-        self._run(
-            context, size
-        )  # once outside of a graph, as TensorRT asks: what it does only the first time cannot be captured
+        self._run(context, size)  # outside the graph: TensorRT's initialization cannot be captured
         stream.synchronize()
         with stream.captured() as graph:
             self._run(context, size)
@@ -115,7 +109,7 @@ class _Program:
     def profile(self, size: int, profiler: trt.IProfiler) -> None:
         context = self._context(size)
         context.profiler = profiler
-        for _ in range(3):  # the last counts
+        for _ in range(3):  # the profiler keeps the last run's times
             self._run(context, size)
             self._buffers.stream.synchronize()
 
@@ -123,17 +117,17 @@ class _Program:
         stream, profile = self._buffers.stream, _profile_of(self._engine, size)
         context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise runtime.CudaError("TensorRT made no execution context: there is too little device memory for another")
+            raise runtime.CudaError("TensorRT cannot create an execution context: too little device memory")
         context.set_device_memory(self._scratch.address, self._scratch_bytes)
         if context.active_optimization_profile != profile:
-            _said(context.set_optimization_profile_async(profile, stream.handle), "set_optimization_profile_async")
-        _said(context.set_input_shape("pixels", (size, *self._buffers.image_shape)), "set_input_shape")
+            _check(context.set_optimization_profile_async(profile, stream.handle), "set_optimization_profile_async")
+        _check(context.set_input_shape("pixels", (size, *self._buffers.image_shape)), "set_input_shape")
         for name, memory in {"pixels": self._buffers.pixels, **self._buffers.device}.items():
-            _said(context.set_tensor_address(name, memory.address), "set_tensor_address")
+            _check(context.set_tensor_address(name, memory.address), "set_tensor_address")
         return context
 
     def _run(self, context: trt.IExecutionContext, size: int) -> None:
-        _said(context.execute_async_v3(self._buffers.stream.handle), "execute_async_v3")
+        _check(context.execute_async_v3(self._buffers.stream.handle), "execute_async_v3")
         self._buffers.read(size)
 
     def enqueue(self, size: int) -> None:
@@ -151,13 +145,13 @@ class _Program:
         self._scratch.close()
 
 
-def _said(succeeded: bool, call: str) -> None:
+def _check(succeeded: bool, call: str) -> None:
     if not succeeded:
-        raise runtime.CudaError(f"TensorRT's {call} failed; its log says why")
+        raise runtime.CudaError(f"TensorRT's {call} failed; its log has the reason")
 
 
 def shape_of(dims: trt.Dims) -> tuple[int, ...]:
-    return tuple(int(dims[place]) for place in range(len(dims)))
+    return tuple(int(dims[index]) for index in range(len(dims)))
 
 
 def _largest_batch(engine: trt.ICudaEngine) -> int:
@@ -165,7 +159,7 @@ def _largest_batch(engine: trt.ICudaEngine) -> int:
 
 
 def _profile_of(engine: trt.ICudaEngine, size: int) -> int:
-    """The profile of the smallest batches that holds ``size``: its kernels were chosen for the nearest."""
+    """The profile with the smallest largest batch that holds ``size``: its kernels were tuned for the nearest size."""
     fitting = [profile for profile in range(engine.num_optimization_profiles) if _largest_of(engine, profile) >= size]
     return min(fitting, key=lambda profile: _largest_of(engine, profile))
 

@@ -1,7 +1,8 @@
-"""What a TensorRT plan is made of, from the engine inspector's JSON.
+"""Whether a TensorRT plan fuses its attention, read from the engine inspector's JSON.
 
-With ProfilingVerbosity.DETAILED each layer tells its name, type and tactic. A fused attention is a layer whose name or tactic holds ``mha``; what is left of an
-attention that was not fused is a softmax of its own, alone or inside a kernel that Myelin made (NVIDIA/TensorRT #4397, #4516, #4537).
+With ProfilingVerbosity.DETAILED each layer has a name, a type and a tactic. The name or the tactic of a fused attention
+contains ``mha``. Attention that is not fused leaves a softmax, either as a layer or inside a Myelin kernel
+(NVIDIA/TensorRT #4397, #4516, #4537).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class PlanLayer:
 @dataclass(frozen=True)
 class PlanReport:
     depth: int  # attention layers of the graph
-    attention: tuple[PlanLayer, ...]  # the fused ones
-    softmaxes: tuple[PlanLayer, ...]  # outside of them
+    attention: tuple[PlanLayer, ...]  # fused attention layers of the plan
+    softmaxes: tuple[PlanLayer, ...]  # outside fused attention
     layers: int
 
     @property
@@ -31,9 +32,10 @@ class PlanReport:
         return len(self.attention) >= self.depth and not self.softmaxes
 
     def __str__(self) -> str:
-        types = ", ".join(sorted({each.input_type for each in self.attention})) or "none"
-        left = "".join(f"; softmax left in {each.name}" for each in self.softmaxes)
-        return f"{len(self.attention)} of {self.depth} attention layers are fused (input: {types}) in a plan of {self.layers} layers{left}"
+        types = ", ".join(sorted({layer.input_type for layer in self.attention})) or "none"
+        summary = f"{len(self.attention)} of {self.depth} attention layers are fused (input: {types})"
+        softmaxes = "".join(f"; softmax remains in {layer.name}" for layer in self.softmaxes)
+        return f"{summary} in a plan of {self.layers} layers{softmaxes}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -42,25 +44,26 @@ class PlanReport:
     def from_json(text: str) -> PlanReport:
         plain = json.loads(text)
         for name in ("attention", "softmaxes"):
-            plain[name] = tuple(PlanLayer(**each) for each in plain[name])
+            plain[name] = tuple(PlanLayer(**layer) for layer in plain[name])
         return PlanReport(**plain)
 
 
 def report_of(inspected: str, depth: int) -> PlanReport:
-    """From the JSON of ``get_engine_information``. Raises ValueError where the plan was built without detail: then it verifies nothing."""
+    """``inspected`` is the JSON of ``get_engine_information``. Raises ValueError for a plan built without details."""
     described: list[Any] = json.loads(inspected)["Layers"]
-    if any(not isinstance(each, dict) for each in described):
+    if any(not isinstance(layer, dict) for layer in described):
         raise ValueError(
-            f"the plan tells only the names of its {len(described)} layers; it must be built with ProfilingVerbosity.DETAILED"
+            f"the plan holds only the names of its {len(described)} layers; "
+            "it must be built with ProfilingVerbosity.DETAILED"
         )
-    layers = [_layer(each) for each in described]
-    attention = tuple(each for each in layers if "mha" in f"{each.name} {each.tactic}".lower())
-    softmaxes = tuple(
-        each
-        for each in layers
-        if each not in attention and "softmax" in f"{each.name} {each.kind} {each.tactic}".lower()
-    )
+    layers = [_layer(layer) for layer in described]
+    attention = tuple(layer for layer in layers if "mha" in f"{layer.name} {layer.tactic}".lower())
+    softmaxes = tuple(layer for layer in layers if layer not in attention and _has_softmax(layer))
     return PlanReport(depth, attention, softmaxes, len(layers))
+
+
+def _has_softmax(layer: PlanLayer) -> bool:
+    return "softmax" in f"{layer.name} {layer.kind} {layer.tactic}".lower()
 
 
 def _layer(described: dict[str, Any]) -> PlanLayer:

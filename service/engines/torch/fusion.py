@@ -1,6 +1,6 @@
-"""Steps of a graph joined into those that a GPU computes in fewer passes over its memory, which is what half of an eager ViT's time goes to.
+"""Fuses steps of a graph, so that a GPU passes over its memory fewer times. That takes half of an eager ViT's time.
 
-Joined is what is read by nobody else: the numbers are the same, but for what each operator's kernel rounds.
+A step is fused only if no other step reads its result. The outputs change only by the rounding of the kernels.
 """
 
 from __future__ import annotations
@@ -11,59 +11,66 @@ from typing import Any, NamedTuple
 
 LINEAR = "MatMul, Add"
 LINEAR_GELU = "MatMul, Add, Gelu"
-ADD_NORM = "Add, LayerNormalization"  # two outputs: the sum, which others read as well, and its norm
+ADD_NORM = "Add, LayerNormalization"  # two outputs: the sum, which other steps read as well, and its norm
 
 
 class Step(NamedTuple):
-    """A node of an ONNX graph, or several of them."""
+    """One or more nodes of an ONNX graph."""
 
     operator: str
-    inputs: list[str | None]  # None where one is skipped
+    inputs: list[str | None]  # None for an omitted optional input
     attributes: dict[str, Any]
     outputs: list[str]
 
 
-def joined(steps: Sequence[Step], dimensions: Mapping[str, int], kept: Collection[str]) -> list[Step]:
-    """``dimensions`` are those of the weights, by name; values whose names are in ``kept`` are the graph's outputs."""
+def fuse(steps: Sequence[Step], dimensions: Mapping[str, int], graph_outputs: Collection[str]) -> list[Step]:
+    """``dimensions`` are the weights' numbers of dimensions, by name. ``graph_outputs`` are names of values."""
 
-    def bias_last(product: Step, add: Step) -> Step | None:
-        """A product with a matrix of weights, and the vector of weights that is added to it."""
+    def linear(product: Step, add: Step) -> Step | None:
+        """A product with a weight matrix, plus a weight vector."""
         (bias,) = [name for name in add.inputs if name != product.outputs[0]] or [None]
         if dimensions.get(str(product.inputs[1])) != 2 or dimensions.get(str(bias)) != 1:
             return None
         return Step(LINEAR, [*product.inputs, bias], {}, add.outputs)
 
-    def activated(linear: Step, gelu: Step) -> Step:
+    def linear_gelu(linear: Step, gelu: Step) -> Step:
         return Step(LINEAR_GELU, linear.inputs, gelu.attributes, gelu.outputs)
 
-    made = _pairs(list(steps), "MatMul", "Add", kept, bias_last)
-    return _sums_with_norms(_pairs(made, LINEAR, "Gelu", kept, activated), dimensions)
+    steps = _fuse_pairs(steps, "MatMul", "Add", graph_outputs, linear)
+    steps = _fuse_pairs(steps, LINEAR, "Gelu", graph_outputs, linear_gelu)
+    return _fuse_sums_with_norms(steps, dimensions)
 
 
-def _pairs(
-    steps: list[Step], first: str, second: str, kept: Collection[str], join: Callable[[Step, Step], Step | None]
+def _fuse_pairs(
+    steps: Sequence[Step],
+    first: str,
+    second: str,
+    graph_outputs: Collection[str],
+    fused: Callable[[Step, Step], Step | None],
 ) -> list[Step]:
-    """Each ``second`` that alone reads what a ``first`` makes takes its place, as ``join`` makes one of both."""
+    """Replaces each ``second`` that is the only reader of a ``first``, and that ``first``, by ``fused`` of both."""
     readers = Counter(name for step in steps for name in step.inputs)
-    before = {
+    sources = {
         step.outputs[0]: step
         for step in steps
-        if step.operator == first and readers[step.outputs[0]] == 1 and step.outputs[0] not in kept
+        if step.operator == first and readers[step.outputs[0]] == 1 and step.outputs[0] not in graph_outputs
     }
-    made, gone = list[Step](), set[str]()
+    result, fused_values = list[Step](), set[str]()
     for step in steps:
-        source = (
-            next((before[name] for name in step.inputs if name in before), None) if step.operator == second else None
-        )
-        one = None if source is None else join(source, step)
-        if source is not None and one is not None:
-            gone.add(source.outputs[0])
-        made.append(step if one is None else one)
-    return [step for step in made if step.outputs[0] not in gone]
+        names = step.inputs if step.operator == second else []
+        source = next((sources[name] for name in names if name in sources), None)
+        pair = None if source is None else fused(source, step)
+        if source is not None and pair is not None:
+            fused_values.add(source.outputs[0])
+        result.append(pair or step)
+    return [step for step in result if step.outputs[0] not in fused_values]
 
 
-def _sums_with_norms(steps: list[Step], dimensions: Mapping[str, int]) -> list[Step]:
-    """The norm moves up to the sum whose only norm it is. What adds weights, positions say, spreads them over the batch, and stays as it is."""
+def _fuse_sums_with_norms(steps: Sequence[Step], dimensions: Mapping[str, int]) -> list[Step]:
+    """A sum and its norm become one step at the place of the sum, if the sum has only one norm.
+
+    A sum with weights, such as the positions, broadcasts them over the batch. It is not fused.
+    """
     sums = {
         step.outputs[0]
         for step in steps
@@ -73,14 +80,14 @@ def _sums_with_norms(steps: list[Step], dimensions: Mapping[str, int]) -> list[S
     for step in steps:
         if step.operator == "LayerNormalization" and step.inputs[0] in sums:
             norms.setdefault(str(step.inputs[0]), []).append(step)
-    alone = {total: each[0] for total, each in norms.items() if len(each) == 1}
-    moved = {norm.outputs[0] for norm in alone.values()}
-    made = list[Step]()
+    only_norms = {total: readers[0] for total, readers in norms.items() if len(readers) == 1}
+    fused_norms = {norm.outputs[0] for norm in only_norms.values()}
+    result = list[Step]()
     for step in steps:
-        norm = alone.get(step.outputs[0])
+        norm = only_norms.get(step.outputs[0])
         if norm is not None:
-            step = Step(ADD_NORM, [*step.inputs, *norm.inputs[1:]], norm.attributes, [step.outputs[0], norm.outputs[0]])
-        elif step.outputs[0] in moved:
-            continue
-        made.append(step)
-    return made
+            inputs, outputs = [*step.inputs, *norm.inputs[1:]], [step.outputs[0], norm.outputs[0]]
+            result.append(Step(ADD_NORM, inputs, norm.attributes, outputs))
+        elif step.outputs[0] not in fused_norms:
+            result.append(step)
+    return result

@@ -1,7 +1,7 @@
-"""A bundle's graph as torch runs it: ONNX operators, one torch call each.
+"""Runs a bundle's ONNX graph in torch, with one torch call per operator.
 
-The graph is what was verified, so torch runs that, and not a network built again from a checkpoint. Operators: https://onnx.ai/onnx/operators, as of opset 23;
-those that this project's networks are exported to, and no other.
+torch runs the verified graph instead of a network that is rebuilt from a checkpoint. Supported are the operators that
+vitserve exports: https://onnx.ai/onnx/operators, opset 23.
 """
 
 from __future__ import annotations
@@ -18,55 +18,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitserve.service.engines.cuda.graph_shapes import shapes_of
 from vitserve.service.engines.engine import EngineUnavailableError
-from vitserve.service.engines.torch.fusion import ADD_NORM, LINEAR, LINEAR_GELU, Step, joined
+from vitserve.service.engines.graph_shapes import shapes_of
+from vitserve.service.engines.torch.fusion import ADD_NORM, LINEAR, LINEAR_GELU, Step, fuse
 
 log = logging.getLogger(__name__)
 
 Attributes = dict[str, Any]
-Operator = Callable[
-    [Sequence[Any], Attributes], Any
-]  # inputs, None where one is skipped; a tuple where there are several outputs
+# An omitted optional input is None. An operator with several outputs returns a tuple.
+Operator = Callable[[Sequence[Any], Attributes], Any]
 
 
 class TorchGraph(nn.Module):
-    """uint8 pixels [n, H, W, 3] → float32 logits [n, classes], embedding [n, width]; computed in ``dtype`` where the graph says float32."""
+    """uint8 pixels [n, H, W, 3] → float32 logits [n, classes] and embedding [n, width].
+
+    Computes in ``dtype`` where the graph has float32.
+    """
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Raises EngineUnavailable for an operator that is not known here."""
+        """Raises EngineUnavailableError for an unsupported operator."""
         super().__init__()
         self._dtype = dtype
         graph = ir.load(path).graph
-        unknown = sorted({node.op_type for node in graph} - OPERATORS.keys() - {"Cast"})
-        if unknown:
-            raise EngineUnavailableError(f"no torch call is known for {', '.join(unknown)} of {path.name}")
-        self._numbers = dict[
-            str, list[Any]
-        ]()  # what says shapes, axes and what padding is filled with: read on the host, and never on the device
+        unsupported = sorted({node.op_type for node in graph} - OPERATORS.keys() - {"Cast"})
+        if unsupported:
+            raise EngineUnavailableError(f"torch cannot run the operators {', '.join(unsupported)} of {path.name}")
+        self._numbers = dict[str, list[Any]]()  # shapes, axes and padding values: read on the host only
         for name, value in graph.initializers.items():
-            assert value.const_value is not None
-            filling = any(user.op_type == "Pad" and index == 2 for user, index in value.uses())
-            if value.const_value.dtype == ir.DataType.INT64 or filling:
-                self._numbers[name] = value.const_value.numpy().reshape(-1).tolist()
-            else:
-                held = torch.from_numpy(value.const_value.numpy().copy())
-                self.register_buffer(_attribute(name), held.to(dtype) if held.is_floating_point() else held)
+            self._add_initializer(name, value, dtype)
         self.image_shape = shapes_of(path).image
-        self._inputs = [str(each.name) for each in graph.inputs]
-        self._outputs = [str(each.name) for each in graph.outputs]
-        steps = [
-            Step(
-                node.op_type,
-                [None if value is None else str(value.name) for value in node.inputs],
-                {name: attribute.value for name, attribute in node.attributes.items()},
-                [str(value.name) for value in node.outputs],
-            )
-            for node in graph
-        ]
-        self._steps = joined(
-            steps, {str(name): len(value.shape or ()) for name, value in graph.initializers.items()}, self._outputs
-        )
+        self._inputs = [str(value.name) for value in graph.inputs]
+        self._outputs = [str(value.name) for value in graph.outputs]
+        dimensions = {str(name): len(value.shape or ()) for name, value in graph.initializers.items()}
+        self._steps = fuse([_step(node) for node in graph], dimensions, self._outputs)
+
+    def _add_initializer(self, name: str, value: ir.Value, dtype: torch.dtype) -> None:
+        assert value.const_value is not None
+        is_padding_value = any(user.op_type == "Pad" and index == 2 for user, index in value.uses())
+        if value.const_value.dtype == ir.DataType.INT64 or is_padding_value:
+            self._numbers[name] = value.const_value.numpy().reshape(-1).tolist()
+        else:
+            tensor = torch.from_numpy(value.const_value.numpy().copy())
+            self.register_buffer(_attribute(name), tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         values: dict[str, Any] = {**self._numbers, self._inputs[0]: pixels}
@@ -76,25 +69,30 @@ class TorchGraph(nn.Module):
 
         for step in self._steps:
             inputs = [read(name) for name in step.inputs]
-            made = (
-                inputs[0].to(self._dtype)
-                if step.operator == "Cast"
-                else OPERATORS[step.operator](inputs, step.attributes)
-            )
-            values.update(zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=True))
+            if step.operator == "Cast":
+                result = inputs[0].to(self._dtype)
+            else:
+                result = OPERATORS[step.operator](inputs, step.attributes)
+            values.update(zip(step.outputs, result if isinstance(result, tuple) else (result,), strict=True))
         logits, embedding = (values[name] for name in self._outputs)
         return logits.float(), embedding.float()
 
 
+def _step(node: ir.Node) -> Step:
+    inputs = [None if value is None else str(value.name) for value in node.inputs]
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    return Step(node.op_type, inputs, attributes, [str(value.name) for value in node.outputs])
+
+
 def _attribute(name: str) -> str:
-    """Buffers' names hold no dots."""
+    """torch does not allow dots in the names of buffers."""
     return "value_" + name.replace(".", "_dot_")
 
 
 def _attention(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
     """Q, K, V [n, tokens, width] → [n, queries, width]."""
     heads = attributes["q_num_heads"]
-    query, key, value = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in inputs[:3])
+    query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in inputs[:3])
     mask = inputs[3] if len(inputs) > 3 else None
     mixed = functional.scaled_dot_product_attention(query, key, value, mask, scale=attributes.get("scale"))
     return mixed.transpose(1, 2).flatten(2)
@@ -106,18 +104,14 @@ def _conv(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
         x, pads = functional.pad(x, (pads[1], pads[3], pads[0], pads[2])), (0, 0)
     weight, bias = inputs[1], inputs[2] if len(inputs) > 2 else None
     kernel, strides = tuple(weight.shape[2:]), tuple(attributes["strides"])
-    if (
-        kernel == strides
-        and not any(pads)
-        and attributes["group"] == 1
-        and x.shape[2] % kernel[0] == x.shape[3] % kernel[1] == 0
-    ):
-        return _patches_projected(x, weight, bias)
+    splits_into_patches = x.shape[2] % kernel[0] == x.shape[3] % kernel[1] == 0
+    if kernel == strides and not any(pads) and attributes["group"] == 1 and splits_into_patches:
+        return _project_patches(x, weight, bias)
     return functional.conv2d(x, weight, bias, strides, tuple(pads[:2]), attributes["dilations"], attributes["group"])
 
 
-def _patches_projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution whose patches do not overlap, as the one product that it is: a sixth of the time that cuDNN takes for it (docs/gpu.md)."""
+def _project_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution without overlap, as one matrix product. It takes a sixth of cuDNN's time (docs/gpu.md)."""
     n, channels, (high, wide) = len(x), x.shape[1], weight.shape[2:]
     rows, columns = x.shape[2] // high, x.shape[3] // wide
     patches = (
@@ -137,8 +131,8 @@ def _max_pool(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
 
 def _gemm(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
     left, right = (
-        each.T if attributes.get(transposed) else each
-        for each, transposed in zip(inputs, ("transA", "transB"), strict=False)
+        matrix.T if attributes.get(transposed) else matrix
+        for matrix, transposed in zip(inputs, ("transA", "transB"), strict=False)
     )
     product: Tensor = attributes.get("alpha", 1.0) * (left @ right)
     return product if len(inputs) < 3 else product + attributes.get("beta", 1.0) * inputs[2]
@@ -150,8 +144,7 @@ def _slice(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
     axes = inputs[3] if len(inputs) > 3 else range(len(starts))
     steps = inputs[4] if len(inputs) > 4 else [1] * len(starts)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        taken = slice(start, min(end, x.shape[axis]), step)
-        x = x[(slice(None),) * (axis % x.ndim) + (taken,)]
+        x = x[(slice(None),) * (axis % x.ndim) + (slice(start, min(end, x.shape[axis]), step),)]
     return x
 
 
@@ -163,26 +156,24 @@ def _split(inputs: Sequence[Any], attributes: Attributes) -> tuple[Tensor, ...]:
 
 
 def _concat(inputs: Sequence[Any], attributes: Attributes) -> Any:
-    if all(isinstance(each, list) for each in inputs):  # a shape
-        return [number for each in inputs for number in each]
+    if all(isinstance(part, list) for part in inputs):  # a shape
+        return [number for part in inputs for number in part]
     return torch.cat(list(inputs), attributes["axis"])
 
 
 def _reshape(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
     x, shape = inputs
-    sizes = [
-        x.shape[place] if size == 0 and not attributes.get("allowzero") else size for place, size in enumerate(shape)
-    ]
-    shaped: Tensor = x.reshape(sizes)
-    return shaped
+    copies_zeros = not attributes.get("allowzero")
+    sizes = [x.shape[axis] if size == 0 and copies_zeros else size for axis, size in enumerate(shape)]
+    reshaped: Tensor = x.reshape(sizes)
+    return reshaped
 
 
 def _expand(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
-    """A size of 1 on either side takes the other's."""
+    """A size of 1, in the tensor or in the shape, becomes the other's size."""
     x, shape = inputs
-    expanded: Tensor = x.expand(
-        [there if wanted == 1 else wanted for there, wanted in zip(x.shape, shape, strict=True)]
-    )
+    sizes = [current if size == 1 else size for current, size in zip(x.shape, shape, strict=True)]
+    expanded: Tensor = x.expand(sizes)
     return expanded
 
 
@@ -191,17 +182,17 @@ def _reduce_mean(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
 
 
 def _gather(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
-    """One place of an axis, which then is gone."""
-    (place,) = inputs[1]
-    taken: Tensor = inputs[0].select(attributes.get("axis", 0), place)
-    return taken
+    """Only with a single index, which removes the axis."""
+    (index,) = inputs[1]
+    selected: Tensor = inputs[0].select(attributes.get("axis", 0), index)
+    return selected
 
 
 def _pad(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
     x, pads = inputs[:2]
     (value,) = inputs[2] if len(inputs) > 2 and inputs[2] is not None else (0.0,)
-    ends = [each for place in reversed(range(x.ndim)) for each in (pads[place], pads[x.ndim + place])]
-    return functional.pad(x, ends, value=value)
+    last_axis_first = [pad for axis in reversed(range(x.ndim)) for pad in (pads[axis], pads[x.ndim + axis])]
+    return functional.pad(x, last_axis_first, value=value)
 
 
 def _group_norm(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
@@ -214,7 +205,10 @@ def _batch_norm(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
 
 
 def _linear_gelu(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
-    """In bf16 on a GPU the product's kernel applies GELU itself, by its tanh form: 5e-4 from the exact one at most, which bf16 does not resolve above 1/8."""
+    """In bf16 on a GPU, the kernel of the product applies GELU in its tanh form.
+
+    It differs from the exact form by at most 5e-4, which bf16 does not resolve above 1/8.
+    """
     x, weight, bias = inputs
     if x.is_cuda and x.dtype == torch.bfloat16:
         flat: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight, use_gelu=True)
@@ -233,14 +227,14 @@ def _add_norm(inputs: Sequence[Any], attributes: Attributes) -> tuple[Tensor, Te
 
 @cache
 def _kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """None where Triton is not installed, or has no C compiler to make its kernels callable with."""
+    """None if Triton is not installed or has no C compiler, which it needs to make its kernels callable."""
     try:
         from vitserve.service.engines.torch.kernels import add_norm
 
-        tried = torch.ones(2, 64, device="cuda")
-        add_norm(tried, tried, tried[0], tried[0], 1e-6)
-    except Exception as error:  # of several kinds, none of them public
-        log.warning("sums and norms run as two kernels, because Triton cannot make one of them: %s", error)
+        probe = torch.ones(2, 64, device="cuda")
+        add_norm(probe, probe, probe[0], probe[0], 1e-6)
+    except Exception as error:  # of several types, none of them public
+        log.warning("Triton cannot compile a fused kernel, so each sum and its norm run as two kernels: %s", error)
         return None
     return add_norm
 

@@ -1,6 +1,6 @@
-"""A kernel of ours for a GPU, in Triton, which comes with torch for CUDA.
+"""A GPU kernel in Triton, which is installed with torch for CUDA.
 
-A sum and its LayerNorm in one pass: torch's two kernels take twice the time (docs/gpu.md).
+It computes a sum and its LayerNorm in one pass. torch's two kernels take twice the time (docs/gpu.md).
 """
 # No `from __future__ import annotations`: Triton reads the annotations themselves.
 
@@ -11,29 +11,28 @@ import triton.language as tl
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_norm(x, y, weight, bias, total, normed, width: tl.constexpr, block: tl.constexpr, epsilon: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """A row each program. The sum is rounded to its type before it is normed, in float32, as torch does."""
+    """One program per row. As in torch, the sum is rounded to its type and then normalized in float32."""
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, block)
-    there = column < width
-    added = tl.load(x + row + column, mask=there, other=0.0).to(tl.float32) + tl.load(
-        y + row + column, mask=there, other=0.0
-    ).to(tl.float32)
-    rounded = added.to(total.dtype.element_ty)
-    tl.store(total + row + column, rounded, mask=there)
+    inside = column < width
+    left = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(y + row + column, mask=inside, other=0.0).to(tl.float32)
+    rounded = (left + right).to(total.dtype.element_ty)
+    tl.store(total + row + column, rounded, mask=inside)
     exact = rounded.to(tl.float32)
     mean = tl.sum(exact, 0) / width
-    centered = tl.where(there, exact - mean, 0.0)
-    scale = tl.rsqrt(tl.sum(centered * centered, 0) / width + epsilon)
-    made = centered * scale * tl.load(weight + column, mask=there, other=0.0).to(tl.float32) + tl.load(
-        bias + column, mask=there, other=0.0
-    ).to(tl.float32)
-    tl.store(normed + row + column, made.to(normed.dtype.element_ty), mask=there)
+    centered = tl.where(inside, exact - mean, 0.0)
+    inverse_deviation = tl.rsqrt(tl.sum(centered * centered, 0) / width + epsilon)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    result = centered * inverse_deviation * scale + shift
+    tl.store(normed + row + column, result.to(normed.dtype.element_ty), mask=inside)
 
 
 def add_norm(
     x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + y and its LayerNorm over the last axis; x and y contiguous, of one shape and type."""
+    """x + y and its LayerNorm over the last axis. x and y are contiguous, with the same shape and type."""
     total, normed, width = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
     block = triton.next_power_of_2(width)
     _add_norm[(x.numel() // width,)](

@@ -7,18 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from tests.service.engines.test_tensorrt import gpu as gpu
-from tests.service.engines.test_tensorrt_service import environment as environment
 from tests.support.bundles import artifact_in, fp8_bundle
+from tests.support.gpu.fixtures import Gpu
 from tests.support.paths import ROOT
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.service.engines import selection
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
-from vitserve.service.engines.gpu_artifacts import Target
+from vitserve.service.engines.tensorrt.target import Target
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +41,10 @@ def test_torch_on_a_gpu_needs_no_plan_directory(with_fp8: Bundle, monkeypatch: p
 
 
 def test_gpu_without_fp8_is_rejected(
-    with_fp8: Bundle, tmp_path: Path, gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    with_fp8: Bundle, tmp_path: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu.engine, "target", lambda: Target("NVIDIA A100", (8, 0), "11.4"))
+    target = "vitserve.service.engines.gpu_artifacts.local_target"
+    monkeypatch.setattr(target, lambda: Target("NVIDIA A100", (8, 0), "11.4"))
     options = EngineOptions(engine="tensorrt", precision="fp8", plan_dir=str(tmp_path))
     (fp8,) = selection.candidates(with_fp8, options)
     message = r"fp8 needs compute capability \(8, 9\); the NVIDIA A100 has \(8, 0\)"

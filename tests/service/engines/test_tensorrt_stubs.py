@@ -1,4 +1,4 @@
-"""What our code asks of TensorRT, CUDA and NVML exists there, with those arguments: type-checked against the genuine bindings, which need no GPU for that."""
+"""Our code uses TensorRT, CUDA and NVML correctly: type-checked against the real bindings, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
 import pytest
 
-from tests.support import gpu_double
+from tests.support.gpu import cuda, tensorrt
 from tests.support.paths import ROOT
-from tests.support.tensorrt_stubs import Missing, make_stubs
+from tests.support.tensorrt_stubs import StubsUnavailableError, make_stubs
 
-# Each line asks for something that was there in an older version, or never was.
+# Each line marked "wrong" uses a name or an argument that the current bindings do not have.
 PLANTED = """
 import pynvml
 import tensorrt as trt
@@ -44,42 +45,42 @@ pynvml.NVML_CLOCK_SHADER  # wrong
 
 
 def sources() -> list[Path]:
-    """Every file of ours that imports one of those libraries."""
-    found = []
+    """Our files that import one of those libraries."""
+    files = []
     for path in [*ROOT.glob("service/**/*.py"), *ROOT.glob("export/**/*.py"), *ROOT.glob("vitserve/cli/*.py")]:
         imported = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                imported |= {each.name.partition(".")[0] for each in node.names}
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").partition(".")[0])
         if imported & {"tensorrt", "cuda", "pynvml"}:
-            found.append(path)
-    return found
+            files.append(path)
+    return files
 
 
 @pytest.fixture(scope="module")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         return make_stubs(tmp_path_factory.mktemp("bindings"))
-    except Missing as missing:
-        pytest.skip(str(missing))
+    except StubsUnavailableError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
-def complaints(stubs: Path) -> list[str]:
-    """mypy's, about our files and the planted one, with the bindings' own signatures."""
+def type_errors(stubs: Path) -> list[str]:
+    """What mypy reports for our files and the planted one, with the bindings' own signatures."""
     directory = stubs.parent
     planted = directory / "planted.py"
     planted.write_text(PLANTED)
-    # Only what is named is read, and so has a type; the rest is checked elsewhere.
+    # Only the named files are read. Everything else has type Any here and is checked elsewhere.
     arguments = [
         "--config-file=",
         "--follow-imports=skip",
         "--disable-error-code=var-annotated",
         f"--cache-dir={directory / 'cache'}",
     ]
-    files = [*(str(each.relative_to(ROOT)) for each in sources()), str(planted), *map(str, stubs.rglob("*.py*"))]
+    files = [*(str(path.relative_to(ROOT)) for path in sources()), str(planted), *map(str, stubs.rglob("*.py*"))]
     environment = os.environ | {"MYPYPATH": str(stubs)}
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *arguments, *files],
@@ -94,56 +95,55 @@ def complaints(stubs: Path) -> list[str]:
     return [line for line in done.stdout.splitlines() if ": error:" in line and not line.startswith(str(stubs))]
 
 
-def test_all_that_our_code_uses_of_tensorrt_and_cuda_is_there(complaints: list[str]) -> None:
+def test_our_code_uses_only_what_the_bindings_have(type_errors: list[str]) -> None:
     assert len(sources()) >= 4
-    assert [each for each in complaints if "planted.py" not in each] == []
+    assert [line for line in type_errors if "planted.py" not in line] == []
 
 
-def test_what_is_not_there_would_be_found(complaints: list[str]) -> None:
+def test_planted_mistakes_are_found(type_errors: list[str]) -> None:
     wrong = [number for number, line in enumerate(PLANTED.splitlines(), 1) if line.endswith("# wrong")]
-    found = {int(each.partition("planted.py:")[2].partition(":")[0]) for each in complaints if "planted.py" in each}
-    assert sorted(found) == wrong
+    planted = [line for line in type_errors if "planted.py" in line]
+    assert sorted({int(line.partition("planted.py:")[2].partition(":")[0]) for line in planted}) == wrong
 
 
-def genuine_methods(stubs: Path) -> dict[str, dict[str, list[list[str]]]]:
+def real_methods(stubs: Path) -> dict[str, dict[str, list[list[str]]]]:
     """Class → method or attribute → the parameters' names of each overload, without self."""
-    found: dict[str, dict[str, list[list[str]]]] = {}
-    for each in ast.parse((stubs / "tensorrt" / "__init__.pyi").read_text()).body:
-        if isinstance(each, ast.ClassDef):
-            members = found.setdefault(each.name, {})
-            for part in each.body:
-                if isinstance(part, ast.FunctionDef):
-                    members.setdefault(part.name, []).append([argument.arg for argument in part.args.args][1:])
-                elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
-                    members[part.target.id] = []
-    return found
+    classes: dict[str, dict[str, list[list[str]]]] = {}
+    for definition in ast.parse((stubs / "tensorrt" / "__init__.pyi").read_text()).body:
+        if isinstance(definition, ast.ClassDef):
+            members = classes.setdefault(definition.name, {})
+            for member in definition.body:
+                if isinstance(member, ast.FunctionDef):
+                    members.setdefault(member.name, []).append([argument.arg for argument in member.args.args][1:])
+                elif isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
+                    members[member.target.id] = []
+    return classes
 
 
-def test_the_double_has_nothing_that_the_genuine_bindings_lack(stubs: Path) -> None:
-    """Its own extras, for tests to steer by, are data; whatever our code could call is compared."""
-    genuine = genuine_methods(stubs)
+def test_the_tensorrt_double_has_only_what_tensorrt_has(stubs: Path) -> None:
+    """Methods, properties and enumerations are compared. The double's data attributes are for tests."""
+    real = real_methods(stubs)
     checked = 0
-    for kind in gpu_double.TYPES:
+    for kind in tensorrt.TYPES:
         for name, member in vars(kind).items():
-            if isinstance(member, property):
-                assert name in genuine[kind.__name__], f"{kind.__name__}.{name}"
+            is_member_of_enum = issubclass(kind, Enum) and name in kind.__members__
+            if isinstance(member, property) or is_member_of_enum:
+                assert name in real[kind.__name__], f"{kind.__name__}.{name}"
             elif inspect.isfunction(member) and not name.startswith("_"):
-                ours = list(inspect.signature(member).parameters)[1:]
-                theirs = genuine[kind.__name__][name]
-                assert any(ours == each[: len(ours)] for each in theirs), (
-                    f"{kind.__name__}.{name}: {ours}; genuine: {theirs}"
-                )
+                ours, overloads = parameters(member)[1:], real[kind.__name__][name]
+                assert any(ours == overload[: len(ours)] for overload in overloads), (kind, name, ours, overloads)
                 checked += 1
-            elif issubclass(kind, Enum) and name in kind.__members__:
-                assert name in genuine[kind.__name__], f"{kind.__name__}.{name}"
     assert checked >= 25
+
+
+def test_the_cuda_double_has_only_what_cuda_has() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    for call in gpu_double.CALLS:
-        assert (
-            list(inspect.signature(getattr(runtime, call)).parameters)
-            == list(inspect.signature(getattr(gpu_double.Device, call)).parameters)[1:]
-        ), call
-    for enumeration in (gpu_double.cudaError_t, gpu_double.cudaMemcpyKind, gpu_double.cudaStreamCaptureMode):
-        assert {each.name: int(each) for each in enumeration}.items() <= {
-            each.name: int(each) for each in getattr(runtime, enumeration.__name__)
-        }.items()
+    for call in cuda.CALLS:
+        assert parameters(getattr(runtime, call)) == parameters(getattr(cuda.Device, call))[1:], call
+    for enumeration in cuda.ENUMERATIONS:
+        real = {member.name: int(member) for member in getattr(runtime, enumeration.__name__)}
+        assert {member.name: int(member) for member in enumeration}.items() <= real.items()
+
+
+def parameters(function: Callable[..., object]) -> list[str]:
+    return list(inspect.signature(function).parameters)

@@ -22,7 +22,7 @@ from vitserve.model.bundle.preprocess import Decoder, Preprocessing
 from vitserve.service import errors
 from vitserve.service.engine_worker.batch_loop import BatchLoop
 from vitserve.service.engine_worker.startup import warm_up
-from vitserve.service.engines.engine import gathered
+from vitserve.service.engines.engine import select_rows
 from vitserve.service.http_worker.dispatcher import Answer, Dispatcher, ModelReplacedError
 from vitserve.service.ipc import memory_layout, wire_format
 from vitserve.service.ipc.connection import Connection
@@ -50,7 +50,7 @@ class Scripted:
         self.sizes: list[int] = []
 
     def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
-        pixels = gathered(pixels, rows)
+        pixels = select_rows(pixels, rows)
         self.sizes.append(len(pixels))
         self.act()
         means = pixels.mean(axis=(1, 2), dtype=np.float32) / 10

@@ -1,4 +1,4 @@
-"""What a bundle's graph takes and gives, read without its weights."""
+"""The shapes of a bundle's graph, read without its weights."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ def shapes_of(graph: Path) -> GraphShapes:
 
 def _without_batch(value: ir.Value) -> tuple[int, ...]:
     assert value.shape is not None
-    return tuple(int(size) for size in list(value.shape)[1:])  # type: ignore[arg-type]  # the batch alone has a name for a size
+    return tuple(int(size) for size in list(value.shape)[1:])  # type: ignore[arg-type]  # only the batch is symbolic
