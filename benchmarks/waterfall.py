@@ -29,18 +29,18 @@ from vitserve.bench import plot, report
 from vitserve.bench.engine import Results, Subject, subject, take_turns
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
-from vitserve.export.golden_images import golden
-from vitserve.export.graph.onnxruntime_attention import for_onnxruntime
+from vitserve.export.golden_images import make_golden
+from vitserve.export.graph.onnxruntime_attention import write_onnxruntime_graph
 from vitserve.export.graph.optimize import fuse_attention
-from vitserve.export.graph.trace import Servable, trace
-from vitserve.export.quantize.int8 import calibrated
+from vitserve.export.graph.reference import ReferenceNetwork
+from vitserve.export.graph.trace import trace
+from vitserve.export.quantize import int8
 from vitserve.model.arrays import Pixels, Precision
 from vitserve.model.bundle.bundle import GRAPH, Bundle, open_bundle
 from vitserve.model.bundle.evaluation import read_images
 from vitserve.model.network.vit import ViT
 from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
-from vitserve.service.engines.telemetry import disable_telemetry
 
 PLAIN, DIALECT = "plain graph, ONNX Runtime", "fused attention (MultiHeadAttention)"
 STEPS: dict[str, tuple[str, Precision]] = {  # of the bundle: engine and precision
@@ -67,8 +67,8 @@ class Step:
 def calibration(checkpoint: Checkpoint, images: Path | None) -> Pixels:
     if images is not None:
         return read_images(images, checkpoint.preprocessing, checkpoint.labels, 300, 1)[0].pixels
-    return golden(
-        Servable(checkpoint.network, checkpoint.preprocessing).eval(),
+    return make_golden(
+        ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval(),
         checkpoint.preprocessing.image_size,
         count=32,
         seed=1,
@@ -91,8 +91,8 @@ def subjects(
     if not isinstance(network, ViT):
         raise ValueError("the source is not a Vision Transformer")
     fuse_attention(network)
-    trace(Servable(network, checkpoint.preprocessing).eval(), size, directory / "fused.onnx")
-    for_onnxruntime(directory / "fused.onnx", directory / "dialect.onnx")
+    trace(ReferenceNetwork(network, checkpoint.preprocessing).eval(), size, directory / "fused.onnx")
+    write_onnxruntime_graph(directory / "fused.onnx", directory / "dialect.onnx")
     found[DIALECT] = subject(construct_engine("onnxruntime", "fp32", directory / "dialect.onnx", options), options)
     graphs = {(each.engine, each.precision): bundle.path / each.path for each in bundle.manifest.artifacts}
     for name, (engine, precision) in STEPS.items():
@@ -101,14 +101,8 @@ def subjects(
                 (engine, precision) not in graphs and precision == "int8"
             ):  # of random weights it need not be exact to be as fast as any other
                 graphs[engine, precision] = directory / "int8.xml"
-                disable_telemetry()
-                import openvino
-
-                openvino.save_model(
-                    calibrated(bundle.path / GRAPH, calibration(checkpoint, images), smooth=True),
-                    directory / "int8.xml",
-                    compress_to_fp16=False,
-                )
+                model = int8.quantize(bundle.path / GRAPH, calibration(checkpoint, images), smooth=True)
+                int8.save(model, directory / "int8.xml")
             if (engine, precision) not in graphs:
                 raise EngineUnavailableError(f"the bundle has no {precision} for {engine}")
             found[name] = subject(construct_engine(engine, precision, graphs[engine, precision], options), options)

@@ -1,25 +1,25 @@
-"""Golden images: made from a seed, so that a bundle carries nobody's pictures."""
+"""Golden images: synthetic images from a fixed seed, so that a bundle contains no real images."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from vitserve.export.graph.trace import Servable
+from vitserve.export.graph.reference import ReferenceNetwork
 from vitserve.model.arrays import Outputs, Pixels
 from vitserve.model.bundle.bundle import Golden
 
 
-def golden(network: Servable, image_size: int, count: int = 16, seed: int = 0) -> Golden:
-    """Pixels [count, image size, image size, 3] of every kind of texture, and what the float32 torch network says to them."""
-    pixels = _images(image_size, count, seed)
+def make_golden(network: ReferenceNetwork, image_size: int, count: int = 16, seed: int = 0) -> Golden:
+    """Pixels [count, image size, image size, 3] with many kinds of texture, and the network's outputs for them."""
+    pixels = _textures(image_size, count, seed)
     with torch.inference_mode():
         logits, embedding = network(torch.from_numpy(pixels))
     return Golden(pixels, Outputs(logits.numpy(), embedding.numpy()))
 
 
-def _images(side: int, count: int, seed: int) -> Pixels:
-    """Random waves of rising frequency over a random color, from smooth gradients to noise at the pixel's own scale."""
+def _textures(side: int, count: int, seed: int) -> Pixels:
+    """Random waves over a random color, with rising frequency: from smooth gradients to noise between pixels."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:side, 0:side] / side
     images = np.empty((count, side, side, 3), np.float64)

@@ -1,7 +1,8 @@
-"""The model card of a bundle, written from its training's own record."""
+"""The model card of a bundle, written from the record of its training."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -9,52 +10,56 @@ from vitserve.model.config import ResNetConfig, ViTConfig
 
 
 def model_card(name: str, variant: str, training: dict[str, Any]) -> str:
-    """Markdown: data, recipe, command, seconds, machine, accuracy, confusion. ``training`` is training.json of `vitserve train`."""
-    labels, confusion = training["labels"], training["confusion"]
-    usual = {
-        field.name: field.default
-        for kind in (ViTConfig, ResNetConfig)
-        for field in fields(kind)
-        if field.default is not MISSING
-    }
-    shape = ", ".join(f"{key} {value}" for key, value in training["config"].items() if value != usual.get(key))
-    command = f"vitserve train DATA --output RUN --variant {variant} --epochs {training['recipe']['epochs']}"
-    recipe = "\n".join(f"| {key} | {value} |" for key, value in training["recipe"].items())
-    history = "\n".join(
-        f"| {int(row['epoch'])} | {row['loss']:.3f} | {row['validation_accuracy']:.2%} | {row['seconds']:.0f} |"
-        for row in training["history"]
-    )
-    table = "\n".join(
-        f"| **{label}** | " + " | ".join(str(count) for count in row) + " |"
-        for label, row in zip(labels, confusion, strict=True)
-    )
+    """Markdown with accuracy, data, training command, confusion matrix, history and recipe.
+
+    ``training`` is the content of training.json, which `vitserve train` writes.
+    """
+    labels, recipe = training["labels"], training["recipe"]
+    command = f"vitserve train DATA --output RUN --variant {variant} --epochs {recipe['epochs']}"
     return f"""# {name}
 
-Test accuracy **{training["test_accuracy"]:.2%}** on {training["test_images"]:,} images that were read once, after the last epoch, with the weights as they
-are stored (rounded to half precision).
+Test accuracy **{training["test_accuracy"]:.2%}** on {training["test_images"]:,} images.
+The test images were used once, after the last epoch, with the weights as they are stored (rounded to half precision).
 
-- **What it is**: a Vision Transformer. {shape}.
-- **Data**: {training["training_images"]:,} training images; {training["recipe"]["validation_images"]:,} more held out of the training set for validation.
-- **Command**: `{command}`, {training["seconds"]:,} seconds on {training["machine"]}.
-- **What it is not**: a classifier of anything but small, centered pictures of the {len(labels)} classes below. It calls every photo one of them.
+- **Model**: {_architecture(training["config"])}.
+- **Data**: {training["training_images"]:,} training images and {recipe["validation_images"]:,} validation images.
+- **Training**: `{command}`, {training["seconds"]:,} seconds on {training["machine"]}.
+- **Limits**: the model knows only the {len(labels)} classes below, from small, centered images.
+  It assigns one of these classes to every image, whatever the image shows.
 
-## Confusion
+## Confusion matrix
 
-Rows are true classes, columns what was predicted.
+Rows are the true classes, columns are the predictions.
 
 | | {" | ".join(labels)} |
 |---|{"---|" * len(labels)}
-{table}
+{_rows([f"**{label}**", *counts] for label, counts in zip(labels, training["confusion"], strict=True))}
 
-## History
+## Training history
 
-| epoch | loss | validation | seconds |
+| epoch | loss | validation accuracy | seconds |
 |---|---|---|---|
-{history}
+{_rows(_history_row(row) for row in training["history"])}
 
 ## Recipe
 
 | setting | value |
 |---|---|
-{recipe}
+{_rows(recipe.items())}
 """
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    """The kind of network, with the settings that are not defaults."""
+    kind, name = (ResNetConfig, "ResNet") if "blocks" in config else (ViTConfig, "Vision Transformer")
+    defaults = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+    settings = [f"{key} {value}" for key, value in config.items() if value != defaults.get(key)]
+    return f"{name} with {', '.join(settings)}"
+
+
+def _history_row(row: dict[str, float]) -> list[str]:
+    return [str(int(row["epoch"])), f"{row['loss']:.3f}", f"{row['validation_accuracy']:.2%}", f"{row['seconds']:.0f}"]
+
+
+def _rows(rows: Iterable[Iterable[Any]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)

@@ -1,7 +1,7 @@
-"""The reference graph in the words that a runtime has the fastest kernels for.
+"""The reference graph with the attention operator for which ONNX Runtime has the fastest CPU kernel.
 
-ONNX Runtime's CPU provider computes opset 23's Attention step by step, and com.microsoft's MultiHeadAttention in one flash kernel. OpenVINO and TensorRT
-fuse the reference operator as it is.
+ONNX Runtime's CPU provider computes the Attention operator of opset 23 step by step. It has one flash-attention kernel
+for com.microsoft's MultiHeadAttention. OpenVINO and TensorRT fuse the standard operator.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from onnxscript.rewriter import pattern, rewrite
 
 
 class _ToMultiHeadAttention(pattern.RewriteRuleClassBase):
-    """Attention on [n, tokens, width] without mask, scale or anything else that is not said with the number of heads."""
+    """Matches Attention on [n, tokens, width] without a mask, a scale or any attribute besides the number of heads."""
 
     def pattern(self, op, query, key, value):  # type: ignore[no-untyped-def]  # noqa: ANN001
         return op.Attention(query, key, value, _allow_other_attributes=True, _outputs=["mixed"])
@@ -25,7 +25,7 @@ class _ToMultiHeadAttention(pattern.RewriteRuleClassBase):
             set(attributes) != {"q_num_heads", "kv_num_heads"}
             or attributes["q_num_heads"].value != attributes["kv_num_heads"].value
         ):
-            return result.fail(f"it has attributes {sorted(attributes)}")
+            return result.fail(f"MultiHeadAttention cannot express the attributes {sorted(attributes)}")
         return result
 
     def rewrite(self, op, query, key, value, mixed):  # type: ignore[no-untyped-def]  # noqa: ANN001
@@ -33,7 +33,7 @@ class _ToMultiHeadAttention(pattern.RewriteRuleClassBase):
         return op.MultiHeadAttention(query, key, value, num_heads=heads, _domain="com.microsoft", _version=1)
 
 
-def for_onnxruntime(reference_graph: Path, path: Path) -> None:
-    """Writes the graph at ``reference`` to ``path``, in the same directory: the weights that lie beside the one are the other's too."""
+def write_onnxruntime_graph(reference_graph: Path, path: Path) -> None:
+    """Writes ONNX Runtime's form of ``reference_graph`` to ``path``, in the same directory. Both share the weights."""
     model = rewrite(ir.load(reference_graph), pattern_rewrite_rules=[_ToMultiHeadAttention.rule()])  # type: ignore[no-untyped-call]
     ir.save(model, path)

@@ -1,13 +1,13 @@
-"""The network as it is exported: the same function, less the arithmetic that nobody reads.
+"""The optimized network: the same function as the reference network, with less arithmetic. This form is exported.
 
-What is skipped or moved, each exact but for rounding (tests/export/test_optimize.py has each alone):
+Each optimization is exact up to rounding. tests/export/test_optimize.py tests each one alone.
 
-- the last block runs for the tokens that the head reads; the others are its keys and values only
-- normalization becomes part of the patch projection, where no padding comes between
-- layer scale becomes part of the projection before it
+- The last block computes only the tokens that the head reads. The other tokens serve as keys and values.
+- Pixel normalization becomes part of the patch projection, unless the first convolution pads.
+- Layer scale becomes part of the projection before it.
 
-Attention is the one operator of ONNX opset 23 on [n, tokens, width], its heads counted inside: no reshapes around it, which runtimes would
-have to see through to fuse it.
+Attention is the single operator of ONNX opset 23 on [n, tokens, width]. The operator splits the heads itself, so there
+are no reshapes around it that could keep a runtime from fusing it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from vitserve.export.graph.reference import scale_and_shift
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.network.build import Network
 from vitserve.model.network.vit import Attention, Block, LayerScale, ViT
 
 
 class OptimizedNetwork(nn.Module):
-    """uint8 pixels [n, H, W, 3] → float32 logits [n, classes], embedding [n, width], as a Servable of the same network gives."""
+    """uint8 pixels [n, H, W, 3] → float32 logits [n, classes] and embedding [n, width], equal to ReferenceNetwork's.
+
+    Works on a copy: ``network`` is not changed.
+    """
 
     scale: Tensor | None
     shift: Tensor | None
@@ -31,15 +35,14 @@ class OptimizedNetwork(nn.Module):
     def __init__(self, network: Network, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = copy.deepcopy(network)
-        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-        scale, shift = 1 / (255 * std), -mean / std
+        scale, shift = scale_and_shift(preprocessing)
         folded = isinstance(self.network, ViT) and fold_normalization(self.network, scale, shift)
         self.register_buffer("scale", None if folded else scale, persistent=False)
         self.register_buffer("shift", None if folded else shift, persistent=False)
         if isinstance(self.network, ViT):
             fold_layer_scale(self.network)
             fuse_attention(self.network)
-            read_no_more_than_the_head(self.network)
+            trim_last_block(self.network)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         images = pixels.float()
@@ -50,7 +53,7 @@ class OptimizedNetwork(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """An Attention as ONNX's operator of opset 23."""
+    """An Attention layer that exports as the single Attention operator of ONNX opset 23."""
 
     mask: Tensor | None
 
@@ -79,7 +82,10 @@ class FusedAttention(nn.Module):
 
 
 class LastBlock(nn.Module):
-    """A Block that answers for its first ``read`` tokens; all are its keys and values: [n, tokens, width] → [n, read, width]."""
+    """A Block that computes only its first ``read`` tokens, with all tokens as keys and values.
+
+    [n, tokens, width] → [n, read, width].
+    """
 
     mask: Tensor | None
 
@@ -97,18 +103,21 @@ class LastBlock(nn.Module):
         normed = self.norm1(x)
         k, v = self.kv(normed).chunk(2, dim=-1)
         mixed = self.attn.mix(self.q(normed[:, : self.read]), k, v, self.mask)
-        kept: Tensor = x[:, : self.read] + self.ls1(mixed)
-        kept = kept + self.ls2(self.mlp(self.norm2(kept)))
-        return kept
+        tokens: Tensor = x[:, : self.read] + self.ls1(mixed)  # [n, read, width]
+        tokens = tokens + self.ls2(self.mlp(self.norm2(tokens)))
+        return tokens
 
 
 def fuse_attention(network: ViT) -> None:
     for block in _blocks(network):
-        block.attn = FusedAttention(block.attn)  # type: ignore[assignment]  # the network is not what it was; it is a graph's source now
+        block.attn = FusedAttention(block.attn)  # type: ignore[assignment]  # same shapes, for export only
 
 
-def read_no_more_than_the_head(network: ViT) -> None:
-    """The last block for the class token alone, and the distillation token where it has a head. Nothing can be skipped where the mean is read."""
+def trim_last_block(network: ViT) -> None:
+    """Reduces the last block to the class token, and to the distillation token if it has a head.
+
+    A network that averages all tokens is not changed.
+    """
     if network.config.pool == "token":
         network.blocks[-1] = LastBlock(_blocks(network)[-1], 1 + network.config.distillation_head)
 
@@ -123,7 +132,11 @@ def fold_layer_scale(network: ViT) -> None:
 
 
 def fold_normalization(network: ViT, scale: Tensor, shift: Tensor) -> bool:
-    """False where the first convolution pads: zeros around a normalized image are not zeros around the image."""
+    """Makes ``pixels * scale + shift`` part of the patch projection.
+
+    Returns False, without a change, if the first convolution pads: padding a normalized image with zeros differs from
+    padding the image itself with zeros.
+    """
     embed = network.patch_embed
     if not isinstance(embed.backbone, nn.Identity):
         return False
@@ -137,7 +150,7 @@ def fold_normalization(network: ViT, scale: Tensor, shift: Tensor) -> bool:
 
 
 def _blocks(network: ViT) -> list[Block]:
-    return list(network.blocks)  # type: ignore[arg-type]  # torch's ModuleList does not say of what
+    return list(network.blocks)  # type: ignore[arg-type]  # ModuleList is not generic
 
 
 def _scale_outputs(linear: nn.Linear, scale: Tensor) -> None:
@@ -147,7 +160,7 @@ def _scale_outputs(linear: nn.Linear, scale: Tensor) -> None:
 
 
 def _rows(linear: nn.Linear, rows: slice) -> nn.Linear:
-    """The part of a linear layer that gives these outputs."""
+    """A linear layer with only these rows, thus these outputs, of ``linear``."""
     weight = linear.weight.detach()[rows]
     part = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None)
     part.weight = nn.Parameter(weight, requires_grad=False)

@@ -1,4 +1,4 @@
-"""int8 forms of the reference graph: calibrated ones for OpenVINO, by NNCF, and one without calibration for ONNX Runtime."""
+"""int8 forms of the reference graph: calibrated with NNCF for OpenVINO, or without images for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from vitserve.service.machine import multiplies_int8
 if TYPE_CHECKING:
     import openvino
 
-RANKED_ON = 64  # batches of 16 that say which layer costs most, again for each that is left in float; the loss itself is of all images
-ASKED_OF_THE_SEARCH = 0.8  # of the loss that is allowed: it runs the model in batches of its own, which round otherwise
+BATCH_SIZE = 16  # of the images that accuracy is measured on
+RANKING_BATCHES = 64  # at most this many batches rank the layers by their loss; the loss itself is of all images
+SEARCH_MARGIN = 0.8  # of the allowed loss: the search runs the model in other batches, which round differently
 MISSING = "int8 for OpenVINO needs nncf, which is not installed: pip install 'vitserve[int8]'"
 
 
-def calibrated(graph: Path, images: Pixels, *, smooth: bool) -> openvino.Model:
-    """Weights and activations in int8 (NNCF's transformer preset), ranges from ``images``; SmoothQuant (arXiv:2211.10438) or not.
+def quantize(graph: Path, images: Pixels, *, smooth: bool) -> openvino.Model:
+    """Weights and activations in int8 with ranges from ``images`` [n, H, W, 3], by NNCF's transformer preset.
 
-    On a CPU without VNNI weights use half their range, for there pairs of products are added in 16 bits, which else saturate, silently: an artifact made with
-    VNNI is less exact here, and the golden check says so. Raises ImportError without NNCF.
+    ``smooth`` applies SmoothQuant (arXiv:2211.10438). On a CPU without VNNI, weights use half of their range: such a
+    CPU adds pairs of products in 16 bits, which would saturate without an error. For the same reason a model that was
+    quantized with VNNI is less exact on a CPU without it; the golden check detects this. Raises ImportError without
+    NNCF.
     """
     nncf, arguments = _nncf(images, smooth)
     with _quiet():
@@ -36,7 +39,7 @@ def calibrated(graph: Path, images: Pixels, *, smooth: bool) -> openvino.Model:
     return model
 
 
-def calibrated_until(
+def quantize_within_loss(
     graph: Path,
     images: Pixels,
     evaluation_images: Pixels,
@@ -45,29 +48,32 @@ def calibrated_until(
     *,
     smooth: bool,
 ) -> openvino.Model:
-    """As calibrated(), with the layers that cost most left in float until ``loss``, in points, of the outputs for ``judged`` is within ``max_loss``."""
+    """Like quantize(), but keeps the layers that lose most in float32 until ``loss`` is at most ``max_loss``.
+
+    ``loss`` takes the outputs for ``evaluation_images`` and returns percentage points.
+    """
     nncf, arguments = _nncf(images, smooth)
 
     def validate(compiled: Any, dataset: Any) -> tuple[float, None]:
         results = [compiled({"pixels": pixels}) for pixels in dataset]
         outputs = Outputs(
-            np.concatenate([each["logits"] for each in results]),
-            np.concatenate([each["embedding"] for each in results]),
+            np.concatenate([result["logits"] for result in results]),
+            np.concatenate([result["embedding"] for result in results]),
         )
         return 100 - loss(outputs), None
 
-    batches = [evaluation_images[start : start + 16] for start in range(0, len(evaluation_images), 16)]
+    batches = [evaluation_images[start : start + BATCH_SIZE] for start in range(0, len(evaluation_images), BATCH_SIZE)]
     with _quiet():
         model = nncf.quantize_with_accuracy_control(
             _read(graph),
             arguments.pop("calibration_dataset"),
             nncf.Dataset(batches),
             validation_fn=validate,
-            max_drop=ASKED_OF_THE_SEARCH * max_loss,
+            max_drop=SEARCH_MARGIN * max_loss,
             drop_type=nncf.DropType.ABSOLUTE,
             advanced_quantization_parameters=arguments.pop("advanced_parameters"),
             advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
-                ranking_subset_size=min(RANKED_ON, len(batches))
+                ranking_subset_size=min(RANKING_BATCHES, len(batches))
             ),
             **arguments,
         )
@@ -76,9 +82,10 @@ def calibrated_until(
 
 
 def fold_smoothing(model: openvino.Model) -> int:
-    """SmoothQuant's factors that follow a LayerNorm become part of its scale and shift, exactly: one pass over memory less for each. Returns how many did.
+    """Makes SmoothQuant's factors part of the LayerNorm before them. Returns the number of folded factors.
 
-    OpenVINO has taken the LayerNorm apart into MVN · scale + shift, of constants.
+    The result is the same, with one pass over memory less per factor. OpenVINO represents a LayerNorm as MVN · scale +
+    shift, where scale and shift are constants.
     """
     disable_telemetry()
     from openvino import opset13
@@ -96,10 +103,10 @@ def fold_smoothing(model: openvino.Model) -> int:
         ):
             continue
         constants = [_constant(node.input_value(1)) for node in (factor, scale, shift)]
-        if any(each is None for each in constants) or any(
+        if any(constant is None for constant in constants) or any(
             len(node.output(0).get_target_inputs()) > 1 for node in (scale, shift)
         ):
-            continue  # somebody else reads what is not multiplied by the factors
+            continue  # another operator reads the norm without the factors
         factors = constants[0].reshape(-1)
         for node, values in ((scale, constants[1]), (shift, constants[2])):
             node.input(1).replace_source_output(opset13.constant(values * factors).output(0))
@@ -110,17 +117,21 @@ def fold_smoothing(model: openvino.Model) -> int:
 
 
 def _constant(value: Any) -> Any:
-    """An array, or None of what is computed."""
+    """The array of a constant; None for a computed value."""
     node = value.get_node()
     return node.get_data() if node.get_type_name() == "Constant" else None
 
 
-def without_calibration(graph: Path, path: Path) -> None:
-    """Writes ``graph`` with int8 weights to ``path``; activations are quantized as they come (ONNX Runtime, dynamic quantization).
+def write_dynamic_int8_graph(graph: Path, path: Path) -> None:
+    """Writes ``graph`` with int8 weights to ``path``. ONNX Runtime computes the ranges of activations for every batch.
 
-    Weights use 7 bits on a CPU without VNNI, for the reason given above.
+    On a CPU without VNNI, weights use 7 bits for the reason that quantize() gives. Raises ImportError without ONNX
+    Runtime.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    try:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise ImportError(f"int8 without images needs onnxruntime ({error}): pip install 'vitserve[export]'") from error
 
     with _quiet():
         quantize_dynamic(
@@ -133,10 +144,19 @@ def without_calibration(graph: Path, path: Path) -> None:
         )
 
 
-def _read(graph: Path) -> openvino.Model:
-    """A convolution's bias is a constant of the output's rank, instead of one that is given that rank when the model runs.
+def save(model: openvino.Model, path: Path) -> None:
+    """Writes ``path`` (.xml) and its weights (.bin), without rounding float32 constants to fp16."""
+    disable_telemetry()
+    import openvino
 
-    OpenVINO 2026's int8 transformations lose the other kind where ReLU and quantization follow: 1.2 points of accuracy of the model that comes along.
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _read(graph: Path) -> openvino.Model:
+    """The graph with each convolution bias as a constant of the output's rank, instead of a constant and a Reshape.
+
+    OpenVINO 2026's int8 transformations drop a reshaped bias if ReLU and quantization follow. This cost the default
+    model 1.2 percentage points of accuracy.
     """
     disable_telemetry()
     import openvino
@@ -176,15 +196,15 @@ def _nncf(images: Pixels, smooth: bool) -> tuple[Any, dict[str, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what NNCF and ONNX Runtime's tools say about themselves."""
+    """Hides the warnings and log messages of NNCF and of ONNX Runtime's quantization tools."""
     loggers = [logging.getLogger(name) for name in ("nncf", "")]
-    levels = [each.level for each in loggers]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for each in loggers:
-            each.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            for each, level in zip(loggers, levels, strict=True):
-                each.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""The exported form of a network: each saving alone, and all together, equal to the plain network, and really saved."""
+"""The optimized network: each optimization alone, and all together, match the reference network and save work."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from vitserve.export.graph.optimize import (
     fold_layer_scale,
     fold_normalization,
     fuse_attention,
-    read_no_more_than_the_head,
+    trim_last_block,
 )
-from vitserve.export.graph.trace import Servable, trace
+from vitserve.export.graph.reference import ReferenceNetwork
+from vitserve.export.graph.trace import trace
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig
 from vitserve.model.network.vit import ViT
 
 PREPROCESSING = Preprocessing(16, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
-RELATIVES: dict[str, ViTConfig] = {
+VARIANTS: dict[str, ViTConfig] = {
     "plain": TINY,
     "mean": replace(TINY, pool="mean", class_token=False, norm_after_pool=True),
     "distilled": replace(TINY, distillation_token=True, distillation_head=True),
-    "teacherless": replace(TINY, distillation_token=True),
+    "distillation token without a head": replace(TINY, distillation_token=True),
     "dinov2": replace(TINY, registers=4, prefix_positions=False, layer_scale=True, swiglu=True, pool="token+mean"),
     "layer scale": replace(TINY, layer_scale=True, representation_width=24),
     "qk norm": replace(TINY, qk_norm=True, qkv_bias=False),
@@ -42,65 +43,73 @@ RELATIVES: dict[str, ViTConfig] = {
 }
 
 
-def pixels(side: int, count: int = 3) -> Tensor:
+def random_pixels(side: int, count: int = 3) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8))
 
 
-def difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> float:
-    """The greatest, relative to the largest value."""
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
+def difference(outputs: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> float:
+    """The greatest difference, relative to the largest value."""
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(outputs, reference, strict=True))
 
 
-@pytest.mark.parametrize("name", RELATIVES)
+@pytest.mark.parametrize("name", VARIANTS)
 @torch.inference_mode()
-def test_it_computes_what_the_plain_network_does(name: str) -> None:
-    plain, images = network(RELATIVES[name]), pixels(RELATIVES[name].image_size)
-    expected = Servable(plain, PREPROCESSING)(images)
-    assert difference(OptimizedNetwork(plain, PREPROCESSING)(images), expected) < 1e-5
-    assert difference(Servable(plain, PREPROCESSING)(images), expected) == 0, "the source network is left as it was"
+def test_optimized_network_matches_the_reference(name: str) -> None:
+    source, pixels = network(VARIANTS[name]), random_pixels(VARIANTS[name].image_size)
+    expected = ReferenceNetwork(source, PREPROCESSING)(pixels)
+    assert difference(OptimizedNetwork(source, PREPROCESSING)(pixels), expected) < 1e-5
+    assert difference(ReferenceNetwork(source, PREPROCESSING)(pixels), expected) == 0, "the source network was changed"
 
 
-def normalization(changed: ViT) -> None:
-    assert fold_normalization(changed, torch.ones(3), torch.zeros(3))
-
-
-@pytest.mark.parametrize(
-    "saving",
-    [fuse_attention, lambda n: (fuse_attention(n), read_no_more_than_the_head(n)), fold_layer_scale, normalization],
-)
 @torch.inference_mode()
-def test_each_saving_alone_is_exact(saving: Callable[[ViT], object]) -> None:
-    plain = network(RELATIVES["layer scale"])
-    changed = copy.deepcopy(plain)
-    saving(changed)
+def test_reference_network_normalizes_pixels() -> None:
+    source, pixels = network(TINY), random_pixels(16)
+    mean, std = torch.tensor(PREPROCESSING.mean), torch.tensor(PREPROCESSING.std)
+    normalized = (pixels / 255 - mean) / std
+    expected = source(normalized.permute(0, 3, 1, 2))
+    assert difference(ReferenceNetwork(source, PREPROCESSING)(pixels), expected) < 1e-5
+
+
+def fold_identity(vit: ViT) -> None:
+    assert fold_normalization(vit, torch.ones(3), torch.zeros(3))
+
+
+def fuse_and_trim(vit: ViT) -> None:
+    fuse_attention(vit)
+    trim_last_block(vit)
+
+
+@pytest.mark.parametrize("optimize", [fuse_attention, fuse_and_trim, fold_layer_scale, fold_identity])
+@torch.inference_mode()
+def test_each_optimization_alone_is_exact(optimize: Callable[[ViT], None]) -> None:
+    source = network(VARIANTS["layer scale"])
+    optimized = copy.deepcopy(source)
+    optimize(optimized)
     images = torch.randn(3, 3, 16, 16)
-    assert difference(changed(images), plain(images)) < 1e-5
+    assert difference(optimized(images), source(images)) < 1e-5
 
 
-def test_normalization_is_not_folded_where_padding_comes_between() -> None:
-    assert not fold_normalization(network(RELATIVES["hybrid"]), torch.ones(3), torch.zeros(3))
+def test_normalization_before_padding_is_not_folded() -> None:
+    assert not fold_normalization(network(VARIANTS["hybrid"]), torch.ones(3), torch.zeros(3))
 
 
-def test_what_is_left_out_is_left_out(tmp_path: Path) -> None:
-    """One clean Attention a block, no arithmetic on pixels before the projection, and a last MLP that sees one token."""
+def test_graph_holds_no_skipped_work(tmp_path: Path) -> None:
+    """One Attention per block, no arithmetic on pixels before the projection, a last MLP for one token."""
     trace(OptimizedNetwork(network(TINY), PREPROCESSING).eval(), 16, tmp_path / "model.onnx")
     graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx")).graph
-    made_by = {name: node for node in graph.node for name in node.output}
+    producers = {name: node for node in graph.node for name in node.output}
     attentions = [node for node in graph.node if node.op_type == "Attention"]
     assert len(attentions) == TINY.depth
     for node in attentions:
         assert len(node.output) == 1
-        assert {made_by[name].op_type for name in node.input} <= {"Split", "Add", "MatMul"}, (
-            "nothing between the projection and the operator"
-        )
-    shapes = {each.name: [d.dim_value for d in each.type.tensor_type.shape.dim][1:] for each in graph.value_info}
-    gelus = [node.output[0] for node in graph.node if node.op_type == "Gelu"]
-    assert [shapes[name] for name in gelus] == [[TINY.tokens, TINY.mlp_width]] * (TINY.depth - 1) + [
-        [1, TINY.mlp_width]
-    ]
-    first = next(node for node in graph.node if node.op_type == "Conv")
-    before = []
-    while first.input[0] in made_by:
-        first = made_by[first.input[0]]
-        before.append(first.op_type)
-    assert set(before) <= {"Cast", "Transpose"}
+        kinds = {producers[name].op_type for name in node.input}
+        assert kinds <= {"Split", "Add", "MatMul"}, "an operator between the projection and the attention"
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim][1:] for value in graph.value_info}
+    activations = [shapes[node.output[0]] for node in graph.node if node.op_type == "Gelu"]
+    assert activations == [[TINY.tokens, TINY.mlp_width]] * (TINY.depth - 1) + [[1, TINY.mlp_width]]
+    node = next(node for node in graph.node if node.op_type == "Conv")
+    before_projection = []
+    while node.input[0] in producers:
+        node = producers[node.input[0]]
+        before_projection.append(node.op_type)
+    assert set(before_projection) <= {"Cast", "Transpose"}

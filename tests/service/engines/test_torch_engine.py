@@ -16,7 +16,8 @@ import torch
 from tests.support.images import random_image
 from tests.support.networks import TINY, network
 from vitserve.export.graph.optimize import OptimizedNetwork
-from vitserve.export.graph.trace import Servable, trace
+from vitserve.export.graph.reference import ReferenceNetwork
+from vitserve.export.graph.trace import trace
 from vitserve.model.arrays import Outputs
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.bundle.parity import compare
@@ -62,7 +63,7 @@ def test_the_graph_of_every_family_runs_in_torch(family: str, tmp_path: Path) ->
     images = torch.from_numpy(np.stack([np.asarray(random_image(size, size, seed)) for seed in range(3)]))
     with torch.inference_mode():
         ours = outputs(TorchGraph(traced(source, size, tmp_path / "model.onnx")).eval()(images))
-        expected = outputs(Servable(source, Preprocessing(size)).eval()(images))
+        expected = outputs(ReferenceNetwork(source, Preprocessing(size)).eval()(images))
     assert compare(ours, expected).failure("fp32") is None
 
 

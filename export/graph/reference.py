@@ -1,0 +1,33 @@
+"""The reference network: the source network with its normalization. All other forms are compared with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitserve.model.bundle.preprocess import Preprocessing
+
+
+class ReferenceNetwork(nn.Module):
+    """uint8 pixels [n, H, W, 3] → float32 logits [n, classes] and embedding [n, width]."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        scale, shift = scale_and_shift(preprocessing)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        images = pixels.float() * self.scale + self.shift
+        outputs: tuple[Tensor, Tensor] = self.network(images.permute(0, 3, 1, 2))
+        return outputs
+
+
+def scale_and_shift(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """(pixels / 255 - mean) / std as pixels * scale + shift, one value per channel."""
+    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+    return 1 / (255 * std), -mean / std
