@@ -310,9 +310,9 @@ def tune(
         choice = choose(measured)
         console.print(table)
         if plot is not None:
-            from vitserve.bench.tune_plot import draw
+            from vitserve.bench.plot import draw_tuning
 
-            draw(measured, plot)
+            draw_tuning(measured, plot)
         kept = "" if dry_run else f" → {save_tuning_result(sha256(opened.path / MANIFEST), choice)}"
     except (BundleError, ValueError, OSError, ImportError) as error:
         raise _fail(error) from error
@@ -370,28 +370,29 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Picture to write, .svg or .png; needs matplotlib.")] = None,
 ) -> None:
     """Measure a running service, or a bundle's engines alone; docs/benchmarks.md says how."""
-    from vitserve.bench.command import Wanted, run
+    from vitserve.bench.command import run
+    from vitserve.bench.options import BenchOptions
 
-    wanted = Wanted(
-        target,
-        images,
-        connections,
-        rate,
-        deadline_ms,
-        engine,
-        precision,
-        batch_sizes,
-        streams,
-        threads,
-        rounds,
-        seconds,
-        warm_up_seconds,
-        csv,
-        as_json,
-        plot,
+    options = BenchOptions(
+        target=target,
+        images=images,
+        connections=connections,
+        rate=rate,
+        deadline_ms=deadline_ms,
+        engine=engine,
+        precision=precision,
+        batch_sizes=batch_sizes,
+        streams=streams,
+        threads=threads,
+        rounds=rounds,
+        seconds=seconds,
+        warm_up_seconds=warm_up_seconds,
+        csv=csv,
+        json=as_json,
+        plot=plot,
     )
     try:
-        run(wanted, __version__)
+        run(options, __version__)
     except (ValueError, OSError, ImportError) as error:
         raise _fail(error) from error
 
@@ -422,7 +423,7 @@ def verify_bundle(
     """Open an engine here, verify it on golden images and on a directory, show whether its attention is fused, and measure it: one report. Status 1 if it fails."""
     from rich.console import Console
 
-    from vitserve.bench.command import whole
+    from vitserve.bench.options import whole_numbers
     from vitserve.bench.verify import show, verify
     from vitserve.model.bundle.bundle import open_bundle
     from vitserve.model.bundle.evaluation import Images, read_images
@@ -432,7 +433,7 @@ def verify_bundle(
 
     console = Console(stderr=True)
     try:
-        opened, sizes = open_bundle(bundle or DEFAULT_BUNDLE), whole(batch_sizes, "--batch-sizes")
+        opened, sizes = open_bundle(bundle or DEFAULT_BUNDLE), whole_numbers(batch_sizes, "--batch-sizes")
         evaluation_images: Images | None = None
         if images is not None:
             _, evaluation_images = read_images(images, opened.manifest.preprocessing, opened.labels, 1, most_images)

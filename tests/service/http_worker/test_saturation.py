@@ -16,14 +16,14 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.overload import Caller
+from benchmarks.overload import ImageClient
 from tests.support.images import encoded, random_image
 from tests.support.paths import ROOT
 from tests.support.prometheus import Prometheus, prometheus
 from tests.support.promql import COMPONENTS, Panel, as_truth, grouped_by, panels, read, rules, selectors
 from tests.support.server import start_server
 from vitserve.bench.client import Client
-from vitserve.bench.request import Picture
+from vitserve.bench.request import EncodedImage
 from vitserve.model.bundle.bundle import sha256
 from vitserve.service.engine_worker.tuning_cache import TuningResult, save_tuning_result
 from vitserve.service.settings import DEFAULT_BUNDLE
@@ -74,7 +74,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
 
 
 @contextlib.asynccontextmanager
-async def offered(caller: Caller, rate: float, timeout_ms: int) -> AsyncIterator[None]:
+async def offered(caller: ImageClient, rate: float, timeout_ms: int) -> AsyncIterator[None]:
     """So many images a second meanwhile, whatever becomes of them. Afterwards all have been answered."""
     chance, replies, enough = random.Random(0), [], asyncio.Event()
 
@@ -97,7 +97,7 @@ async def offered(caller: Caller, rate: float, timeout_ms: int) -> AsyncIterator
 
 async def observe(target: str, watching: Prometheus | None) -> Seen:
     host, port = target.split(":")
-    caller = Caller(Client(host, int(port)), Picture(IMAGE, "image/jpeg"))
+    caller = ImageClient(Client(host, int(port)), EncodedImage(IMAGE, "image/jpeg"))
 
     async with httpx.AsyncClient(base_url=f"http://{target}", timeout=60) as reader:
 
