@@ -117,7 +117,7 @@ def compare(
                 }
                 pair = Pair(by_title[old.title], by_title[new.title])
                 pairs.append(pair)
-                console.print(round_line(pair))
+                console.print(round_line(pair), soft_wrap=True)
     return pairs
 
 

@@ -29,7 +29,7 @@ class StartedServer(NamedTuple):
     def cpu_seconds(self) -> float:
         """CPU time that the server and its child processes have used."""
         times = [process.cpu_times() for process in process_family(self.process)]
-        return sum(time.user + time.system for time in times)
+        return float(sum(time.user + time.system for time in times))
 
 
 @contextmanager

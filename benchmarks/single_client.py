@@ -1,8 +1,8 @@
-"""Measures vitserve with a single client: start-up time, memory, and latency outside the engine and the decoder.
+"""Measures vitserve with a single client: start-up time, memory, and latency besides inference and decoding.
 
     python -m benchmarks.single_client --images PHOTOS --serve="--bundle BUNDLE --streams 1 --threads 2"
 
-Memory is the proportional set size (PSS) of all processes, which needs Linux. The times of the engine and the decoder
+Memory is the proportional set size (PSS) of all processes, which needs Linux. The times of inference and decoding
 are from the Server-Timing header of the responses.
 """
 
@@ -36,11 +36,11 @@ class Latency(NamedTuple):
 
     total: float
     decode: float
-    engine: float
+    inference: float
 
     @property
     def overhead(self) -> float:
-        return self.total - self.decode - self.engine
+        return self.total - self.decode - self.inference
 
 
 def main() -> None:
@@ -66,12 +66,12 @@ def main() -> None:
 def summary_line(started: StartedServer, latencies: Sequence[Latency]) -> str:
     memory = sum(process.memory_full_info().pss for process in process_family(started.process))
     total = statistics.median(latency.total for latency in latencies)
-    engine = statistics.median(latency.engine for latency in latencies)
+    inference = statistics.median(latency.inference for latency in latencies)
     decode = statistics.median(latency.decode for latency in latencies)
     overhead = statistics.median(latency.overhead for latency in latencies)
     return (
         f"ready after {started.start_seconds:.2f} s, {memory / 1e6:.0f} MB; p50 of {len(latencies)} requests:"
-        f" {total:.2f} ms = engine {engine:.2f} + decoding {decode:.2f} + other {overhead:.2f}"
+        f" {total:.2f} ms = inference {inference:.2f} + decoding {decode:.2f} + other {overhead:.2f}"
     )
 
 
@@ -99,7 +99,7 @@ def _send(connection: socket.socket, request: bytes, pause_seconds: float) -> La
             if response.status != 200:
                 raise RuntimeError(f"the server responded with status {response.status}")
             timing = {name.decode(): float(milliseconds) for name, milliseconds in _TIMING.findall(received)}
-            return Latency(total_ms, timing["decode"], timing["run"])
+            return Latency(total_ms, timing["decode"], timing["inference"])
 
 
 if __name__ == "__main__":
