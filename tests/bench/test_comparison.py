@@ -51,23 +51,24 @@ def service_row(rate: int, errors: int = 0) -> ServiceRow:
 
 def test_a_comparison_shows_median_minimum_and_maximum() -> None:
     comparison = Comparison("tiny", "--rounds 3", 3, 1.0, expected_classes=[1, 2], skipped={"ray": "not installed"})
-    comparison.servers = [ServerResult("plain", "plain FastAPI", 3.0, 2, service_row(rate)) for rate in (30, 10, 20)]
-    comparison.servers += [ServerResult("lit", "LitServe", 9.0, 1, service_row(50, errors=2))]
+    rounds = [(30, 2), (10, 1), (20, 2)]  # requests per second and images with the expected class
+    comparison.servers = [ServerResult("plain", "plain FastAPI", 3.0, same, service_row(rate)) for rate, same in rounds]
+    comparison.servers += [ServerResult("lit", "LitServe", 9.0, 2, service_row(50, errors=2))]
     row = comparison.server_rows()[0]
     assert (row.rounds, row.per_second, row.min_per_second, row.max_per_second, row.errors) == (3, 20, 10, 30, 0)
     text = as_markdown(comparison)
-    assert "| plain FastAPI | 20 (10 – 30) | 100 (100 – 100) | 3 s | 2 of 2 |" in text
+    assert "| plain FastAPI | 20 (10 – 30) | 100 (100 – 100) | 3 s | 1 of 2 |" in text
     assert "50 (50 – 50) (2 errors)" in text
-    assert "1 of 2" in text
+    assert "2 of 2" in text
     assert "Skipped: ray: not installed" in text
 
 
 def test_gains_are_medians_of_the_ratios_of_each_round() -> None:
     # The machine becomes faster from round to round, which affects both steps alike.
-    results = {(0, 1): Timings([10.0, 20.0, 40.0]), (1, 1): Timings([20.0, 30.0, 80.0])}
+    results = {(0, 1): Timings([10.0, 20.0, 40.0]), (1, 1): Timings([20.0, 30.0, 100.0])}
     first, second = steps(["plain", "more"], [1], results)
     assert (first.gain, first.total_gain) == (None, 1.0)
-    assert (second.gain, second.min_gain, second.max_gain) == (2.0, 1.5, 2.0)
+    assert (second.gain, second.min_gain, second.max_gain) == (2.0, 1.5, 2.5)
 
 
 def test_a_server_that_is_not_installed_is_skipped_with_the_reason(bundle: Bundle, tmp_path: Path) -> None:
