@@ -15,7 +15,7 @@ from vitserve.service.engine_worker.tuning_cache import TuningResult
 from vitserve.service.engines.engine import Engine, EngineOptions
 from vitserve.service.engines.selection import candidates, golden_check, open_artifact, runs_on_gpu
 
-TOLERANCE = 0.97  # of the highest throughput: a smaller difference is noise, so the simpler setting is chosen
+CLOSE_TO_BEST = 0.97  # of the highest throughput: a smaller difference is noise, so the simpler setting is chosen
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def choose(measurements: Sequence[Measurement]) -> TuningResult:
         if key not in best or measurement.images_per_second > best[key].images_per_second:
             best[key] = measurement
     highest = max(measurement.images_per_second for measurement in best.values())
-    close = [measurement for measurement in best.values() if measurement.images_per_second >= TOLERANCE * highest]
+    close = [measurement for measurement in best.values() if measurement.images_per_second >= CLOSE_TO_BEST * highest]
     chosen = min(close, key=lambda measurement: (measurement.streams, -measurement.images_per_second))
     return TuningResult(
         chosen.engine,

@@ -69,7 +69,7 @@ def process_tree(
 
 
 def process_family(process: psutil.Process) -> list[psutil.Process]:
-    """The process and its descendants, except those that exit meanwhile."""
+    """The process and its descendants, without those that have exited."""
     return [member for member in (process, *process.children(recursive=True)) if _runs(member)]
 
 

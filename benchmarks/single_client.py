@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=3, help="how often to start the server")
     parser.add_argument("--requests", type=int, default=140, help="number of requests after each start")
     parser.add_argument(
-        "--pause-ms", type=float, default=0.0, help="idle time before each request; slows the CPU caches"
+        "--pause-ms", type=float, default=0.0, help="idle time before each request (cools the CPU caches)"
     )
     options = parser.parse_args()
     images, console = read_encoded_images(options.images), stdout_console()
