@@ -1,4 +1,4 @@
-"""Engines alone: images a second at each batch size, engines taking turns. Needs no torch."""
+"""Measures engines without the server: images per second at each batch size, in alternation. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from vitserve.service import machine
 from vitserve.service.engines.engine import Engine, EngineOptions
 from vitserve.service.engines.selection import candidates, open_verified, openable
 
-Run = Callable[[int, Pixels], object]  # a stream, a batch
+RunBatch = Callable[[int, Pixels], object]  # arguments: the stream, the batch
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: named as in the table, run as an engine runs."""
+    """Something to measure: an engine, or anything else that runs batches."""
 
     engine: str
     precision: str
     streams: int
-    threads: int
-    run: Run
+    threads: int  # per stream
+    run: RunBatch
     close: Callable[[], None] = lambda: None
     share: Callable[[Pixels], None] = lambda pixels: None
 
 
 @dataclass
-class Intervals:
-    """What one subject did at one batch size, round by round."""
+class Timings:
+    """Results of one subject at one batch size."""
 
-    rates: list[float] = field(default_factory=list)
-    batch_seconds: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)  # images per second, one for each round
+    batch_seconds: list[float] = field(default_factory=list)  # of every batch of all rounds
 
     def row(self, subject: Subject, size: int) -> EngineRow:
         p99 = percentile(self.batch_seconds, 0.99)
@@ -50,14 +50,14 @@ class Intervals:
             threads=subject.threads,
             batch_size=size,
             images_per_second=statistics.median(self.rates),
-            least_per_second=min(self.rates),
-            most_per_second=max(self.rates),
+            min_images_per_second=min(self.rates),
+            max_images_per_second=max(self.rates),
             p50_ms=1000 * statistics.median(self.batch_seconds),
             p99_ms=None if p99 is None else 1000 * p99,
         )
 
 
-Results = Mapping[tuple[int, int], Intervals]  # by the subject's place and the batch size
+Results = Mapping[tuple[int, int], Timings]  # by index of the subject and batch size
 
 
 def opened(
@@ -84,7 +84,7 @@ def subject(engine: Engine, options: EngineOptions) -> Subject:
     return Subject(engine.name, engine.precision, options.streams, threads, engine.run, engine.close, engine.share)
 
 
-def take_turns(
+def measure_in_rounds(
     subjects: Sequence[Subject],
     pixels: Pixels,
     sizes: Sequence[int],
@@ -92,35 +92,39 @@ def take_turns(
     rounds: int,
     progress: Callable[[], None] = lambda: None,
 ) -> Results:
-    """Each subject at each batch size for ``seconds``, again in every round, in turned order: a machine's speed drifts, and each gets its share of it.
+    """Measures each subject at each batch size for ``seconds`` in every round.
 
-    Images lie where they do in service: in memory that the engine was told of, on pages of its own.
+    The order reverses from round to round, so that a drift in the machine's speed affects all subjects alike. The
+    batches lie in shared memory as they do in service: page-aligned, and registered with the engine.
     """
-    results = {(place, size): Intervals() for place in range(len(subjects)) for size in sizes}
+    results = {(index, size): Timings() for index in range(len(subjects)) for size in sizes}
     images = np.frombuffer(mmap.mmap(-1, max(sizes) * pixels[0].nbytes), np.uint8).reshape(-1, *pixels.shape[1:])
     images[:] = np.resize(pixels, images.shape)
-    for each in subjects:
-        each.share(images)
-    for turn in range(rounds):
-        places = range(len(subjects)) if turn % 2 == 0 else range(len(subjects) - 1, -1, -1)
+    for subject in subjects:
+        subject.share(images)
+    for number in range(rounds):
+        order = range(len(subjects))
         for size in sizes:
-            for place in places:
-                its = interval(subjects[place].run, subjects[place].streams, images[:size], seconds)
-                results[place, size].rates.append(sum(size * len(each) / sum(each) for each in its))
-                results[place, size].batch_seconds += [one for each in its for one in each]
+            for index in order if number % 2 == 0 else reversed(order):
+                times = run_interval(subjects[index].run, subjects[index].streams, images[:size], seconds)
+                results[index, size].rates.append(sum(size * len(stream) / sum(stream) for stream in times))
+                results[index, size].batch_seconds += [batch for stream in times for batch in stream]
                 progress()
     return results
 
 
-def interval(run: Run, streams: int, batch: Pixels, seconds: float) -> list[list[float]]:
-    """Seconds of every batch, by stream; all streams at once, as under load, each over and over until the time is up, and once at least."""
+def run_interval(run: RunBatch, streams: int, batch: Pixels, seconds: float) -> list[list[float]]:
+    """Runs the batch on all streams at once until the time is up, at least once on each.
+
+    Returns the seconds of every batch, by stream. Raises what ``run`` raises.
+    """
     times: list[list[float]] = [[] for _ in range(streams)]
     failures: list[BaseException] = []
     start = threading.Barrier(streams)
 
     def keep_busy(stream: int) -> None:
         try:
-            run(stream, batch)  # the first of a size is slower
+            run(stream, batch)  # not measured: the first batch of a size is slower
             start.wait()
             end = time.perf_counter() + seconds
             while not times[stream] or time.perf_counter() < end:

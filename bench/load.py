@@ -1,4 +1,4 @@
-"""Closed and open loop: who asks when, and what became of each request."""
+"""Load on a server: closed loop and open loop, with one sample for each request."""
 
 from __future__ import annotations
 
@@ -10,62 +10,66 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from vitserve.bench.alarm import alarm
 from vitserve.bench.client import Client, NoResponseError
 
 Loop = Literal["closed", "open"]
 
 
 class Sample(NamedTuple):
-    """One request. Times are seconds since the warm-up ended; before that they are negative."""
+    """One request. Times are in seconds since the end of the warm-up, and negative during it."""
 
-    planned: float  # when it was to leave; in a closed loop that is when it left
+    planned: float  # planned arrival in an open loop; the same as `sent` in a closed loop
     sent: float
     ended: float
-    outcome: str  # the status, or why there is none
-    body: bytes  # of a rejection; answers' own are read and dropped
+    outcome: str  # the status code, or why there was no response
+    body: bytes  # empty for status 200
 
     @property
-    def seconds(self) -> float:
-        """Counted from the planned arrival: a service that stalls is not spared those that would have come meanwhile."""
+    def latency_seconds(self) -> float:
+        """Counts from the planned arrival, so that a stalled server is charged for the requests sent late (no
+        coordinated omission)."""
         return self.ended - self.planned
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadResult:
     loop: Loop
-    connections: int  # 0 in an open loop, which opens what it needs
-    rate: float  # planned arrivals a second; 0 in a closed loop
-    seconds: float  # of measurement, after the warm-up
-    samples: tuple[Sample, ...]  # of the warm-up too
-    client_cores: float  # of CPU that this process took meanwhile
+    connections: int  # 0 in an open loop, which opens as many as it needs
+    rate: float  # planned arrivals per second; 0 in a closed loop
+    seconds: float  # measured time, after the warm-up
+    samples: tuple[Sample, ...]  # including those of the warm-up
+    client_cores: float  # CPU cores that this process used during the measured time
 
-    def counted(self) -> list[Sample]:
-        """Those of the measurement: in a closed loop what ended in it, in an open loop what was planned in it."""
+    def measured(self) -> list[Sample]:
+        """Samples after the warm-up: in a closed loop by when they ended, in an open loop by when they were planned."""
         if self.loop == "closed":
-            return [each for each in self.samples if 0 <= each.ended < self.seconds]
-        return [each for each in self.samples if 0 <= each.planned < self.seconds]
+            return [sample for sample in self.samples if 0 <= sample.ended < self.seconds]
+        return [sample for sample in self.samples if 0 <= sample.planned < self.seconds]
 
 
 async def closed_loop(
     client: Client, requests: Sequence[bytes], connections: int, warm_up: float, seconds: float
-) -> Run:
-    """So many clients, each asking again as soon as it is answered. Raises Gone."""
+) -> LoadResult:
+    """Keeps one request in flight on each connection. Raises ConnectionGoneError."""
     samples: list[Sample] = []
     order = itertools.cycle(requests)
-    measured = _Span(time.monotonic() + warm_up)
-    tasks = [asyncio.create_task(_caller(client, order, measured, seconds, samples)) for _ in range(connections)]
-    await _all(tasks, measured, seconds)
-    return Run("closed", connections, 0.0, seconds, tuple(samples), measured.cores())
+    clock = _Clock(time.monotonic() + warm_up)
+    tasks = [asyncio.create_task(_send_repeatedly(client, order, clock, seconds, samples)) for _ in range(connections)]
+    try:
+        await asyncio.gather(clock.measure_cpu(seconds), *tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return LoadResult("closed", connections, 0.0, seconds, tuple(samples), clock.cores)
 
 
 async def open_loop(
     client: Client, requests: Sequence[bytes], rate: float, warm_up: float, seconds: float, seed: int = 0
-) -> Run:
-    """Poisson arrivals, which wait for nobody. Raises Gone."""
+) -> LoadResult:
+    """Sends Poisson arrivals, ``rate`` per second, without waiting for responses. Raises ConnectionGoneError."""
     samples: list[Sample] = []
     order = itertools.cycle(requests)
-    measured = _Span(time.monotonic() + warm_up)
+    clock = _Clock(time.monotonic() + warm_up)
     tasks: set[asyncio.Task[None]] = set()
     failures: list[BaseException] = []
 
@@ -74,77 +78,66 @@ async def open_loop(
         if not task.cancelled() and (error := task.exception()) is not None:
             failures.append(error)
 
-    watch = asyncio.create_task(measured.watch(seconds))
-    with alarm() as clock:
-        for arrival in itertools.takewhile(lambda moment: moment < warm_up + seconds, arrivals(rate, seed)):
-            due = arrival - warm_up
-            if measured.zero + due > time.monotonic():
-                await clock.until(measured.zero + due)
-            elif len(tasks) % 16 == 0:  # behind: still let answers be read in between
-                await asyncio.sleep(0)
-            if failures:
-                break
-            task = asyncio.create_task(_ask(client, next(order), measured, due, samples))
-            tasks.add(task)
-            task.add_done_callback(finished)
+    cpu = asyncio.create_task(clock.measure_cpu(seconds))
+    for arrival in itertools.takewhile(lambda moment: moment < warm_up + seconds, arrivals(rate, seed)):
+        planned = arrival - warm_up
+        if (delay := planned - clock.now()) > 0:
+            await asyncio.sleep(delay)
+        elif len(tasks) % 16 == 0:  # behind schedule: still give the event loop time to read responses
+            await asyncio.sleep(0)
+        if failures:
+            break
+        task = asyncio.create_task(_send(client, next(order), clock, planned, samples))
+        tasks.add(task)
+        task.add_done_callback(finished)
     while tasks:
         await asyncio.wait(set(tasks))
-        await asyncio.sleep(0)  # their callbacks
+        await asyncio.sleep(0)  # lets the tasks' callbacks run
     if failures:
-        watch.cancel()
+        cpu.cancel()
         raise failures[0]
-    await watch
-    return Run("open", 0, rate, seconds, tuple(samples), measured.cores())
+    await cpu
+    return LoadResult("open", 0, rate, seconds, tuple(samples), clock.cores)
 
 
 def arrivals(rate: float, seed: int) -> Iterator[float]:
-    """Moments of a Poisson process, ``rate`` a second, from 0 on, without end."""
-    chance, moment = random.Random(seed), 0.0
+    """Yields the times of a Poisson process with ``rate`` arrivals per second, starting at 0, without end."""
+    generator, moment = random.Random(seed), 0.0
     while True:
-        moment += chance.expovariate(rate)
+        moment += generator.expovariate(rate)
         yield moment
 
 
-class _Span:
-    """The time of measurement, and the CPU that this process takes in it."""
+class _Clock:
+    """Time since the end of the warm-up, and the CPU time used after it."""
 
     def __init__(self, zero: float) -> None:
-        self.zero = zero
-        self._cores = 0.0
+        self._zero = zero
+        self.cores = 0.0
 
     def now(self) -> float:
-        return time.monotonic() - self.zero
+        return time.monotonic() - self._zero
 
-    async def watch(self, seconds: float) -> None:
+    async def measure_cpu(self, seconds: float) -> None:
         await asyncio.sleep(-self.now())
         began, used = time.monotonic(), time.process_time()
         await asyncio.sleep(seconds)
-        self._cores = (time.process_time() - used) / (time.monotonic() - began)
-
-    def cores(self) -> float:
-        return self._cores
+        self.cores = (time.process_time() - used) / (time.monotonic() - began)
 
 
-async def _all(tasks: Sequence[asyncio.Task[None]], measured: _Span, seconds: float) -> None:
-    try:
-        await asyncio.gather(measured.watch(seconds), *tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _caller(
-    client: Client, order: Iterator[bytes], measured: _Span, seconds: float, samples: list[Sample]
+async def _send_repeatedly(
+    client: Client, order: Iterator[bytes], clock: _Clock, seconds: float, samples: list[Sample]
 ) -> None:
-    while (now := measured.now()) < seconds:
-        await _ask(client, next(order), measured, now, samples)
+    while (now := clock.now()) < seconds:
+        await _send(client, next(order), clock, now, samples)
 
 
-async def _ask(client: Client, request: bytes, measured: _Span, planned: float, samples: list[Sample]) -> None:
-    sent = measured.now()
+async def _send(client: Client, request: bytes, clock: _Clock, planned: float, samples: list[Sample]) -> None:
+    sent = clock.now()
     try:
-        answer = await client.ask(request)
-        outcome, body = str(answer.status), b"" if answer.status == 200 else answer.body
+        response = await client.send(request)
+        outcome, body = str(response.status), b"" if response.status == 200 else response.body
     except NoResponseError as error:
         outcome, body = str(error), b""
-    samples.append(Sample(planned, sent, measured.now(), outcome, body))
+    # uvloop rounds timers to milliseconds, so a request may leave up to 0.5 ms early. Its latency counts from then.
+    samples.append(Sample(min(planned, sent), sent, clock.now(), outcome, body))

@@ -1,4 +1,4 @@
-"""What a measurement comes to: percentiles, goodput, counts; as a table, CSV and JSON."""
+"""Statistics of measurements, such as percentiles and goodput, as tables, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitserve.bench.load import Run, Sample
+from vitserve.bench.load import LoadResult, Sample
 from vitserve.service import machine
 
 if TYPE_CHECKING:
@@ -20,33 +20,35 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+
 
 @dataclass(frozen=True)
 class ServiceRow:
-    """One load on a running service. Latencies are of answers with status 200."""
+    """One load on a server. Percentiles are of responses with status 200."""
 
     loop: str
     connections: int  # 0 in an open loop
     planned_per_second: float  # 0 in a closed loop
     seconds: float
     requests: int
-    answered: int  # with status 200
+    successful: int  # with status 200
     rejected: int  # with status 429
-    errors: int  # all others, and those without an answer
+    errors: int  # with another status or without a response
     statuses: str
-    answered_per_second: float
-    goodput_per_second: float  # answered within the deadline; all answered where there is none
+    throughput_per_second: float  # responses with status 200
+    goodput_per_second: float  # of them, those within the deadline; all if there is no deadline
     p50_ms: float | None
     p90_ms: float | None
     p99_ms: float | None
     p999_ms: float | None
-    client_late_ms: float | None  # p99 of how much later than planned requests left
-    client_cores: float  # what the load generator took of the machine
+    send_delay_p99_ms: float | None  # by how much requests were sent later than planned; None in a closed loop
+    client_cores: float  # CPU cores used by the load generator
 
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One engine at one batch size, all streams busy."""
+    """One engine at one batch size, with all streams busy."""
 
     engine: str
     precision: str
@@ -54,101 +56,104 @@ class EngineRow:
     threads: int  # per stream
     batch_size: int
     images_per_second: float  # median of the rounds
-    least_per_second: float
-    most_per_second: float
+    min_images_per_second: float
+    max_images_per_second: float
     p50_ms: float  # of one batch
     p99_ms: float | None
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The smallest of the values that at least ``share`` of them do not exceed. None where there are too few to tell it from the greatest."""
+    """Returns the smallest value that is at least as large as ``share`` of the values.
+
+    Returns None if there are too few values to distinguish it from the maximum.
+    """
     if len(values) * (1 - share) < 1 - 1e-9:
         return None
     return sorted(values)[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
 
 
-def rate(run: Run, deadline_seconds: float = math.inf) -> float:
-    """Answers (status 200) a second, of those that came within the deadline.
+def throughput(result: LoadResult, deadline_seconds: float = math.inf) -> float:
+    """Responses with status 200 per second, counting only those within the deadline.
 
-    In a closed loop an answer counts by the part of its waiting that lies within the measurement: of slow answers few are whole in it, and whether one
-    more ends just before its end would be chance.
+    In a closed loop, a response counts in proportion to the part of its latency that lies within the measured time.
+    Otherwise the result would depend on chance when responses are few and slow.
     """
-    good = (each for each in run.samples if each.outcome == "200" and each.seconds <= deadline_seconds)
-    if run.loop == "open":
-        return sum(0 <= each.planned < run.seconds for each in good) / run.seconds
-    return sum(_within(each, run.seconds) for each in good) / run.seconds
+    good = [sample for sample in result.samples if sample.outcome == "200"]
+    good = [sample for sample in good if sample.latency_seconds <= deadline_seconds]
+    if result.loop == "open":
+        return sum(0 <= sample.planned < result.seconds for sample in good) / result.seconds
+    return sum(_share_within(sample, result.seconds) for sample in good) / result.seconds
 
 
-def _within(sample: Sample, seconds: float) -> float:
-    if sample.seconds <= 0:
+def _share_within(sample: Sample, seconds: float) -> float:
+    if sample.latency_seconds <= 0:
         return float(0 <= sample.ended < seconds)
-    return max(0.0, min(sample.ended, seconds) - max(sample.planned, 0.0)) / sample.seconds
+    return max(0.0, min(sample.ended, seconds) - max(sample.planned, 0.0)) / sample.latency_seconds
 
 
-def summary(run: Run, deadline_seconds: float = math.inf) -> ServiceRow:
-    samples = run.counted()
-    statuses = Counter(each.outcome for each in samples)
-    latencies = [each.seconds for each in samples if each.outcome == "200"]
-
-    def milliseconds(share: float) -> float | None:
-        found = percentile(latencies, share)
-        return None if found is None else 1000 * found
-
-    late = percentile([each.sent - each.planned for each in samples], 0.99) if run.loop == "open" else None
+def summarize(result: LoadResult, deadline_seconds: float = math.inf) -> ServiceRow:
+    samples = result.measured()
+    statuses = Counter(sample.outcome for sample in samples)
+    latencies = [sample.latency_seconds for sample in samples if sample.outcome == "200"]
+    delays = [sample.sent - sample.planned for sample in samples] if result.loop == "open" else []
     return ServiceRow(
-        loop=run.loop,
-        connections=run.connections,
-        planned_per_second=run.rate,
-        seconds=run.seconds,
+        loop=result.loop,
+        connections=result.connections,
+        planned_per_second=result.rate,
+        seconds=result.seconds,
         requests=len(samples),
-        answered=statuses["200"],
+        successful=statuses["200"],
         rejected=statuses["429"],
         errors=len(samples) - statuses["200"] - statuses["429"],
         statuses=", ".join(f"{outcome}: {count}" for outcome, count in sorted(statuses.items())),
-        answered_per_second=rate(run),
-        goodput_per_second=rate(run, deadline_seconds),
-        p50_ms=milliseconds(0.5),
-        p90_ms=milliseconds(0.9),
-        p99_ms=milliseconds(0.99),
-        p999_ms=milliseconds(0.999),
-        client_late_ms=None if late is None else 1000 * late,
-        client_cores=run.client_cores,
+        throughput_per_second=throughput(result),
+        goodput_per_second=throughput(result, deadline_seconds),
+        p50_ms=_percentile_ms(latencies, 0.5),
+        p90_ms=_percentile_ms(latencies, 0.9),
+        p99_ms=_percentile_ms(latencies, 0.99),
+        p999_ms=_percentile_ms(latencies, 0.999),
+        send_delay_p99_ms=_percentile_ms(delays, 0.99),
+        client_cores=result.client_cores,
     )
 
 
+def _percentile_ms(seconds: Sequence[float], share: float) -> float | None:
+    value = percentile(seconds, share)
+    return None if value is None else 1000 * value
+
+
 def write_csv(path: Path, rows: Sequence[DataclassInstance]) -> None:
-    """A line for each row; what is None stays empty."""
+    """Writes one line for each row. None is written as an empty field."""
     with path.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, [each.name for each in fields(rows[0])])
+        writer = csv.DictWriter(out, [field.name for field in fields(rows[0])])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
 
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[DataclassInstance]) -> None:
-    document = {**about, "machine": where(), "rows": [asdict(row) for row in rows]}
+    document = {**about, "machine": describe_machine(), "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def where() -> dict[str, Any]:
-    """The machine, as far as figures depend on it."""
+def describe_machine() -> dict[str, Any]:
+    """Returns the properties of the machine on which the results depend."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    named = {name.strip(): value.strip() for name, value in found.items()}
-    flags = set(named.get("flags", "").split())
-    matter = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:  # not Linux
+        first = ""
+    properties = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+    cpu = {name.strip(): value.strip() for name, value in properties.items()}
+    flags = set(cpu.get("flags", "").split())
     return {
-        "cpu": named.get("model name", platform.processor() or platform.machine()),
+        "cpu": cpu.get("model name", platform.processor() or platform.machine()),
         "cores": machine.cores(),
-        "instructions": [name for name in matter if name in flags],
+        "instructions": [name for name in _INSTRUCTION_SETS if name in flags],
         "python": platform.python_version(),
     }
 
 
-def printer() -> Console:
-    """Standard output; a file or pipe gets whole tables, whatever its width."""
+def stdout_console() -> Console:
+    """Returns a console for standard output. It is 140 columns wide if that is a file or a pipe."""
     from rich.console import Console
 
     console = Console()
@@ -156,73 +161,67 @@ def printer() -> Console:
 
 
 def service_table(rows: Sequence[ServiceRow], deadline_ms: float) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    within = f"in {deadline_ms:g} ms" if deadline_ms else ""
-    for title in (
-        "load",
-        "requests",
-        "200/s",
-        *([within] if within else []),
-        "p50 ms",
-        "p90",
-        "p99",
-        "p99.9",
-        "429",
-        "errors",
-        "client late ms",
-        "client cores",
-    ):
-        table.add_column(title, justify="left" if title == "load" else "right", no_wrap=True)
+    goodput = [f"200/s in {deadline_ms:g} ms"] if deadline_ms else []
+    latencies = ["p50 ms", "p90", "p99", "p99.9"]
+    titles = ["requests", "200/s", *goodput, *latencies, "429", "errors", "send delay p99 ms", "client cores"]
+    table = _table(["load"], titles)
     for row in rows:
-        load = (
-            f"{row.connections} connection{'s' * (row.connections > 1)}"
-            if row.loop == "closed"
-            else f"{row.planned_per_second:g} a second"
-        )
-        within_deadline = [f"{row.goodput_per_second:.1f}/s"] if within else []
-        latencies = [_text(each) for each in (row.p50_ms, row.p90_ms, row.p99_ms, row.p999_ms)]
-        cells = [
+        within_deadline = [f"{row.goodput_per_second:.1f}"] if goodput else []
+        percentiles = (row.p50_ms, row.p90_ms, row.p99_ms, row.p999_ms)
+        table.add_row(
+            connections(row.connections) if row.loop == "closed" else f"{row.planned_per_second:g} requests/s",
             f"{row.requests}",
-            f"{row.answered_per_second:.1f}",
+            f"{row.throughput_per_second:.1f}",
             *within_deadline,
-            *latencies,
+            *(_milliseconds(value) for value in percentiles),
             f"{row.rejected}",
             _errors(row),
-        ]
-        table.add_row(load, *cells, _text(row.client_late_ms), f"{row.client_cores:.2f}")
+            _milliseconds(row.send_delay_p99_ms),
+            f"{row.client_cores:.2f}",
+        )
     return table
 
 
 def engine_table(rows: Sequence[EngineRow]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("engine", "precision", "streams × threads", "batch", "images/s", "rounds", "p50 ms", "p99"):
-        table.add_column(title, justify="left" if title in ("engine", "precision") else "right", no_wrap=True)
+    figures = ["streams × threads", "batch size", "images/s", "min – max", "p50 ms", "p99"]
+    table = _table(["engine", "precision"], figures)
     for row in rows:
-        rates = f"{row.images_per_second:.1f}", f"{row.least_per_second:.1f} – {row.most_per_second:.1f}"
         table.add_row(
             row.engine,
             row.precision,
             f"{row.streams} × {row.threads}",
             str(row.batch_size),
-            *rates,
-            _text(row.p50_ms),
-            _text(row.p99_ms),
+            f"{row.images_per_second:.1f}",
+            f"{row.min_images_per_second:.1f} – {row.max_images_per_second:.1f}",
+            _milliseconds(row.p50_ms),
+            _milliseconds(row.p99_ms),
         )
     return table
 
 
+def connections(count: int) -> str:
+    return f"{count} connection{'s' * (count > 1)}"
+
+
+def _table(texts: Sequence[str], figures: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in texts:
+        table.add_column(title, no_wrap=True)
+    for title in figures:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
 def _errors(row: ServiceRow) -> str:
-    """With what they were."""
-    kinds = [each for each in row.statuses.split(", ") if each.split(":")[0] not in ("200", "429", "")]
+    """The number of errors, and what they were."""
+    kinds = [kind for kind in row.statuses.split(", ") if kind.split(":")[0] not in ("200", "429", "")]
     return f"{row.errors} ({', '.join(kinds)})" if row.errors else "0"
 
 
-def _text(milliseconds: float | None) -> str:
-    """Three figures that mean something; a dash where too few were measured."""
-    if milliseconds is None:
+def _milliseconds(value: float | None) -> str:
+    """Three significant digits, or a dash if there were too few samples."""
+    if value is None:
         return "–"
-    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Measures which of a bundle's artifacts, with how many streams and threads, is fastest on this machine."""
+"""Finds the fastest engine, precision and number of streams for a bundle on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitserve.bench.engine import interval
+from vitserve.bench.engine import run_interval
 from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.bundle import Artifact, Bundle
 from vitserve.service import machine
@@ -15,7 +15,7 @@ from vitserve.service.engine_worker.tuning_cache import TuningResult
 from vitserve.service.engines.engine import Engine, EngineOptions
 from vitserve.service.engines.selection import candidates, open_verified, runs_on_gpu
 
-WITHIN = 0.97  # of the highest rate: the simpler setting is taken, for what separates them is noise
+CLOSE_TO_BEST = 0.97  # of the highest throughput: a smaller difference is noise, so the simpler setting is chosen
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Measurement:
     streams: int
     threads: int  # per stream
     batch_size: int
-    images_per_second: float  # all streams together
+    images_per_second: float  # of all streams together
     p50_seconds: float  # of one batch
 
 
@@ -39,14 +39,15 @@ class SkippedEngine:
 def measure(
     bundle: Bundle, cores: int, max_batch: int, seconds: float, skipped: Callable[[SkippedEngine], None]
 ) -> Iterator[Measurement]:
-    """Every artifact that runs here and passes the golden check, at every split of the cores, each batch size for ``seconds``."""
+    """Measures every artifact that passes the golden check here, with every split of the cores into streams, at every
+    batch size for ``seconds``. Calls ``skipped`` for an artifact that cannot run."""
     plans = str(machine.plan_dir())
     for artifact in candidates(bundle, EngineOptions(plan_dir=plans)):
         for streams in (1, 2) if runs_on_gpu(artifact) else splits(cores):
             options = EngineOptions(streams=streams, threads=cores // streams, max_batch=max_batch, plan_dir=plans)
             try:
                 engine = _opened(bundle, artifact, options)
-            except Exception as error:  # whatever a foreign library raises: it is not what will serve here
+            except Exception as error:  # runtimes raise exceptions of many types
                 skipped(SkippedEngine(artifact.engine, artifact.precision, str(error)))
                 break
             try:
@@ -57,29 +58,38 @@ def measure(
 
 
 def choose(measurements: Sequence[Measurement]) -> TuningResult:
-    """Of what comes close to the highest rate, the fewest streams, since those answer a lone image soonest. Raises ValueError if nothing was measured."""
+    """Chooses the fewest streams whose throughput is close to the highest: they have the lowest latency at light load.
+
+    Raises ValueError if there are no measurements.
+    """
     if not measurements:
-        raise ValueError("no engine can serve the bundle here, so there is nothing to choose")
-    best: dict[tuple[str, str, int], Measurement] = {}
-    for each in measurements:
-        key = (each.engine, each.precision, each.streams)
-        if key not in best or each.images_per_second > best[key].images_per_second:
-            best[key] = each
-    highest = max(each.images_per_second for each in best.values())
-    near = [each for each in best.values() if each.images_per_second >= WITHIN * highest]
-    taken = min(near, key=lambda each: (each.streams, -each.images_per_second))
-    return TuningResult(taken.engine, taken.precision, taken.streams, taken.threads, taken.images_per_second)  # type: ignore[arg-type]  # a Precision from a bundle
-
-
-def splits(cores: int) -> list[int]:
-    """Numbers of streams that share the cores without a rest: the powers of two among them, and one for each core."""
-    return sorted(
-        {streams for streams in (*(2**power for power in range(cores.bit_length())), cores) if cores % streams == 0}
+        raise ValueError("no engine can serve the bundle on this machine, so there is nothing to choose")
+    best: dict[tuple[str, str, int], Measurement] = {}  # by setting, at its best batch size
+    for measurement in measurements:
+        key = (measurement.engine, measurement.precision, measurement.streams)
+        if key not in best or measurement.images_per_second > best[key].images_per_second:
+            best[key] = measurement
+    highest = max(measurement.images_per_second for measurement in best.values())
+    close = [measurement for measurement in best.values() if measurement.images_per_second >= CLOSE_TO_BEST * highest]
+    chosen = min(close, key=lambda measurement: (measurement.streams, -measurement.images_per_second))
+    return TuningResult(
+        chosen.engine,
+        chosen.precision,  # type: ignore[arg-type]  # a Precision, since it is from a bundle
+        chosen.streams,
+        chosen.threads,
+        chosen.images_per_second,
     )
 
 
+def splits(cores: int) -> list[int]:
+    """Numbers of streams that divide the cores evenly: the powers of two among them, and one stream per core."""
+    powers = [2**exponent for exponent in range(cores.bit_length())]
+    return sorted({streams for streams in (*powers, cores) if cores % streams == 0})
+
+
 def sizes(max_batch: int) -> list[int]:
-    return sorted({min(2**power, max_batch) for power in range(max_batch.bit_length() + 1)})
+    """Powers of two up to ``max_batch``, and ``max_batch``."""
+    return sorted({min(2**exponent, max_batch) for exponent in range(max_batch.bit_length() + 1)})
 
 
 def _opened(bundle: Bundle, artifact: Artifact, options: EngineOptions) -> Engine:
@@ -87,8 +97,13 @@ def _opened(bundle: Bundle, artifact: Artifact, options: EngineOptions) -> Engin
 
 
 def _measure(engine: Engine, streams: int, threads: int, golden: Pixels, size: int, seconds: float) -> Measurement:
-    times = interval(engine.run, streams, np.resize(golden, (size, *golden.shape[1:])), seconds)
-    rate = sum(size * len(its) / sum(its) for its in times)
+    times = run_interval(engine.run, streams, np.resize(golden, (size, *golden.shape[1:])), seconds)
     return Measurement(
-        engine.name, engine.precision, streams, threads, size, rate, float(np.median(np.concatenate(times)))
+        engine=engine.name,
+        precision=engine.precision,
+        streams=streams,
+        threads=threads,
+        batch_size=size,
+        images_per_second=sum(size * len(stream) / sum(stream) for stream in times),
+        p50_seconds=float(np.median(np.concatenate(times))),
     )

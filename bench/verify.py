@@ -1,6 +1,6 @@
-"""`vitserve verify`: one engine of one bundle, opened, verified and measured on the machine that it is to serve on, in one report.
+"""Runs `vitserve verify`: opens one engine on this machine, checks its outputs, measures it and writes one report.
 
-It is what somebody sends back who has a device that we have not.
+The report is what a user of hardware that is not in the test matrix can attach to an issue.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from vitserve.bench.engine import subject, take_turns
-from vitserve.bench.report import EngineRow, engine_table, printer, where
+from vitserve.bench.engine import measure_in_rounds, subject
+from vitserve.bench.report import EngineRow, describe_machine, engine_table, stdout_console
 from vitserve.model.bundle.bundle import Artifact, Bundle, Evaluation
 from vitserve.model.bundle.evaluation import Images, evaluate, in_batches
 from vitserve.model.bundle.parity import Parity
@@ -34,22 +34,22 @@ from vitserve.service.engines.tensorrt.plan_report import PlanReport
 if TYPE_CHECKING:
     from vitserve.service.engines.tensorrt.engine import TensorRtEngine
 
-MOST_DISAGREEMENT = 0.01  # share of the images whose class may be another than float32's; as export allows
+MAX_DISAGREEMENT = 0.01  # share of images whose class may differ from float32's, the same as in `vitserve export`
 _PACKAGES = ("vitserve", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "cuda-bindings", "torch", "numpy")
 
 
 @dataclass(frozen=True)
-class Attention:
-    """What the engine made of the attention, as it says itself."""
+class AttentionReport:
+    """How the engine executes attention."""
 
-    said: str
+    description: str
     fused: bool
     share_of_time: float | None = None  # of a batch of the largest size
 
 
 @dataclass(frozen=True)
-class Verified:
-    """The report. It fails where ``failures`` are not empty."""
+class VerificationReport:
+    """The verification failed if ``failures`` is not empty."""
 
     model: str
     version: str
@@ -57,11 +57,11 @@ class Verified:
     precision: str
     streams: int
     machine: Mapping[str, Any]
-    open_seconds: float  # with building what was not there yet
-    steps: Sequence[str]  # of that
-    parity: Parity | None  # on the golden images; None where the gate rejected it
-    attention: Attention | None
-    evaluation: Evaluation | None  # on a directory, against float32 on the CPU
+    open_seconds: float  # including the time to build a plan or graph
+    steps: Sequence[str]  # of opening the engine
+    parity: Parity | None  # on the golden images; None if the golden check failed
+    attention: AttentionReport | None
+    evaluation: Evaluation | None  # on a directory of images, against float32 on the CPU
     rows: Sequence[EngineRow]
     failures: Sequence[str] = field(default_factory=tuple)
 
@@ -77,63 +77,54 @@ def verify(
     seconds: float,
     rounds: int,
     progress: Callable[[str], None] = lambda step: None,
-) -> Verified:
-    """Raises NoEngine, naming the reasons, where nothing that ``options`` name can be opened."""
+) -> VerificationReport:
+    """Opens, checks and measures the first engine that fits ``options``.
+
+    Raises NoEngineError, with the reasons, if none can be opened.
+    """
     steps = list[str]()
 
-    def told(step: str) -> None:
+    def opening(step: str) -> None:
         steps.append(step)
         progress(step)
 
     began = time.monotonic()
-    engine, artifact = _open(bundle, options, told)
+    engine, artifact = _open(bundle, options, opening)
     open_seconds = time.monotonic() - began
     failures = list[str]()
     try:
         progress("golden images")
-        parity = None
-        try:
-            parity = golden_check(engine, bundle, artifact)
-        except ValueError as error:
-            failures.append(str(error))
+        parity = _check_golden(engine, bundle, artifact, failures)
         progress("attention")
         attention = _attention(bundle, artifact, engine)
-        if (
-            attention is not None and not attention.fused and engine.name == "tensorrt"
-        ):  # on a CPU it may be so, and is said
-            failures.append(f"attention is not fused: {attention.said}")
+        if attention is not None and not attention.fused and engine.name == "tensorrt":  # may happen on a CPU
+            failures.append(f"attention is not fused: {attention.description}")
         evaluation = None
         if images is not None:
-            progress(f"{len(images.pixels)} images, here and in float32 on the CPU")
-            evaluation = _evaluate(bundle, engine, images)
-            if 1 - evaluation.top1_agreement > MOST_DISAGREEMENT and evaluation.loss > 100 * MOST_DISAGREEMENT / 2:
-                failures.append(
-                    f"{1 - evaluation.top1_agreement:.2%} of the images are classified otherwise than in float32; {MOST_DISAGREEMENT:.0%} may be"
-                )
+            progress(f"{len(images.pixels)} images, with this engine and in float32 on the CPU")
+            evaluation = _evaluate(bundle, engine, images, failures)
         progress("measuring")
         measured = subject(engine, options)
-        results = take_turns([measured], bundle.golden().pixels, sizes, seconds, rounds)
+        results = measure_in_rounds([measured], bundle.golden().pixels, sizes, seconds, rounds)
         rows = [results[0, size].row(measured, size) for size in sizes]
     finally:
         engine.close()
-    manifest, device = (
-        bundle.manifest,
-        {**where(), "device": _device(engine), "packages": _versions(), "system": platform.platform()},
+    return VerificationReport(
+        model=bundle.manifest.name,
+        version=bundle.manifest.version,
+        engine=engine.name,
+        precision=engine.precision,
+        streams=engine.streams,
+        machine=describe_machine()
+        | {"device": _device(engine), "packages": _versions(), "system": platform.platform()},
+        open_seconds=open_seconds,
+        steps=steps,
+        parity=parity,
+        attention=attention,
+        evaluation=evaluation,
+        rows=rows,
+        failures=failures,
     )
-    found = (
-        engine.name,
-        engine.precision,
-        engine.streams,
-        device,
-        open_seconds,
-        steps,
-        parity,
-        attention,
-        evaluation,
-        rows,
-        failures,
-    )
-    return Verified(manifest.name, manifest.version, *found)
 
 
 def _open(bundle: Bundle, options: EngineOptions, progress: Callable[[str], None]) -> tuple[Engine, Artifact]:
@@ -148,32 +139,44 @@ def _open(bundle: Bundle, options: EngineOptions, progress: Callable[[str], None
     raise no_engine(options, rejected)
 
 
-def _attention(bundle: Bundle, artifact: Artifact, engine: Engine) -> Attention | None:
-    """None where nothing is known: torch tells nothing of its kernels, and ONNX Runtime on CUDA not without a profile."""
+def _check_golden(engine: Engine, bundle: Bundle, artifact: Artifact, failures: list[str]) -> Parity | None:
+    try:
+        return golden_check(engine, bundle, artifact)
+    except ValueError as error:
+        failures.append(str(error))
+        return None
+
+
+def _attention(bundle: Bundle, artifact: Artifact, engine: Engine) -> AttentionReport | None:
+    """Returns None if unknown: torch does not report its kernels, and ONNX Runtime on CUDA only in a profile."""
     if engine.name == "tensorrt":
         plan: TensorRtEngine = engine  # type: ignore[assignment]  # the engine of that name
         report = PlanReport.from_json(plan.plan.with_suffix(".json").read_text())
-        spent = plan.layer_milliseconds(engine.max_batch)
+        layers = plan.layer_milliseconds(engine.max_batch)
         names = {layer.name for layer in report.attention}
-        return Attention(
-            str(report),
-            report.fused,
-            sum(ms for name, ms in spent.items() if name in names) / max(sum(spent.values()), 1e-9),
-        )
+        attention_ms = sum(milliseconds for name, milliseconds in layers.items() if name in names)
+        return AttentionReport(str(report), report.fused, attention_ms / max(sum(layers.values()), 1e-9))
     if artifact.attention is None or engine.name not in ("openvino", "onnxruntime"):
         return None
     kernels = ", ".join(f"{count} × {name}" for name, count in artifact.attention.kernels.items()) or "none"
     softmaxes = artifact.attention.softmax_layers
-    return Attention(f"fused when the bundle was made: {kernels}; {softmaxes} softmax layers beside", not softmaxes)
+    description = f"fused kernels at export: {kernels}; separate softmax layers: {softmaxes}"
+    return AttentionReport(description, fused=not softmaxes)
 
 
-def _evaluate(bundle: Bundle, engine: Engine, images: Images) -> Evaluation:
+def _evaluate(bundle: Bundle, engine: Engine, images: Images, failures: list[str]) -> Evaluation:
     reference = open_engine(bundle, EngineOptions(precision="fp32", max_batch=8)).engine
     try:
         expected = in_batches(lambda pixels: reference.run(0, pixels), 8)(images.pixels)
     finally:
         reference.close()
-    return evaluate(in_batches(lambda pixels: engine.run(0, pixels), engine.max_batch), expected, images)
+    evaluation = evaluate(in_batches(lambda pixels: engine.run(0, pixels), engine.max_batch), expected, images)
+    disagreement = 1 - evaluation.top1_agreement
+    if disagreement > MAX_DISAGREEMENT and evaluation.loss > 100 * MAX_DISAGREEMENT / 2:
+        failures.append(
+            f"{disagreement:.2%} of the images have another class than in float32 (limit: {MAX_DISAGREEMENT:.0%})"
+        )
+    return evaluation
 
 
 def _device(engine: Engine) -> str | None:
@@ -186,43 +189,40 @@ def _device(engine: Engine) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def show(report: Verified) -> None:
-    console = printer()
+def show(report: VerificationReport) -> None:
+    """Prints the report."""
+    console = stdout_console()
     device = report.machine["device"] or f"{report.machine['cores']} cores of {report.machine['cpu']}"
-    console.print(
-        f"[bold]{report.model}[/bold] {report.version}, {report.engine} in {report.precision}, on {device}",
-        highlight=False,
-    )
-    console.print(f"opened in {report.open_seconds:.1f} s; streams: {report.streams}", highlight=False)
-    if report.parity is not None:
-        golden = report.parity
-        console.print(
-            f"golden images: logits differ by {golden.logits:.1e} of their range; {golden.top1_agreement:.0%} of the classes agree",
-            highlight=False,
-        )
-    if report.attention is not None:
-        share = "" if report.attention.share_of_time is None else f"; {report.attention.share_of_time:.0%} of the time"
-        console.print(f"attention: {report.attention.said}{share}", highlight=False)
-    if report.evaluation is not None:
-        judged = report.evaluation
-        accuracy = (
-            ""
-            if judged.accuracy is None
-            else f"; accuracy {judged.accuracy:.2%}, in float32 {judged.source_accuracy:.2%}"
-        )
-        console.print(
-            f"{judged.images} images: {judged.top1_agreement:.2%} agree with float32, probabilities within {judged.probability:.1e}{accuracy}",
-            highlight=False,
-        )
+    engine = f"{report.engine} in {report.precision}, on {device}"
+    console.print(f"[bold]{report.model}[/bold] {report.version}, {engine}", highlight=False)
+    for line in _lines(report):
+        console.print(line, highlight=False)
     console.print(engine_table(report.rows))
     for failure in report.failures:
         console.print(f"[red]failed: {failure}[/red]", highlight=False)
+
+
+def _lines(report: VerificationReport) -> list[str]:
+    lines = [f"opened in {report.open_seconds:.1f} s; streams: {report.streams}"]
+    if (parity := report.parity) is not None:
+        difference = f"maximum difference of the logits: {parity.logits:.1e} of their range"
+        lines.append(f"golden images: {difference}; same class: {parity.top1_agreement:.0%}")
+    if (attention := report.attention) is not None:
+        share = "" if attention.share_of_time is None else f"; {attention.share_of_time:.0%} of the time"
+        lines.append(f"attention: {attention.description}{share}")
+    if (evaluation := report.evaluation) is not None:
+        agreement = f"{evaluation.images} images: same class as in float32: {evaluation.top1_agreement:.2%}"
+        line = f"{agreement}; maximum difference of a probability: {evaluation.probability:.1e}"
+        if evaluation.accuracy is not None:
+            line += f"; accuracy {evaluation.accuracy:.2%}, in float32 {evaluation.source_accuracy:.2%}"
+        lines.append(line)
+    return lines

@@ -1,10 +1,12 @@
-"""vitserve beside other servers, the same network behind each: requests a second and latencies, in one run, by the same client.
+"""Compares vitserve with other servers that serve the same network: throughput and latency, with the same client.
 
-    python -m benchmarks.compare --bundle BUNDLE --source random:B/16 --peers FOLDER --work FOLDER --images PHOTOS --engine-alone
+    python -m benchmarks.compare --bundle BUNDLE --source random:B/16 --images PHOTOS --engine-alone
 
-In every round each server is started, asked for some images of known answer, warmed, measured at each number of connections, and stopped: nothing else runs
-meanwhile but the client, which shares the cores. Rounds go forwards and backwards in turn. Medians are reported, with the least and the most of the rounds.
---peers is a directory of the others' scripts, --work one with their virtual environments; whoever lacks theirs is skipped, and the table says so.
+In every round, each server is started, checked with images whose classes are known, warmed up, measured at each number
+of connections, and stopped. Only one server runs at a time. It shares the CPU cores with the client. The order of the
+servers reverses from round to round. The results are the median, minimum and maximum of the rounds.
+
+benchmarks/peers/README.md describes how to install the other servers. Servers that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,240 +26,220 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import document_sections
-from benchmarks.comparison import Compared, Measured, write_all
+from benchmarks.comparison import Comparison, ServerResult, write_all
 from benchmarks.processes import ServerFailedError
-from benchmarks.servers import NAMES, ROOT, Server, Setup, answers, running, server_under_test
+from benchmarks.servers import (
+    ENVIRONMENTS_DIR,
+    NAMES,
+    PEERS,
+    PEERS_DIR,
+    ROOT,
+    Server,
+    ServerUnavailableError,
+    Setup,
+    predictions,
+    running,
+    server_under_test,
+)
 from vitserve.bench import plot
 from vitserve.bench.client import Client, ConnectionGoneError, run
-from vitserve.bench.engine import Subject, opened, take_turns
+from vitserve.bench.engine import Subject, measure_in_rounds, opened
 from vitserve.bench.load import closed_loop
-from vitserve.bench.report import ServiceRow, summary
-from vitserve.bench.request import Picture, made_picture, read_pictures
+from vitserve.bench.report import ServiceRow, summarize
+from vitserve.bench.request import EncodedImage, read_encoded_images, write_sample_image
 from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.service import machine
 from vitserve.service.engines.engine import EngineOptions
 
-CHECKED_IMAGES = 8
+KNOWN_IMAGES = 8
 
 
-def known_pictures(bundle: Bundle) -> list[Picture]:
-    """Golden images, lossless and of the size that the network sees: whoever resizes them, and however, changes nothing."""
-    found = []
-    for pixels in bundle.golden().pixels[:CHECKED_IMAGES]:
+def known_images(bundle: Bundle) -> list[EncodedImage]:
+    """Golden images as PNGs of the network's image size, so that a server's way of resizing makes no difference."""
+    images = []
+    for pixels in bundle.golden().pixels[:KNOWN_IMAGES]:
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "PNG")
-        found.append(Picture(out.getvalue(), "image/png"))
-    return found
+        images.append(EncodedImage(out.getvalue(), "image/png"))
+    return images
 
 
-def right_answers(bundle: Bundle) -> list[int]:
-    return [int(each) for each in bundle.golden().reference.logits[:CHECKED_IMAGES].argmax(1)]
+def known_classes(bundle: Bundle) -> list[int]:
+    return [int(index) for index in bundle.golden().reference.logits[:KNOWN_IMAGES].argmax(1)]
 
 
-def measured(
-    chosen: Server, pictures: Sequence[Picture], connections: Sequence[int], warm_up: float, seconds: float
+def measure_loads(
+    server: Server, images: Sequence[EncodedImage], connections: Sequence[int], warm_up: float, seconds: float
 ) -> list[ServiceRow]:
-    """Raises Gone. A server that answers anything but 200 has its row, and the count of it."""
-    requests = [chosen.request(picture) for picture in pictures]
+    """One row for each number of connections. Error responses are counted in the row. Raises ConnectionGoneError."""
+    requests = [server.request(image) for image in images]
 
     async def load(count: int) -> ServiceRow:
-        client = Client("127.0.0.1", chosen.port)
+        client = Client("127.0.0.1", server.port)
         try:
-            return summary(await closed_loop(client, requests, count, warm_up, seconds))
+            return summarize(await closed_loop(client, requests, count, warm_up, seconds))
         finally:
             client.close()
 
     return [run(load(count)) for count in connections]
 
 
-def one_turn(
-    name: str,
-    setup: Setup,
-    known: Sequence[Picture],
-    pictures: Sequence[Picture],
-    options: argparse.Namespace,
-    found: Compared,
+def measure_server(
+    name: str, setup: Setup, images: Sequence[EncodedImage], options: argparse.Namespace, comparison: Comparison
 ) -> None:
-    """Whatever keeps a server from being measured is kept as the reason, and the others go on."""
-    chosen = server_under_test(name, setup)
-    if isinstance(chosen, str):
-        found.skipped[name] = chosen
-        return
+    """One round of one server. A failure is recorded as the reason to skip the server in the following rounds."""
+    known = known_images(setup.bundle)
     try:
-        with running(chosen, known[0]) as started:
-            classes = answers(chosen, known)
-            rows = measured(chosen, pictures, options.connections, options.warm_up_seconds, options.seconds)
-    except (ServerFailedError, ConnectionGoneError) as error:
-        found.skipped[name] = str(error)
+        server = server_under_test(name, setup)
+        with running(server, known[0]) as started:
+            classes = predictions(server, known)
+            rows = measure_loads(server, images, options.connections, options.warm_up_seconds, options.seconds)
+    except (ServerUnavailableError, ServerFailedError, ConnectionGoneError) as error:
+        comparison.skipped[name] = str(error)
         return
-    for row in rows:
-        found.services.append(
-            Measured(name, chosen.name, started, sum(a == b for a, b in zip(classes, found.right, strict=True)), row)
-        )
+    same_classes = sum(a == b for a, b in zip(classes, comparison.expected_classes, strict=True))
+    comparison.servers += [ServerResult(name, server.title, started.start_seconds, same_classes, row) for row in rows]
 
 
-def split_of(serve: str) -> tuple[int, int]:
-    """Streams and threads that the options of `vitserve serve` name: engines alone are measured as they are served."""
+def streams_and_threads(serve_options: str) -> tuple[int, int]:
+    """Reads them from the options of `vitserve serve`, so that engines are measured as they are served."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
-    named, _ = parser.parse_known_args(shlex.split(serve))
-    return named.streams, named.threads
+    parsed, _ = parser.parse_known_args(shlex.split(serve_options))
+    return parsed.streams, parsed.threads
 
 
-def engines_turn(
-    bundle: Bundle, graph: Path, serve: str, sizes: Sequence[int], seconds: float, found: Compared
-) -> None:
-    """The plain graph in ONNX Runtime, as others run it, and each of the bundle's artifacts."""
+def measure_engines(bundle: Bundle, graph: Path, options: argparse.Namespace, comparison: Comparison) -> None:
+    """One round of the engines alone: the plain graph in ONNX Runtime, and every artifact of the bundle."""
 
     def skipped(reason: str) -> None:
-        name, _, why = reason.partition(": ")
-        found.skipped[name] = why
+        name, _, cause = reason.partition(": ")
+        comparison.skipped[name] = cause
 
-    streams, threads = split_of(serve)
-    options = EngineOptions(streams=streams, threads=threads, max_batch=max(sizes))
-    subjects = [plain_subject(graph), *(subject for _, subject in opened(bundle, options, skipped))]
+    streams, threads = streams_and_threads(options.serve)
+    engine_options = EngineOptions(streams=streams, threads=threads, max_batch=max(options.sizes))
+    subjects = [plain_subject(graph), *(subject for _, subject in opened(bundle, engine_options, skipped))]
     try:
-        results = take_turns(subjects, bundle.golden().pixels, sizes, seconds, 1)
-        for place, subject in enumerate(subjects):
-            found.engines += [results[place, size].row(subject, size) for size in sizes]
+        results = measure_in_rounds(subjects, bundle.golden().pixels, options.sizes, options.engine_seconds, 1)
+        for index, subject in enumerate(subjects):
+            comparison.engines += [results[index, size].row(subject, size) for size in options.sizes]
     finally:
         for subject in subjects:
             subject.close()
 
 
 def plain_subject(graph: Path) -> Subject:
-    """A session as most people make it; pixels are normalized beforehand, which is not timed."""
+    """An ONNX Runtime session with default options. Normalizing the pixels is not part of the measured time."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    prepared: dict[int, np.ndarray] = {}
+    normalized: dict[int, np.ndarray] = {}  # by batch size
 
-    def run(stream: int, pixels: np.ndarray) -> object:
-        if len(pixels) not in prepared:
-            prepared[len(pixels)] = (
-                ((pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)).transpose(0, 3, 1, 2).copy()
-            )
-        return session.run(None, {"pixels": prepared[len(pixels)]})
+    def run_batch(stream: int, pixels: np.ndarray) -> object:
+        if len(pixels) not in normalized:
+            scaled = (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+            normalized[len(pixels)] = scaled.transpose(0, 3, 1, 2).copy()
+        return session.run(None, {"pixels": normalized[len(pixels)]})
 
-    return Subject("plain graph, onnxruntime", "fp32", 1, machine.cores(), run)
+    return Subject("plain graph, onnxruntime", "fp32", 1, machine.cores(), run_batch)
 
 
 @contextmanager
 def plain_graph(options: argparse.Namespace) -> Iterator[Path]:
-    """The file named, or else exported from the source by a process of its own."""
+    """The file from --graph, or an export of --source, which runs in another process because it needs torch."""
     if options.graph is not None:
         yield options.graph
         return
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "plain.onnx"
         if options.source:
-            subprocess.run(
-                [sys.executable, "-m", "benchmarks.plain_graph", options.source, str(path)],
-                cwd=ROOT,
-                check=True,
-                stdout=sys.stderr,
-            )
+            command = [sys.executable, "-m", "benchmarks.plain_graph", options.source, str(path)]
+            subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
         yield path
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--source", default="", help="of which the bundle was made: exported plainly for the others")
-    parser.add_argument("--graph", type=Path, help="the others' graph, in place of --source")
-    parser.add_argument("--peers", type=Path, help="directory of the others' scripts")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("peers"),
-        help="directory of their virtual environments: triton, litserve, bentoml, ray",
-    )
-    parser.add_argument(
-        "--servers",
-        nargs="+",
-        default=list(NAMES),
-        help=f"of {' '.join(NAMES)}; against-PRECISION is the checkout of --against",
-    )
-    parser.add_argument(
-        "--against", type=Path, help="directory of another checkout of vitserve: what a change cost or gained"
-    )
-    parser.add_argument("--images", type=Path, help="what is posted, a file or directory; a JPEG made here unless told")
-    parser.add_argument("--connections", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--warm-up-seconds", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--serve", default="", help='further options of `vitserve serve`: "--streams 1 --threads 2"')
-    parser.add_argument("--peer-threads", type=int, default=machine.cores(), help="threads of the others' engines")
-    parser.add_argument("--engine-alone", action="store_true", help="measure the engines alone too, in the same rounds")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 8], help="batch sizes of the engines alone")
-    parser.add_argument("--engine-seconds", type=float, default=2.0)
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/compare"), help="directory of comparison.json, .csv, .svg and .md"
-    )
-    parser.add_argument("--docs", type=Path, help="document whose part between the marks of --mark is rewritten")
-    parser.add_argument("--mark", default="b16")
+    add = parser.add_argument
+    add("--bundle", type=Path, required=True)
+    add("--source", default="", help="checkpoint of the bundle, exported with torch.onnx.export for the peers")
+    add("--graph", type=Path, help="graph for the peers, instead of --source")
+    add("--peers", type=Path, default=PEERS_DIR, help="directory of the peers' scripts")
+    add("--environments", type=Path, default=ENVIRONMENTS_DIR, help="directory of the peers' virtual environments")
+    add("--servers", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME", help=f"from {' '.join(NAMES)}")
+    add("--images", type=Path, help="image file or directory to send (default: a generated JPEG)")
+    add("--connections", type=int, nargs="+", default=[1, 8])
+    add("--seconds", type=float, default=8.0, help="measured time of each load")
+    add("--warm-up-seconds", type=float, default=2.0)
+    add("--rounds", type=int, default=3)
+    add("--serve", default="", help='additional options of `vitserve serve`: "--streams 1 --threads 2"')
+    add("--peer-threads", type=int, default=machine.cores(), help="threads of the peers' engines")
+    add("--engine-alone", action="store_true", help="also measure the engines alone, in the same rounds")
+    add("--sizes", type=int, nargs="+", default=[1, 4, 8], help="batch sizes for --engine-alone")
+    add("--engine-seconds", type=float, default=2.0, help="measured time of each engine and batch size")
+    add("--output", type=Path, default=Path("runs/compare"), help="directory of comparison.json, .csv, .svg and .md")
+    add("--docs", type=Path, help="document in which to replace the section --section")
+    add("--section", default="b16")
     options = parser.parse_args()
-    others = any(not name.startswith(("vitserve-", "against-")) for name in options.servers)
-    if not options.source and options.graph is None and (others or options.engine_alone):
-        parser.error("the others' graph is wanted: --source or --graph")
-    for path in (options.peers, options.work, options.against, options.graph):
-        if path is not None and path != options.work and not path.exists():
-            parser.error(f"there is no {path}")
-    options.peers, options.work = (None if path is None else path.resolve() for path in (options.peers, options.work))
+    if not options.source and options.graph is None and (options.engine_alone or set(options.servers) & set(PEERS)):
+        parser.error("the peers need a graph: add --source or --graph")
+    for path in (options.peers, options.graph):
+        if path is not None and not path.exists():
+            parser.error(f"{path} does not exist")
+    options.peers, options.environments = options.peers.resolve(), options.environments.resolve()
     return options
 
 
-def asked(words: Sequence[str]) -> str:
-    """The command line without this machine's paths: they are nobody else's."""
-    private = ("--bundle", "--graph", "--peers", "--work", "--against", "--images", "--output", "--docs")
-    return shlex.join(before[2:].upper() if before in private else word for before, word in pairwise(["", *words]))
+def describe_images(images: Sequence[EncodedImage]) -> str:
+    kilobytes = f"{np.median([len(image.content) for image in images]) / 1000:.0f} KB"
+    return f"{len(images)} images with a median size of {kilobytes}" if len(images) > 1 else f"one image of {kilobytes}"
 
 
-def main() -> None:
-    options = arguments()
-    console = Console(stderr=True, highlight=False)
-    plot.require()
-    if options.docs is not None:
-        document_sections.check(options.docs, options.mark)
+def compare(options: argparse.Namespace, console: Console) -> Comparison:
+    """Runs all rounds. Writes the results after each round, so that an interruption does not lose them."""
     bundle = open_bundle(options.bundle)
-    found = Compared(bundle.manifest.name, asked(sys.argv[1:]), options.rounds, options.seconds, right_answers(bundle))
+    command = document_sections.command_line(sys.argv[1:])
+    comparison = Comparison(bundle.manifest.name, command, options.rounds, options.seconds, known_classes(bundle))
     with plain_graph(options) as graph, tempfile.TemporaryDirectory() as directory:
-        pictures = read_pictures(options.images or made_picture(directory))
-        kilobytes = f"{np.median([len(each.content) for each in pictures]) / 1000:.0f} KB"
-        found.images = (
-            f"{len(pictures)} images of {kilobytes} in the median" if len(pictures) > 1 else f"one image of {kilobytes}"
-        )
-        size = bundle.manifest.preprocessing.image_size
+        images = read_encoded_images(options.images or write_sample_image(directory))
+        comparison.images = describe_images(images)
         setup = Setup(
             bundle,
             graph.resolve(),
-            size,
-            options.peers,
-            options.work,
+            bundle.manifest.preprocessing.image_size,
             options.peer_threads,
+            options.peers,
+            options.environments,
             tuple(shlex.split(options.serve)),
-            options.against,
         )
-        for turn in range(options.rounds):
-            for name in options.servers if turn % 2 == 0 else options.servers[::-1]:
-                if name in found.skipped:
-                    continue
-                console.print(f"round {turn + 1} of {options.rounds}: {name}")
-                one_turn(name, setup, known_pictures(bundle), pictures, options, found)
+        for number in range(options.rounds):
+            for name in options.servers if number % 2 == 0 else options.servers[::-1]:
+                if name not in comparison.skipped:
+                    console.print(f"round {number + 1} of {options.rounds}: {name}")
+                    measure_server(name, setup, images, options, comparison)
             if options.engine_alone:
-                console.print(f"round {turn + 1} of {options.rounds}: engines alone")
-                engines_turn(bundle, graph, options.serve, options.sizes, options.engine_seconds, found)
-            if found.services or found.engines:
-                text = write_all(
-                    found, options.output
-                )  # in every round: what was measured is not lost by what comes after
-    for name, reason in found.skipped.items():
-        console.print(f"skipped: {name}: {reason}")
-    if not found.services and not found.engines:
-        sys.exit("nothing could be measured")
+                console.print(f"round {number + 1} of {options.rounds}: engines alone")
+                measure_engines(bundle, graph, options, comparison)
+            if comparison.servers or comparison.engines:
+                write_all(comparison, options.output)
+    return comparison
+
+
+def main() -> None:
+    options = parse_arguments()
+    console = Console(stderr=True, highlight=False)
+    plot.load_figure_class()
     if options.docs is not None:
-        document_sections.publish(options.docs, options.mark, text, options.output / "comparison.svg")
+        document_sections.check(options.docs, options.section)
+    comparison = compare(options, console)
+    for name, reason in comparison.skipped.items():
+        console.print(f"skipped: {name}: {reason}")
+    if not comparison.servers and not comparison.engines:
+        sys.exit("no server could be measured")
+    text = (options.output / "comparison.md").read_text(encoding="utf-8")
+    if options.docs is not None:
+        document_sections.publish(options.docs, options.section, text, options.output / "comparison.svg")
     Console(width=160, highlight=False).print(text)
 
 

@@ -1,7 +1,6 @@
-"""The graph that most people serve: their network through torch.onnx.export, as it is. What others run in benchmarks/compare.py and benchmarks/waterfall.py.
+"""Exports a network with torch.onnx.export and no optimizations. The peers of benchmarks.compare serve this graph.
 
 python -m benchmarks.plain_graph random:B/16 plain.onnx
-
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 
 from vitserve.export.checkpoint.load import load_checkpoint
 
-OPSET = 18  # what torch.onnx.export takes by itself
+OPSET = 18  # the default of torch.onnx.export
 INPUT, OUTPUT = "pixels", "logits"
 
 
-class _LogitsAlone(nn.Module):
+class _LogitsOnly(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -31,12 +30,12 @@ class _LogitsAlone(nn.Module):
 
 
 def write_plain_graph(network: nn.Module, image_size: int, path: Path) -> None:
-    """Normalized float32 images [n, 3, H, W] → float32 logits [n, classes]."""
+    """Writes a graph from normalized float32 images [n, 3, H, W] to float32 logits [n, classes]."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecation notices; they concern nothing of ours
+        warnings.simplefilter("ignore")  # deprecations within the exporter
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
-            _LogitsAlone(network).eval(),
+            _LogitsOnly(network).eval(),
             (torch.zeros(2, 3, image_size, image_size),),
             path,
             dynamo=True,
@@ -51,7 +50,7 @@ def write_plain_graph(network: nn.Module, image_size: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", help="as `vitserve export` takes it")
+    parser.add_argument("source", help="checkpoint, in any form that `vitserve export` accepts")
     parser.add_argument("path", type=Path)
     options = parser.parse_args()
     checkpoint = load_checkpoint(options.source)

@@ -1,9 +1,8 @@
-"""Process trees of foreign servers: started, waited for, and ended with all that they started."""
+"""Starts a server with its child processes, waits until it responds, and stops all of them."""
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import tempfile
@@ -11,12 +10,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-START_SECONDS = 120.0
+import psutil
+
+START_TIMEOUT_SECONDS = 120.0
+STOP_TIMEOUT_SECONDS = 20.0
 
 
 class ServerFailedError(RuntimeError):
-    """A server that did not come up, or did not answer; the message has the end of what it said."""
+    """A server did not start or did not respond. The message contains the end of its output."""
+
+
+class StartedServer(NamedTuple):
+    process: psutil.Process
+    start_seconds: float  # until the first response
+
+    def cpu_seconds(self) -> float:
+        """CPU time that the server and its child processes have used."""
+        times = [process.cpu_times() for process in process_family(self.process)]
+        return float(sum(time.user + time.system for time in times))
 
 
 @contextmanager
@@ -25,81 +38,64 @@ def process_tree(
     directory: Path,
     environment: Mapping[str, str],
     port: int,
-    answers: Callable[[], bool],
+    responds: Callable[[], bool],
     pause_seconds: float = 0.2,
-) -> Iterator[float]:
-    """Yields as soon as it ``answers``, with the seconds that took. Raises Failed."""
-    if _listens(port):
-        raise ServerFailedError(f"somebody listens on port {port} already")
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
+) -> Iterator[StartedServer]:
+    """Starts a server and yields as soon as ``responds`` returns True. Raises ServerFailedError."""
+    if _is_used(port):
+        raise ServerFailedError(f"port {port} is already in use")
+    with tempfile.TemporaryFile() as output:
+        process = psutil.Popen(
             command,
             cwd=directory,
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
             began = time.monotonic()
-            while not answers():
-                if process.poll() is not None or time.monotonic() - began > START_SECONDS:
-                    said.seek(0)
-                    text = said.read()[-2000:].decode(errors="replace").strip()
-                    raise ServerFailedError(
-                        f"it {'ended' if process.poll() is not None else f'did not answer within {START_SECONDS:.0f} s'}: {text}"
-                    )
-                time.sleep(pause_seconds)  # a foreign server tells nobody that it is ready
-            yield time.monotonic() - began
+            while not responds():
+                exited = process.poll() is not None
+                if exited or time.monotonic() - began > START_TIMEOUT_SECONDS:
+                    reason = "exited" if exited else f"no response within {START_TIMEOUT_SECONDS:.0f} s"
+                    output.seek(0)
+                    raise ServerFailedError(f"{reason}: {output.read()[-2000:].decode(errors='replace').strip()}")
+                time.sleep(pause_seconds)  # a server of another project sends no event when it is ready
+            yield StartedServer(process, time.monotonic() - began)
         finally:
-            stop(process)
+            _stop(process)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """With all that it has started, in sessions of their own too."""
-    family = descendants(process.pid)
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
+def process_family(process: psutil.Process) -> list[psutil.Process]:
+    """The process and its descendants, without those that have exited."""
+    return [member for member in (process, *process.children(recursive=True)) if _runs(member)]
+
+
+def _stop(process: psutil.Popen) -> None:
+    """Stops the process and its descendants, including those in sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        family = process_family(process)
+        process.terminate()
+        with suppress(psutil.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_SECONDS)
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         process.wait()
-    for pid, started in family.items():
-        if _started(pid) == started:  # and not another that was given its number
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    while any(_started(pid) == started for pid, started in family.items()):
-        time.sleep(0.05)
+        while any(_runs(member) for member in family):
+            time.sleep(0.05)
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """Process ids below ``pid``, each with the moment at which it was started."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        children.setdefault(int(fields[1]), []).append(int(entry.parent.name))
-    found, ahead = {}, [pid]
-    while ahead:
-        for child in children.get(ahead.pop(), []):
-            ahead.append(child)
-            found[child] = _started(child)
-    return {child: started for child, started in found.items() if started}
+def _runs(process: psutil.Process) -> bool:
+    """False also for a zombie, which nothing may reap in a container."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
-def _started(pid: int) -> str:
-    """Of a process that runs; empty for one that has ended, whether or not anybody has asked for its status."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
-
-
-def _listens(port: int) -> bool:
+def _is_used(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 

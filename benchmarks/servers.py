@@ -1,8 +1,9 @@
-"""The servers that benchmarks/compare.py compares: how each is started, asked and read."""
+"""The servers that benchmarks.compare compares: how to start each one, and its requests and responses."""
 
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import sys
@@ -12,186 +13,194 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import ServerFailedError, free_port, process_tree
+from benchmarks.processes import ServerFailedError, StartedServer, free_port, process_tree
 from vitserve.bench.client import Client, ConnectionGoneError, NoResponseError
-from vitserve.bench.request import Picture, multipart, open_inference, raw
+from vitserve.bench.request import EncodedImage, multipart, open_inference, raw
 from vitserve.model.bundle.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
+PEERS_DIR = ROOT / "benchmarks" / "peers"
+ENVIRONMENTS_DIR = ROOT / "runs" / "peers"  # of the peers' virtual environments
+
+RequestFormat = Callable[[EncodedImage], bytes]
+ResponseFormat = Callable[[Any], int]  # from the response's JSON to the index of the most probable class
+
+
+class ServerUnavailableError(RuntimeError):
+    """A server cannot be measured here. The message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Server:
-    name: str
+    title: str
     command: Sequence[str]
     port: int
-    request: Callable[[Picture], bytes]
-    top: Callable[[Any], int]  # the most probable class's index, of the answer's JSON
+    request: RequestFormat
+    predicted_class: ResponseFormat
     directory: Path = ROOT
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all of them serve, and with what."""
+    """What all servers have in common."""
 
     bundle: Bundle
-    graph: Path  # the plain graph of the same network, for the others
+    graph: Path  # the plain graph of the same network, for the peers
     image_size: int
-    peers: Path | None  # the directory of the others' scripts
-    work: Path  # the directory of their virtual environments
     peer_threads: int
-    serve: Sequence[str] = ()  # further options of `vitserve serve`
-    against: Path | None = None  # another checkout of vitserve
+    peers_dir: Path = PEERS_DIR
+    environments_dir: Path = ENVIRONMENTS_DIR
+    serve_options: Sequence[str] = ()  # additional options of `vitserve serve`
 
 
-# Each peer's virtual environment, or "" for this one, and the port that its script names.
-_PEERS = {
-    "plain": ("", 8104),
-    "triton": ("triton", 8105),
-    "triton-openvino": ("triton", 8105),
-    "litserve": ("litserve", 8101),
-    "bentoml": ("bentoml", 8102),
-    "ray": ("ray", 8103),
+@dataclass(frozen=True)
+class Peer:
+    """A server of another project. Its command and port are fixed by its script in benchmarks/peers/."""
+
+    title: str
+    environment: str  # name of its virtual environment; empty: the current one
+    port: int
+    command: str  # {bin} is the directory of the environment's programs, {peers} the one of the scripts
+    request: RequestFormat
+    predicted_class: ResponseFormat
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def vitserve_class(response: Any) -> int:
+    return int(response["results"][0]["predictions"][0]["index"])
+
+
+def _first_label(response: Any) -> int:
+    return int(response["predictions"][0]["label"])
+
+
+def _largest_logit(response: Any) -> int:
+    logits = response["outputs"][0]["data"]
+    return int(logits.index(max(logits)))
+
+
+def _post_predict(image: EncodedImage) -> bytes:
+    return raw("/predict", image)
+
+
+def _post_tensor(image: EncodedImage) -> bytes:
+    return open_inference("/v2/models/vit/infer", image, "image", "logits")
+
+
+def _post_request_field(image: EncodedImage) -> bytes:
+    return multipart("/predict", image, "request")
+
+
+def _post_image_field(image: EncodedImage) -> bytes:
+    return multipart("/classify", image, "image")
+
+
+_UVICORN = "{bin}/python -m uvicorn plain_fastapi:app --port 8104 --no-access-log --log-level error"
+_TRITON = "{peers}/tritonserver/run"
+_BENTOML = "{bin}/bentoml serve bento:Direct --port 8102"
+PEERS = {
+    "plain": Peer("plain FastAPI + ONNX Runtime fp32", "", 8104, _UVICORN, _post_predict, _first_label),
+    "triton": Peer("Triton + ONNX Runtime fp32", "triton", 8105, _TRITON, _post_tensor, _largest_logit),
+    "triton-openvino": Peer(
+        "Triton + OpenVINO bf16", "triton", 8105, _TRITON, _post_tensor, _largest_logit, {"ENGINE": "openvino"}
+    ),
+    "litserve": Peer(
+        "LitServe + ONNX Runtime fp32",
+        "litserve",
+        8101,
+        "{bin}/python lit.py",
+        _post_request_field,
+        _first_label,
+    ),
+    "bentoml": Peer("BentoML + ONNX Runtime fp32", "bentoml", 8102, _BENTOML, _post_image_field, _first_label),
+    "ray": Peer("Ray Serve + ONNX Runtime fp32", "ray", 8103, "{bin}/python ray_serve.py", _post_predict, _first_label),
 }
-TITLES = {
-    "plain": "plain FastAPI + ONNX Runtime fp32",
-    "triton": "Triton + ONNX Runtime fp32",
-    "triton-openvino": "Triton + OpenVINO bf16",
-    "litserve": "LitServe + ONNX Runtime fp32",
-    "bentoml": "BentoML + ONNX Runtime fp32",
-    "ray": "Ray Serve + ONNX Runtime fp32",
-}
-NAMES = ("vitserve-fp32", "vitserve-bf16", "vitserve-int8", *_PEERS)
+NAMES = ("vitserve-fp32", "vitserve-bf16", "vitserve-int8", *PEERS)
 
 
-def server_under_test(name: str, setup: Setup) -> Server | str:
-    """Or why it cannot take part."""
-    precision = name.partition("-")[2]
-    if name.startswith(("vitserve-", "against-")) and precision not in {
-        each.precision for each in setup.bundle.manifest.artifacts
-    }:
-        return f"the bundle has no {precision}"
-    if name.startswith("vitserve-"):
-        return _vitserve(precision, setup, ROOT, "vitserve")
-    if name.startswith("against-"):
-        if setup.against is None:
-            return "no other checkout was named (--against)"
-        return _vitserve(precision, setup, setup.against, f"vitserve of {setup.against.name}")
-    if name not in _PEERS:
-        raise ValueError(f"there is no server {name!r}; known: {', '.join((*NAMES, 'against-fp32'))}")
-    if setup.peers is None:
-        return "the directory of its script was not named (--peers)"
-    environment, port = _PEERS[name]
-    venv = setup.work / environment if environment else Path(sys.prefix)
-    if not (venv / "bin" / "python").exists():
-        return f"it has no virtual environment: {environment} in the directory of --work"
+def server_under_test(name: str, setup: Setup) -> Server:
+    """Raises ServerUnavailableError, and ValueError for an unknown name."""
+    if name not in NAMES:
+        raise ValueError(f"unknown server {name!r}; the servers are {', '.join(NAMES)}")
+    if name in PEERS:
+        return _peer(PEERS[name], setup)
+    precision = name.removeprefix("vitserve-")
+    if precision not in {artifact.precision for artifact in setup.bundle.manifest.artifacts}:
+        raise ServerUnavailableError(f"the bundle has no {precision}")
+    options = ["--bundle", str(setup.bundle.path.resolve()), "--precision", precision, "--timeout-ms", "60000"]
+    return vitserve_server(f"vitserve {precision}", ROOT, [*options, *setup.serve_options])
+
+
+def vitserve_server(title: str, checkout: Path, options: Sequence[str]) -> Server:
+    """`vitserve serve` of a checkout, whatever version of vitserve is installed."""
+    port = free_port()
+    command = [sys.executable, "-m", "vitserve", "serve", "--port", str(port), "--log-level", "warning", *options]
+    variables = {"PYTHONPATH": str(checkout)}
+    return Server(title, command, port, post_classify, vitserve_class, checkout, variables)
+
+
+def post_classify(image: EncodedImage) -> bytes:
+    return raw("/v1/classify", image)
+
+
+def _peer(peer: Peer, setup: Setup) -> Server:
+    environment = setup.environments_dir / peer.environment if peer.environment else Path(sys.prefix)
+    binaries = environment / "bin"
+    if not (binaries / "python").exists():
+        raise ServerUnavailableError(f"virtual environment not found: {peer.environment} (see benchmarks/peers/)")
     variables = {
         "MODEL": str(setup.graph),
         "SIZE": str(setup.image_size),
         "THREADS": str(setup.peer_threads),
-        "VENV": str(venv),
+        "VENV": str(environment),
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        **peer.variables,
     }
-    variables["PATH"] = f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    if name.endswith("-openvino"):
-        variables["ENGINE"] = "openvino"
-    python = str(venv / "bin" / "python")
-    commands: dict[str, tuple[list[str], Callable[[Picture], bytes], Callable[[Any], int]]] = {
-        "plain": (
-            [
-                python,
-                "-m",
-                "uvicorn",
-                "plain_fastapi:app",
-                "--port",
-                str(port),
-                "--no-access-log",
-                "--log-level",
-                "error",
-            ],
-            lambda picture: raw("/predict", picture),
-            _predictions,
-        ),
-        "triton": (
-            [str(setup.peers / "tritonserver" / "run")],
-            lambda picture: open_inference("/v2/models/vit/infer", picture, "image", "logits"),
-            _tensor,
-        ),
-        "litserve": ([python, "lit.py"], lambda picture: multipart("/predict", picture, "request"), _predictions),
-        "bentoml": (
-            [str(venv / "bin" / "bentoml"), "serve", "bento:Direct", "--port", str(port)],
-            lambda picture: multipart("/classify", picture, "image"),
-            _predictions,
-        ),
-        "ray": ([python, "ray_serve.py"], lambda picture: raw("/predict", picture), _predictions),
-    }
-    command, request, top = commands[name.removesuffix("-openvino")]
-    return Server(TITLES[name], command, port, request, top, setup.peers, variables)
-
-
-def _vitserve(precision: str, setup: Setup, checkout: Path, title: str) -> Server:
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "vitserve",
-        "serve",
-        "--bundle",
-        str(setup.bundle.path.resolve()),
-        "--port",
-        str(port),
-        "--precision",
-        precision,
-    ]
-    command += ["--log-level", "warning", "--timeout-ms", "60000", *setup.serve]
-    return Server(
-        f"{title} {precision}", command, port, lambda picture: raw("/v1/classify", picture), _results, checkout
-    )
-
-
-def _results(answer: Any) -> int:
-    return int(answer["results"][0]["predictions"][0]["index"])
-
-
-def _predictions(answer: Any) -> int:
-    return int(answer["predictions"][0]["label"])
-
-
-def _tensor(answer: Any) -> int:
-    logits = answer["outputs"][0]["data"]
-    return int(logits.index(max(logits)))
+    command = [word.format(bin=binaries, peers=setup.peers_dir) for word in peer.command.split()]
+    return Server(peer.title, command, peer.port, peer.request, peer.predicted_class, setup.peers_dir, variables)
 
 
 @contextmanager
-def running(chosen: Server, first: Picture) -> Iterator[float]:
-    """Yields as soon as it answers the picture with 200, with the seconds from its start. Raises Failed."""
-    with process_tree(
-        chosen.command,
-        chosen.directory,
-        chosen.environment,
-        chosen.port,
-        lambda: asyncio.run(_asked(chosen, first)) is not None,
-    ) as seconds:
-        yield seconds
+def running(server: Server, image: EncodedImage) -> Iterator[StartedServer]:
+    """Starts the server and yields as soon as it responds to the image with status 200. Raises ServerFailedError."""
+
+    def responds() -> bool:
+        return asyncio.run(_predict(server, image)) is not None
+
+    with process_tree(server.command, server.directory, server.environment, server.port, responds) as started:
+        yield started
 
 
-def answers(chosen: Server, pictures: Sequence[Picture]) -> list[int]:
-    """The class that a running server gives each picture. Raises Failed."""
-    found = []
-    for picture in pictures:
-        top = asyncio.run(_asked(chosen, picture))
-        if top is None:
-            raise ServerFailedError("it did not answer an image that it had to classify")
-        found.append(top)
-    return found
+def predictions(server: Server, images: Sequence[EncodedImage]) -> list[int]:
+    """The class that a running server predicts for each image. Raises ServerFailedError."""
+    classes = []
+    for image in images:
+        predicted = asyncio.run(_predict(server, image))
+        if predicted is None:
+            raise ServerFailedError("it did not classify one of the images with known classes")
+        classes.append(predicted)
+    return classes
 
 
-async def _asked(chosen: Server, picture: Picture) -> int | None:
-    client = Client("127.0.0.1", chosen.port)
+async def _predict(server: Server, image: EncodedImage) -> int | None:
+    client = Client("127.0.0.1", server.port)
     try:
-        answer = await client.ask(chosen.request(picture))
+        response = await client.send(server.request(image))
     except (ConnectionGoneError, NoResponseError):
         return None
     finally:
         client.close()
-    return chosen.top(json.loads(answer.body)) if answer.status == 200 else None
+    return server.predicted_class(json.loads(response.body)) if response.status == 200 else None
+
+
+def is_ready(port: int) -> bool:
+    """Whether vitserve on this port reports that it is ready."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()

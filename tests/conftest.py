@@ -57,17 +57,18 @@ def photos() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def timm() -> Iterator[ModuleType]:
-    """The library whose names and preprocessing are ours too. Optional: `pip install --no-deps timm torchvision`.
+    """timm, to compare with. Optional: `pip install --no-deps timm torchvision`.
 
-    timm imports torchvision, whose compiled operators do not fit a CPU build of torch: they are declared, and never called.
+    timm imports torchvision, whose compiled operators do not fit a CPU build of torch. They are declared here, and
+    never called.
     """
     if importlib.util.find_spec("timm") is None or importlib.util.find_spec("torchvision") is None:
         pytest.skip("timm and torchvision are not installed")
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, about themselves
+        warnings.simplefilter("ignore")  # warnings of timm about itself
         import timm as imported
         import timm.data
     yield imported
@@ -76,8 +77,9 @@ def timm() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="session")
 def transformers(timm: ModuleType) -> ModuleType:
-    """After timm's fixture, which declares what torchvision lacks here."""
-    return pytest.importorskip("transformers", reason="transformers is not installed")
+    """After timm's fixture, which declares torchvision's operators."""
+    imported: ModuleType = pytest.importorskip("transformers", reason="transformers is not installed")
+    return imported
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What measurements come to: percentiles, goodput and gains of known numbers, and what is written of them."""
+"""Percentiles, throughput and goodput of known samples, and the files that are written."""
 
 from __future__ import annotations
 
@@ -11,93 +11,90 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.overload import Turn
-from vitserve.bench.load import Run, Sample
-from vitserve.bench.report import EngineRow, percentile, rate, summary, write_csv, write_json
+from tests.support.samples import sample
+from vitserve.bench.load import LoadResult
+from vitserve.bench.report import (
+    EngineRow,
+    engine_table,
+    percentile,
+    service_table,
+    stdout_console,
+    summarize,
+    throughput,
+    write_csv,
+    write_json,
+)
 
 Times = st.lists(st.floats(0, 100), min_size=1, max_size=300)
 
 
-def ended(seconds: float, outcome: str = "200", at: float = 0.0, sent: float | None = None) -> Sample:
-    return Sample(at, at if sent is None else sent, at + seconds, outcome, b"")
-
-
-# Arithmetic
-
-
 @given(Times, st.sampled_from([0.5, 0.9, 0.99, 0.999]))
-def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed(values: list[float], share: float) -> None:
-    found = percentile(values, share)
-    if found is None:
+def test_a_percentile_is_the_smallest_value_above_the_share(values: list[float], share: float) -> None:
+    result = percentile(values, share)
+    if result is None:
         assert len(values) < round(1 / (1 - share))
     else:
-        assert sum(each <= found for each in values) >= share * len(values) - 1e-6
-        assert sum(each < found for each in values) < share * len(values)
+        assert sum(value <= result for value in values) >= share * len(values) - 1e-6
+        assert sum(value < result for value in values) < share * len(values)
 
 
-def test_percentiles_of_a_thousand_known_numbers() -> None:
-    values = [float(each) for each in range(1000, 0, -1)]
+def test_percentiles_of_a_thousand_numbers() -> None:
+    values = [float(number) for number in range(1000, 0, -1)]
     assert [percentile(values, share) for share in (0.5, 0.9, 0.99, 0.999)] == [500, 900, 990, 999]
     assert percentile(values[1:], 0.999) is None
     assert percentile([], 0.5) is None
 
 
 @given(Times, st.floats(0, 100), st.floats(0.1, 100))
-def test_goodput_is_what_came_in_time_and_no_more_than_what_came(
-    latencies: list[float], deadline: float, seconds: float
-) -> None:
-    run = Run("open", 0, 1.0, seconds, tuple(ended(each) for each in latencies), 0.0)
-    assert rate(run, deadline) * seconds == pytest.approx(sum(each <= deadline for each in latencies))
-    assert rate(run) * seconds == pytest.approx(len(latencies))
+def test_goodput_counts_responses_within_the_deadline(latencies: list[float], deadline: float, seconds: float) -> None:
+    result = LoadResult("open", 0, 1.0, seconds, tuple(sample(latency) for latency in latencies), 0.0)
+    in_time = sum(latency <= deadline for latency in latencies)
+    assert throughput(result, deadline) * seconds == pytest.approx(in_time)
+    assert throughput(result) * seconds == pytest.approx(len(latencies))
 
 
 @given(st.floats(0.01, 3), st.integers(1, 9), st.floats(0, 1), st.floats(0.1, 5))
-def test_a_closed_loops_rate_does_not_hang_on_where_its_seconds_begin(
-    each_takes: float, callers: int, phase: float, seconds: float
+def test_closed_loop_throughput_does_not_depend_on_the_start(
+    latency: float, connections: int, phase: float, seconds: float
 ) -> None:
-    """Callers whose answers always take as long have them at that rate, however few are whole within the measurement."""
-    first = -each_takes * (1 + phase)
-    moments = [first + number * each_takes for number in range(int(seconds / each_takes) + 4)]
-    samples = tuple(ended(each_takes, at=moment) for moment in moments for _ in range(callers))
-    run = Run("closed", callers, 0.0, seconds, samples, 0.0)
-    assert rate(run) == pytest.approx(callers / each_takes)
-    assert rate(run, each_takes / 2) == 0
+    """Responses of constant latency give the same throughput, however few lie entirely within the measured time."""
+    first = -latency * (1 + phase)
+    moments = [first + number * latency for number in range(int(seconds / latency) + 4)]
+    samples = tuple(sample(latency, planned=moment) for moment in moments for _ in range(connections))
+    result = LoadResult("closed", connections, 0.0, seconds, samples, 0.0)
+    assert throughput(result) == pytest.approx(connections / latency)
+    assert throughput(result, latency / 2) == 0
 
 
-def test_refusals_and_errors_are_counted_apart_and_have_no_latency() -> None:
-    samples = [ended(0.01), ended(0.03), ended(9.0, "429"), ended(9.0, "504"), ended(9.0, "timeout")]
-    row = summary(Run("open", 0, 5.0, 1.0, tuple(samples), 0.0), deadline_seconds=0.02)
-    assert (row.requests, row.answered, row.rejected, row.errors) == (5, 2, 1, 2)
+def test_rejections_and_errors_are_counted_separately() -> None:
+    samples = [sample(0.01), sample(0.03), sample(9.0, "429"), sample(9.0, "504"), sample(9.0, "timeout")]
+    row = summarize(LoadResult("open", 0, 5.0, 1.0, tuple(samples), 0.0), deadline_seconds=0.02)
+    assert (row.requests, row.successful, row.rejected, row.errors) == (5, 2, 1, 2)
     assert row.statuses == "200: 2, 429: 1, 504: 1, timeout: 1"
-    assert (row.answered_per_second, row.goodput_per_second) == (2, 1)
+    assert (row.throughput_per_second, row.goodput_per_second) == (2, 1)
     assert (row.p50_ms, row.p99_ms) == (10, None)
 
 
-def test_the_warm_up_is_not_counted_and_neither_is_what_ends_later() -> None:
-    samples = tuple(ended(0.5, at=at) for at in (-1.0, -0.4, 0.2, 0.8))
-    assert [each.planned for each in Run("closed", 1, 0.0, 1.0, samples, 0.0).counted()] == [
-        -0.4,
-        0.2,
-    ]  # what ended in the second
-    assert [each.planned for each in Run("open", 0, 4.0, 1.0, samples, 0.0).counted()] == [
-        0.2,
-        0.8,
-    ]  # what was planned in it
+def test_only_the_measured_time_is_counted() -> None:
+    samples = tuple(sample(0.5, planned=planned) for planned in (-1.0, -0.4, 0.2, 0.8))
+    closed, opened = (LoadResult(loop, 0, 0.0, 1.0, samples, 0.0) for loop in ("closed", "open"))
+    assert [measured.planned for measured in closed.measured()] == [-0.4, 0.2]  # ended within the second
+    assert [measured.planned for measured in opened.measured()] == [0.2, 0.8]  # planned within the second
 
 
-@given(st.lists(st.floats(0, 3), max_size=200), st.floats(0.0, 2.0))
-def test_overloads_goodput_never_exceeds_what_came_within_the_turn(delays: list[float], behind: float) -> None:
-    """However late the client is: answers after the turn, or out of time, raise nothing."""
-    samples = tuple(
-        ended(behind + delay, at=place / 100, sent=place / 100 + behind) for place, delay in enumerate(delays)
-    )
-    turn = Turn(Run("open", 0, 100.0, 2.0, samples, 0.0), timeout_seconds=0.5, capacity=50.0)
-    came = [each for each in samples if each.ended < 2.0]
-    assert turn.goodput * 2.0 == pytest.approx(sum(each.ended - each.sent <= 0.5 for each in came))
-    assert turn.offered * 2.0 == pytest.approx(sum(each.sent < 2.0 for each in samples))
-
-
-# What is written
+def test_tables_show_errors_and_missing_percentiles(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        summarize(LoadResult("closed", 1, 0.0, 1.0, (sample(0.5), sample(0.5), sample(0.1, "500")), 0.25)),
+        summarize(LoadResult("open", 0, 20.0, 1.0, (sample(0.5, sent=0.1),), 0.0), deadline_seconds=0.1),
+    ]
+    stdout_console().print(service_table(rows, 100))
+    stdout_console().print(engine_table([EngineRow("openvino", "int8", 2, 1, 8, 20.0, 19.0, 21.0, 123.4, None)]))
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    header, closed, opened, _, engine = ([cell.strip() for cell in line if cell.strip()] for line in lines)
+    assert header[3] == "200/s in 100 ms"
+    assert closed == ["1 connection", "3", "2.0", "2.0", "500", "–", "–", "–", "0", "1 (500: 1)", "–", "0.25"]
+    assert opened == ["20 requests/s", "1", "1.0", "0.0", "–", "–", "–", "–", "0", "0", "–", "0.00"]
+    assert engine == ["openvino", "int8", "2 × 1", "8", "20.0", "19.0 – 21.0", "123", "–"]
 
 
 FLOATS = st.none() | st.floats(allow_nan=False, allow_infinity=False)
@@ -107,7 +104,7 @@ ENGINE_ROWS = st.builds(
 
 
 @given(rows=st.lists(ENGINE_ROWS, min_size=1, max_size=5))
-def test_csv_and_json_read_back_equal(rows: Sequence[EngineRow], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_csv_and_json_contain_every_value(rows: Sequence[EngineRow], tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("written")
     write_csv(directory / "rows.csv", rows)
     with (directory / "rows.csv").open(newline="", encoding="utf-8") as lines:
@@ -116,12 +113,9 @@ def test_csv_and_json_read_back_equal(rows: Sequence[EngineRow], tmp_path_factor
             assert int(line["batch_size"]) == row.batch_size
             assert repr(float(line["images_per_second"])) == repr(row.images_per_second)
             assert (float(line["p99_ms"]) if line["p99_ms"] else None) == row.p99_ms
-    numbers = [
-        row
-        for row in rows
-        if all(each is None or not isinstance(each, float) or math.isfinite(each) for each in vars(row).values())
+    finite = [
+        row for row in rows if all(not isinstance(value, float) or math.isfinite(value) for value in vars(row).values())
     ]
-    write_json(directory / "rows.json", {"vitserve": "0"}, numbers)
-    assert [
-        EngineRow(**each) for each in json.loads((directory / "rows.json").read_text(encoding="utf-8"))["rows"]
-    ] == numbers
+    write_json(directory / "rows.json", {"vitserve": "0"}, finite)
+    written = json.loads((directory / "rows.json").read_text(encoding="utf-8"))["rows"]
+    assert [EngineRow(**row) for row in written] == finite

@@ -24,8 +24,8 @@ from vitserve.export import build_bundle as build_module
 from vitserve.export import workspace
 from vitserve.export.artifacts import ExportError
 from vitserve.export.build_bundle import build_bundle
+from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
-from vitserve.export.checkpoint.state_dict import CheckpointError
 from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.trace import trace
 from vitserve.model.arrays import Outputs, Precision

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vitserve.export.checkpoint.load import Checkpoint
-from vitserve.export.graph.trace import Servable, trace
+from vitserve.export.graph.reference import ReferenceNetwork
+from vitserve.export.graph.trace import trace
 from vitserve.model.arrays import Pixels
 from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions
@@ -87,7 +88,7 @@ def assert_same_logits(
 
 def _served_logits(checkpoint: Checkpoint, pixels: Pixels, directory: Path) -> np.ndarray:
     graph = directory / "model.onnx"
-    trace(Servable(checkpoint.network, checkpoint.preprocessing).eval(), checkpoint.preprocessing.image_size, graph)
+    trace(ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval(), checkpoint.preprocessing.image_size, graph)
     engine = construct_engine("onnxruntime", "fp32", graph, EngineOptions(max_batch=len(pixels)))
     logits = engine.run(0, pixels).logits
     engine.close()

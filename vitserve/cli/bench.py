@@ -70,24 +70,25 @@ def bench(
     See docs/benchmarks.md.
     """
     with one_line_errors():
-        from vitserve.bench.command import Wanted, run
+        from vitserve.bench.command import run
+        from vitserve.bench.options import BenchOptions
 
-        options = Wanted(
-            target,
-            images,
-            connections,
-            rate,
-            deadline_ms,
-            engine,
-            precision,
-            batch_sizes,
-            streams,
-            threads,
-            rounds,
-            seconds,
-            warm_up_seconds,
-            csv,
-            as_json,
-            plot,
+        options = BenchOptions(
+            target=target,
+            images=images,
+            connections=connections,
+            rate=rate,
+            deadline_ms=deadline_ms,
+            engine=engine,
+            precision=precision,
+            batch_sizes=batch_sizes,
+            streams=streams,
+            threads=threads,
+            rounds=rounds,
+            seconds=seconds,
+            warm_up_seconds=warm_up_seconds,
+            csv=csv,
+            json=as_json,
+            plot=plot,
         )
         run(options, __version__)

@@ -97,7 +97,7 @@ def export(
             version=version or None,
             training=_training_record(source),
             precisions=[choice.value for choice in precision] if precision else None,
-            calibration=calibration,
+            calibration_images=calibration,
             evaluation_images=evaluation,
             max_loss=max_loss,
             progress=progress,

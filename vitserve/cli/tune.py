@@ -53,9 +53,9 @@ def tune(
         fastest = choose(measurements)
         console.print(table)
         if plot is not None:
-            from vitserve.bench.tune_plot import draw
+            from vitserve.bench.plot import draw_tuning
 
-            draw(measurements, plot)
+            draw_tuning(measurements, plot)
         saved = "" if dry_run else f" → {save_tuning_result(sha256(opened.path / MANIFEST), fastest)}"
     configuration = f"{fastest.engine} {fastest.precision}, {fastest.streams} × {fastest.threads} threads"
     typer.echo(f"fastest: {configuration}, {fastest.images_per_second:.1f} images/s{saved}")

@@ -41,7 +41,7 @@ def verify(
 
     console = Console(stderr=True)
     with one_line_errors():
-        from vitserve.bench.command import whole
+        from vitserve.bench.options import whole_numbers
         from vitserve.bench.verify import show
         from vitserve.bench.verify import verify as run
         from vitserve.model.bundle.bundle import open_bundle
@@ -50,7 +50,7 @@ def verify(
         from vitserve.service.engines.engine import EngineOptions
         from vitserve.service.settings import DEFAULT_BUNDLE
 
-        opened, sizes = open_bundle(bundle or DEFAULT_BUNDLE), whole(batch_sizes, "--batch-sizes")
+        opened, sizes = open_bundle(bundle or DEFAULT_BUNDLE), whole_numbers(batch_sizes, "--batch-sizes")
         evaluation: Images | None = None
         if images is not None:
             _, evaluation = read_images(images, opened.manifest.preprocessing, opened.labels, 1, max_images)

@@ -19,14 +19,14 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.overload import Caller
+from benchmarks.overload import ImageClient
 from tests.support.images import encoded, random_image
 from tests.support.paths import ROOT
 from tests.support.prometheus import Prometheus, prometheus
 from tests.support.promql import COMPONENTS, Panel, as_truth, grouped_by, panels, read_yaml, rules, selectors
 from tests.support.server import start_server
 from vitserve.bench.client import Client
-from vitserve.bench.request import Picture
+from vitserve.bench.request import EncodedImage
 from vitserve.model.bundle.bundle import sha256
 from vitserve.service.engine_worker.tuning_cache import TuningResult, save_tuning_result
 from vitserve.service.settings import DEFAULT_BUNDLE
@@ -75,7 +75,7 @@ def observation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observatio
 
 
 @contextlib.asynccontextmanager
-async def offered(caller: Caller, rate: float, timeout_ms: int) -> AsyncIterator[None]:
+async def offered(client: ImageClient, rate: float, timeout_ms: int) -> AsyncIterator[None]:
     """Sends ``rate`` images per second inside the ``with`` block, and waits for all responses afterwards."""
     generator, replies, stop = random.Random(0), [], asyncio.Event()
 
@@ -85,7 +85,7 @@ async def offered(caller: Caller, rate: float, timeout_ms: int) -> AsyncIterator
             due += generator.expovariate(rate)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), max(0.0, due - asyncio.get_running_loop().time()))
-            replies.append(asyncio.create_task(caller.post(timeout_ms)))
+            replies.append(asyncio.create_task(client.post(timeout_ms)))
 
     offering = asyncio.create_task(offer())
     try:
@@ -98,7 +98,7 @@ async def offered(caller: Caller, rate: float, timeout_ms: int) -> AsyncIterator
 
 async def observe(target: str, watching: Prometheus | None) -> Observation:
     host, port = target.split(":")
-    caller = Caller(Client(host, int(port)), Picture(IMAGE, "image/jpeg"))
+    client = ImageClient(Client(host, int(port)), EncodedImage(IMAGE, "image/jpeg"))
 
     async with httpx.AsyncClient(base_url=f"http://{target}", timeout=60) as reader:
 
@@ -106,12 +106,12 @@ async def observe(target: str, watching: Prometheus | None) -> Observation:
             await asyncio.sleep(after_seconds)
             return (await reader.get("/metrics")).text
 
-        last, capacity = "", await caller.capacity(1)
-        async with offered(caller, capacity / 5, 10_000):
+        last, capacity = "", await client.capacity(1)
+        async with offered(client, capacity / 5, 10_000):
             light = overloaded = value(await exposition(after_seconds=2), "vitserve_saturation")
         for _ in range(6):
-            capacity = await caller.capacity(1)  # measured again, because other processes use the machine too
-            async with offered(caller, 3 * capacity, 500):
+            capacity = await client.capacity(1)  # measured again, because other processes use the machine too
+            async with offered(client, 3 * capacity, 500):
                 for _ in range(50):
                     overloaded = value(await exposition(after_seconds=0.2), "vitserve_saturation")
                     if overloaded >= OVERLOADED:
@@ -121,7 +121,7 @@ async def observe(target: str, watching: Prometheus | None) -> Observation:
                         break
             if overloaded >= OVERLOADED:
                 break
-    caller.client.close()
+    client.client.close()
     return Observation(light, overloaded, last, watching)
 
 
