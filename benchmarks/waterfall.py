@@ -33,9 +33,11 @@ from vitserve.bench.engine import Results, Subject, measure_in_rounds, subject
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
 from vitserve.export.golden_images import make_golden
+from vitserve.export.graph.onnxruntime_attention import write_onnxruntime_graph
 from vitserve.export.graph.optimize import fuse_attention
 from vitserve.export.graph.reference import ReferenceNetwork
 from vitserve.export.graph.trace import trace
+from vitserve.export.quantize import int8
 from vitserve.model.arrays import Pixels, Precision
 from vitserve.model.bundle.bundle import GRAPH, Bundle, open_bundle
 from vitserve.model.bundle.evaluation import read_images

@@ -4,7 +4,7 @@ All times are monotonic seconds passed in by the client of this module, so that 
 in virtual time through the code that runs in production (vitserve.bench.simulation).
 
 **Queue.** Requests wait in order of priority, then of deadline (earliest first). A free stream takes up to B of them at
-once, where B is the preferred batch size: the smallest size that reaches 95 % of the best measured throughput. It never
+once, where B is the preferred batch size: the smallest size that reaches 95% of the best measured throughput. It never
 waits for a batch to fill.
 
 **Admission.** Streams take full batches in turn, so the completion time of the request at position p (from 1) of the

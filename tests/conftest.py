@@ -22,15 +22,14 @@ from vitserve.model.bundle.bundle import Bundle
 
 pytest_plugins = ["tests.support.gpu.fixtures"]
 
-hypothesis.settings.register_profile(
-    "any machine", deadline=None
-)  # how long an example takes says how busy the machine is
+# Without a deadline: how long an example takes depends on how busy the machine is.
+hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What engines compile and sources become is kept for this run, and not where the user keeps it."""
+    """Compiled engines and exported bundles are cached in a directory of this run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -38,7 +37,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> None:
-    """Networks as small as the tests' run faster on one: torch's threads spin while they wait for one another, on the cores that the servers want."""
+    """Small networks run faster on one thread: several threads spin while they wait, on the cores that the servers need."""
     torch.set_num_threads(1 if request.node.get_closest_marker("slow") is None else os.cpu_count() or 1)
 
 
@@ -49,10 +48,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="session")
 def photos() -> list[Path]:
-    found = sorted(PHOTOS.glob("*.jpg"))
-    if not found:
-        pytest.skip("TEST_PHOTOS names no directory of photos")
-    return found
+    paths = sorted(PHOTOS.glob("*.jpg"))
+    if not paths:
+        pytest.skip("TEST_PHOTOS does not name a directory with photos")
+    return paths
 
 
 @pytest.fixture(scope="session")

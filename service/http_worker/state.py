@@ -79,7 +79,7 @@ class State:
         return self.current
 
     async def reload(self) -> Reloaded:
-        """Asks the supervisor to load the bundle again, and waits for the result."""
+        """Requests that the supervisor load the bundle again, and waits for the result."""
         reload = Reload(next(self._reload_ids))
         result: asyncio.Future[Reloaded] = self._loop.create_future()
         self._reloads[reload.id] = result

@@ -61,10 +61,10 @@ class Status:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """The answer to a Reload message."""
+    """The response to a Reload message."""
 
     id: int
-    result: str  # "ok", or as in Rejected, or "died" if the engine worker exited
+    result: str  # "ok", or as in Rejected, or "exited" if the engine worker exited
     reason: str
 
 

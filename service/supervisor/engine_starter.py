@@ -22,7 +22,7 @@ CRASHES = 2  # of processes that loaded the same engine in the same precision; t
 class StartFailedError(Exception):
     """An engine worker rejected the bundle or crashed.
 
-    ``result`` is the label of vitserve_reloads_total: "died" for a crash, else as in the message Rejected.
+    ``result`` is the label of vitserve_reloads_total: "exited" for a crash, else as in the message Rejected.
     ``next_differs`` says that the next start skips the engine that crashed, so it may well succeed.
     """
 
@@ -93,9 +93,9 @@ class EngineStarter:
 
     def _crash(self, reason: str, trying: str | None) -> StartFailedError:
         if trying is None:
-            return StartFailedError("died", reason)
+            return StartFailedError("exited", reason)
         self._crashes[trying] += 1
         skipped = self._crashes[trying] == CRASHES
         if skipped:
             log.error("disabling %s until the next reload: %d processes crashed while loading it", trying, CRASHES)
-        return StartFailedError("died", f"{reason} with {trying}", skipped)
+        return StartFailedError("exited", f"{reason} with {trying}", skipped)

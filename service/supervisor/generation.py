@@ -87,7 +87,7 @@ class Generation:
                     log.warning("%s; loading it as a new model", failure)
                     self._reload_wanted.set()
                     return None
-                if failure.result != "died":  # it would be rejected again; a reload may find it repaired
+                if failure.result != "exited":  # it would be rejected again; a reload may find it repaired
                     served = self._retired or bool(self.engines)
                     self._workers.report_rejection(failure.result, str(failure), model_is_served=served)
                     return None

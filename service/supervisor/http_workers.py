@@ -19,7 +19,7 @@ class HttpWorkers:
     failure: str | None = None  # see control_messages.Status
     _progress: str | None = None
     _restarts: dict[str, dict[str, int]] = field(
-        default_factory=lambda: {process: {"died": 0, "hung": 0} for process in ("http_worker", "engine_worker")}
+        default_factory=lambda: {process: {"exited": 0, "hung": 0} for process in ("http_worker", "engine_worker")}
     )
     _reloads: dict[str, int] = field(default_factory=lambda: {"ok": 0})
     _running: dict[int, ChildProcess] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class HttpWorkers:
             self.send_status()
 
     def count_restart(self, process: str, child: ChildProcess) -> None:
-        self._restarts[process]["hung" if child.hung else "died"] += 1
+        self._restarts[process]["hung" if child.hung else "exited"] += 1
         self.send_status()
 
     def count_reload(self, result: str) -> None:

@@ -112,7 +112,7 @@ class Supervisor:
             self._workers.send_status()
             for worker, request in requests:
                 worker.send(Reloaded(request, result, str(failure or "")[:10_000]))
-            if failure is not None and failure.result == "died" and self._serving is None:
+            if failure is not None and failure.result == "exited" and self._serving is None:
                 attempts = 0 if failure.next_differs else attempts + 1
                 await self._children.back_off(attempts, str(failure))
                 continue

@@ -68,7 +68,7 @@ def test_a_wrong_manifest_is_rejected(copy: Path, change: dict[str, object], mes
 def test_a_schema_1_bundle_must_be_exported_again(copy: Path) -> None:
     """Its manifest has other keys, which the message does not mention."""
     manifest = json.loads((copy / "bundle.json").read_text())
-    manifest |= {"schema_version": 1, "artefacts": manifest.pop("artifacts")}
+    manifest |= {"schema_version": 1, "parts": manifest.pop("artifacts")}
     (copy / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError) as rejection:
         open_bundle(copy)

@@ -38,6 +38,8 @@ WORDS = {
     r"anybody|nobody|somebody|whoever": "client, operator, or the thing itself",
     r"anew": "again",
     r"comes? along": "bundled",
+    r"ask(s|ed|ing)?": "request",
+    r"d(ies|ied)": "exits",
     r"of late": "recently",
     r"of ours": "our",
     r"unless told": "default:",
@@ -51,7 +53,7 @@ WORDS = {
 PATTERN = re.compile(r"(?<![\w-])(?:" + "|".join(WORDS) + r")(?![\w-])", re.IGNORECASE)
 # Written by others, or by tools.
 EXCLUDED = re.compile(
-    r"^(LICENSE|tests/repository/test_vocabulary\.py|tests/deploy/crds/.*|docker/requirements-.*|docker/torch\.txt"
+    r"^(LICENSE|tests/repository/test_vocabulary\.py|tests/deploy/crds/.*|docker/requirements-.*|docker/torch\.txt|examples/javascript/.*\.mjs"
     r"|.*imagenet_labels\.txt|.*\.(onnx|data|npz|bin|xml|safetensors|jpg|jpeg|png|gif))$"
 )
 

@@ -88,7 +88,11 @@ def assert_same_logits(
 
 def _served_logits(checkpoint: Checkpoint, pixels: Pixels, directory: Path) -> np.ndarray:
     graph = directory / "model.onnx"
-    trace(ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval(), checkpoint.preprocessing.image_size, graph)
+    trace(
+        ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval(),
+        checkpoint.preprocessing.image_size,
+        graph,
+    )
     engine = construct_engine("onnxruntime", "fp32", graph, EngineOptions(max_batch=len(pixels)))
     logits = engine.run(0, pixels).logits
     engine.close()

@@ -88,7 +88,7 @@ class Load:
         with self._changed:
             target = self.counts["200"] + count
             answered = self._changed.wait_for(lambda: self.counts["200"] >= target, 60)
-            assert answered, f"no {count} answers within a minute: {self.counts} {self.complaints[:3]}"
+            assert answered, f"no {count} responses within a minute: {self.counts} {self.complaints[:3]}"
 
     def _send_requests(self, client: int) -> None:
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=60)

@@ -45,7 +45,7 @@ def one_line_errors(extra: str = "") -> Iterator[None]:
 
 
 def fail(message: str) -> typer.Exit:
-    """Prints the message. The caller raises the result, which ends the command with status 2."""
+    """Prints the message. Raise the result, which ends the command with status 2."""
     typer.secho(f"vitserve: {message}", fg="red", err=True)
     return typer.Exit(2)
 

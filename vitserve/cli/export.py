@@ -13,7 +13,7 @@ from vitserve.cli.console import one_line_errors, print_artifacts
 
 
 class Precision(StrEnum):
-    """The precisions that can be asked for besides fp32, which every bundle has."""
+    """Precisions besides fp32, which every bundle has."""
 
     bf16 = "bf16"
     int8 = "int8"

@@ -90,7 +90,7 @@ def test_a_message_of_the_supervisor_is_reported(ends: Ends) -> None:
 
 
 def test_answers_that_do_not_fit_are_sent_later(ends: Ends) -> None:
-    """A slow HTTP worker does not block the engine worker, and it loses no answer."""
+    """A slow HTTP worker does not block the engine worker, and loses no message."""
     peer = ends.connect(4, incarnation=2)
     count = 20_000
     for _ in range(count):

@@ -46,7 +46,7 @@ def test_killing_the_engine_worker_under_load_loses_nothing(times: int, bundle: 
             load.wait_for(200)
         assert set(load.counts) == {"200"}, load.complaints[:3]
         with httpx.Client(base_url=running.url) as client:
-            assert metric(client, "vitserve_restarts_total", process="engine_worker", cause="died") == times
+            assert metric(client, "vitserve_restarts_total", process="engine_worker", cause="exited") == times
             assert metric(client, "vitserve_images_in_flight") == 0
             assert metric(client, "vitserve_images_total", outcome="ok") == load.counts["200"]
             assert metric(client, "vitserve_images_retried_total") > times
@@ -123,7 +123,7 @@ def kill_while_running(engine_worker: int) -> None:
     ],
 )
 def test_an_unanswered_batch_ends_the_engine_worker(failure: str, message: str) -> None:
-    """If the process continued, clients would wait for answers that never come."""
+    """If the process continued, clients would wait for responses that never come."""
     command = [sys.executable, "-m", "tests.support.failing_engine_worker", failure]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == os.EX_SOFTWARE

@@ -48,7 +48,7 @@ def test_a_killed_http_worker_breaks_only_its_own_connections(
         assert killed not in running.pids(HTTP_WORKER)
         with httpx.Client(base_url=running.url) as client:
             eventually(lambda: metric(client, "vitserve_images_in_flight") == 0, "all slots free")
-            assert metric(client, "vitserve_restarts_total", process="http_worker", cause="died") == 1
+            assert metric(client, "vitserve_restarts_total", process="http_worker", cause="exited") == 1
             assert metric(client, "vitserve_ready") == 1, "the gauge has one sample, none of the killed process"
         assert running.stop() == 0
 

@@ -151,7 +151,7 @@ def test_a_crash_while_reloading_leaves_the_current_model_serving(
         assert set(load.counts) == {"200"}, load.complaints[:3]
         assert set(load.versions) == {(bundle.manifest.name, bundle.manifest.version)}
         assert running.pids(ENGINE_WORKER) == [current]
-        assert metric(client, "vitserve_reloads_total", result="died") == 1
+        assert metric(client, "vitserve_reloads_total", result="exited") == 1
         assert running.stop() == 0
 
 
