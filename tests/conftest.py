@@ -37,7 +37,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> None:
-    """Small networks run faster on one thread: several threads spin while they wait, on the cores that the servers need."""
+    """Small networks run faster on one thread: waiting threads spin, on the cores that the servers need."""
     torch.set_num_threads(1 if request.node.get_closest_marker("slow") is None else os.cpu_count() or 1)
 
 
