@@ -11,7 +11,7 @@ LOCKS := $(patsubst %,docker/requirements-%.txt,build cpu gpu tensorrt export)
 COMPILE = $(TOOLS)/bin/uv pip compile --quiet --generate-hashes --python-version 3.13 --python-platform linux \
 	--custom-compile-command "make lock" $(UPGRADE)
 
-.PHONY: serve test test-slow check train bundle bench rules dist image lock audit sbom scan clean
+.PHONY: serve test test-slow coverage check train bundle bench rules dist image lock audit sbom scan clean
 
 serve: $(VENV)/serve.stamp
 	$(BIN)/vitserve serve
@@ -22,6 +22,12 @@ test: $(VENV)/dev.stamp
 # Full-size checkpoints, a million simulated images, the cpu image: about half an hour.
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -m slow
+
+# Line coverage of service, model and export, the workers' processes included. Fails below the floor in pyproject.toml.
+coverage: $(VENV)/dev.stamp
+	$(BIN)/coverage run -m pytest -q
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

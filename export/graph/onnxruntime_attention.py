@@ -7,20 +7,22 @@ for com.microsoft's MultiHeadAttention. OpenVINO and TensorRT fuse the standard 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
-from onnxscript.rewriter import pattern, rewrite
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
 
-class _ToMultiHeadAttention(pattern.RewriteRuleClassBase):
+class _ToMultiHeadAttention(RewriteRuleClassBase):
     """Matches Attention on [n, tokens, width] without a mask, a scale or any attribute besides the number of heads."""
 
-    def pattern(self, op, query, key, value):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def pattern(self, op: Any, query: Any, key: Any, value: Any) -> Any:
         return op.Attention(query, key, value, _allow_other_attributes=True, _outputs=["mixed"])
 
-    def check(self, context, query, key, value, mixed, **_):  # type: ignore[no-untyped-def,override]  # noqa: ANN001
+    def check(self, context: Any, query: Any, key: Any, value: Any, mixed: Any, **_: Any) -> MatchResult:  # type: ignore[override]
         attributes = mixed.producer().attributes
-        result = pattern.MatchResult()
+        result = MatchResult()
         if (
             set(attributes) != {"q_num_heads", "kv_num_heads"}
             or attributes["q_num_heads"].value != attributes["kv_num_heads"].value
@@ -28,7 +30,7 @@ class _ToMultiHeadAttention(pattern.RewriteRuleClassBase):
             return result.fail(f"MultiHeadAttention cannot express the attributes {sorted(attributes)}")
         return result
 
-    def rewrite(self, op, query, key, value, mixed):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def rewrite(self, op: Any, query: Any, key: Any, value: Any, mixed: Any) -> Any:
         heads = mixed.producer().attributes["q_num_heads"].value
         return op.MultiHeadAttention(query, key, value, num_heads=heads, _domain="com.microsoft", _version=1)
 

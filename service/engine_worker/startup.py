@@ -14,6 +14,7 @@ import numpy as np
 from vitserve.model.bundle.bundle import MANIFEST, Bundle, BundleError, open_bundle, sha256
 from vitserve.service import machine
 from vitserve.service.engine_worker.tuning_cache import TuningResult, load_tuning_result
+from vitserve.service.engines.catalog import ENGINES
 from vitserve.service.engines.engine import Engine, EngineOptions
 from vitserve.service.engines.selection import NoEngineError, Opened, open_engine
 from vitserve.service.ipc import control_messages, memory_layout
@@ -125,8 +126,7 @@ def startup_hints(settings: Settings, bundle: Bundle, engine: str) -> list[str]:
             f" into {len(labels)} classes ({', '.join(labels)}); to serve your own, run `vitserve serve SOURCE`"
         ]
     has_int8 = any(artifact.precision == "int8" for artifact in bundle.manifest.artifacts)
-    runs_on_cpu = engine in ("openvino", "onnxruntime")
-    if runs_on_cpu and settings.precision == "auto" and not has_int8 and machine.multiplies_int8():
+    if ENGINES[engine].cpu and settings.precision == "auto" and not has_int8 and machine.multiplies_int8():
         return [
             "this CPU has int8 instructions, but the bundle has no int8 artifact; int8 may be faster: to add it, run"
             " `vitserve export SOURCE --output BUNDLE --images DIR` with a directory of typical images"

@@ -88,9 +88,8 @@ class Dispatcher:
         self.offered_load = OfferedLoad(self.slot_table, self.worker, self.metrics)
         self._lock = threading.Lock()
         self._waiters = _SlotWaiters(self.loop)
-        self._engines = EngineConnections(
-            self.slot_table, self.incarnation, self.loop, self._complete, self._engine_lost
-        )
+        on_lost, on_completion = self._engine_lost, self._complete
+        self._engines = EngineConnections(self.slot_table, self.incarnation, self.loop, on_completion, on_lost)
 
     async def classify(self, encoded: bytes, deadline: float, priority: int, admitted: bool = False) -> ImageResult:
         """Classifies one image. ``deadline`` is in time.monotonic() seconds.
@@ -188,9 +187,10 @@ class Dispatcher:
     def _decode(self, job: ImageJob) -> None:
         began = time.monotonic()
         expired = job.ticket.deadline <= began
-        error: errors.ServiceError | None
         if job.abandoned or expired:
-            error = errors.DeadlineExceededError("the deadline passed before the image could be decoded")
+            error: errors.ServiceError | None = errors.DeadlineExceededError(
+                "the deadline passed before the image could be decoded"
+            )
         else:
             error = decode_into(self.slot_table.pixels, job.ticket.slot, self.decoder, job.encoded)
         job.decode_seconds = time.monotonic() - began

@@ -116,4 +116,4 @@ def test_other_commands_run_without_torch(arguments: list[str]) -> None:
 def test_a_contradiction_is_reported_in_one_line() -> None:
     result = CliRunner().invoke(app, ["serve", "--slots", "4", "--max-images", "4"])
     assert result.exit_code == 2
-    assert "vitserve: 4 slots cannot fill 1 streams with batches of 8" in result.output
+    assert "vitserve: slots is 4; streams × max_batch is 1 × 8 and needs at least 8 slots" in result.output

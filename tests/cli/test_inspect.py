@@ -15,7 +15,7 @@ from vitserve.model.bundle.bundle import Bundle
 def test_inspect_shows_the_artifacts_of_a_bundle(bundle: Bundle) -> None:
     result = CliRunner().invoke(app, ["inspect", str(bundle.path)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    assert f"{TINY.depth} × com.microsoft.MultiHeadAttention; 0 softmax layers beside" in result.output
+    assert f"{TINY.depth} × com.microsoft.MultiHeadAttention; separate softmax layers: 0" in result.output
     plain: dict[str, Any] = json.loads(CliRunner().invoke(app, ["inspect", str(bundle.path), "--json"]).output)
     assert plain["name"] == "tiny"
 

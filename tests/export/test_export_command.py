@@ -32,4 +32,4 @@ def test_a_directory_is_exported_at_another_size_with_other_labels(timm: ModuleT
 def test_a_source_and_a_bundle_conflict(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["serve", str(tmp_path), "--bundle", "elsewhere"])
     assert result.exit_code == 2
-    assert "both a source" in result.output
+    assert "are both given" in result.output

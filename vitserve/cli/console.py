@@ -68,7 +68,7 @@ def print_artifacts(bundle: Bundle) -> None:
             )
             softmax = artifact.attention.softmax_layers
             typer.echo(
-                f"attention, {artifact.engine} {artifact.precision}: {kernels}; {softmax} softmax layers outside"
+                f"attention, {artifact.engine} in {artifact.precision}: {kernels}; separate softmax layers: {softmax}"
             )
 
 

@@ -37,7 +37,7 @@ def tune(
         from vitserve.service.settings import DEFAULT_BUNDLE
 
         def report_skipped(engine: SkippedEngine) -> None:
-            console.print(f"skipped: {engine.engine} {engine.precision}: {engine.reason}", highlight=False)
+            console.print(f"skipped: {engine.engine} in {engine.precision}: {engine.reason}", highlight=False)
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in ("engine", "precision", "streams × threads", "batch", "images/s", "p50 ms"):
@@ -57,5 +57,5 @@ def tune(
 
             draw_tuning(measurements, plot)
         saved = "" if dry_run else f" → {save_tuning_result(sha256(opened.path / MANIFEST), fastest)}"
-    configuration = f"{fastest.engine} {fastest.precision}, {fastest.streams} × {fastest.threads} threads"
+    configuration = f"{fastest.engine} in {fastest.precision}, {fastest.streams} × {fastest.threads} threads"
     typer.echo(f"fastest: {configuration}, {fastest.images_per_second:.1f} images/s{saved}")

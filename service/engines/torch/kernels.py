@@ -4,13 +4,25 @@ It computes a sum and its LayerNorm in one pass. torch's two kernels take twice 
 """
 # No `from __future__ import annotations`: Triton reads the annotations themselves.
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_norm(x, y, weight, bias, total, normed, width: tl.constexpr, block: tl.constexpr, epsilon: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _add_norm(
+    x: Any,
+    y: Any,
+    weight: Any,
+    bias: Any,
+    total: Any,
+    normed: Any,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    epsilon: tl.constexpr,
+) -> None:
     """One program per row. As in torch, the sum is rounded to its type and then normalized in float32."""
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, block)

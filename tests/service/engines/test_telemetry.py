@@ -14,6 +14,7 @@ SOURCES = [
     path
     for directory in ("service", "export", "model", "bench", "benchmarks", "vitserve/cli")
     for path in sorted((ROOT / directory).rglob("*.py"))
+    if "peers" not in path.parts  # other servers run in virtual environments of their own
 ]
 
 

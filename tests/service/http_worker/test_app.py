@@ -88,6 +88,7 @@ def test_sigterm_finishes_admitted_requests(bundle: Bundle) -> None:
 
 
 def test_a_server_without_a_model_is_live_but_not_ready(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text("{}")
     running = start_server("--bundle", str(tmp_path), until="the bundle cannot be served")
     try:
         with httpx.Client(base_url=running.url) as client:

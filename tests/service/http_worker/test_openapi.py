@@ -93,6 +93,7 @@ def test_reload_responses_match_their_schemas(
 
 
 def test_responses_of_a_server_that_is_not_ready_match(document: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text("{}")
     running = start_server("--bundle", str(tmp_path), until="the bundle cannot be served")
     with httpx.Client(base_url=running.url) as client:
         check(document, client.get("/readyz"), 503)
