@@ -126,7 +126,7 @@ def startup_hints(settings: Settings, bundle: Bundle, engine: str) -> list[str]:
             f" into {len(labels)} classes ({', '.join(labels)}); to serve your own, run `vitserve serve SOURCE`"
         ]
     has_int8 = any(artifact.precision == "int8" for artifact in bundle.manifest.artifacts)
-    if ENGINES[engine].cpu and settings.precision == "auto" and not has_int8 and machine.multiplies_int8():
+    if "int8" in ENGINES[engine].cpu and settings.precision == "auto" and not has_int8 and machine.multiplies_int8():
         return [
             "this CPU has int8 instructions, but the bundle has no int8 artifact; int8 may be faster: to add it, run"
             " `vitserve export SOURCE --output BUNDLE --images DIR` with a directory of typical images"

@@ -65,10 +65,7 @@ class _SlotWaiters:
 
 @dataclass
 class Dispatcher:
-    """Life cycle: connect() → classify() … → retire(), when another model is served.
-
-    A retired dispatcher closes its connections once all images are finished.
-    """
+    """Life cycle: connect() → classify() … → retire(). Then it closes its connections once all images are finished."""
 
     slot_table: SlotTable
     worker: int
@@ -94,9 +91,9 @@ class Dispatcher:
     async def classify(self, encoded: bytes, deadline: float, priority: int, admitted: bool = False) -> ImageResult:
         """Classifies one image. ``deadline`` is in time.monotonic() seconds.
 
-        An image that was ``admitted`` by the previous model is not rejected.
-        Raises OverloadedError at once, before decoding, if the deadline cannot be met; NotAnImageError,
-        DamagedImageError, ImageTooLargeError, EngineFailedError, DeadlineExceededError or ModelReplacedError.
+        An image that was ``admitted`` by the previous model is not rejected. Raises OverloadedError at once, before
+        decoding, if the deadline cannot be met; NotAnImageError, DamagedImageError, ImageTooLargeError,
+        EngineFailedError, DeadlineExceededError or ModelReplacedError.
         """
         if self.retired:
             raise ModelReplacedError

@@ -30,7 +30,7 @@ def test_tuning_result_is_stored_and_used(bundle: Bundle, tmp_path: Path, monkey
     assert running.stop() == 0
     stored.write_text("{")
     running = start_server("--bundle", str(bundle.path))
-    assert "is not a choice of `vitserve tune`" in "".join(running.log)
+    assert "ignoring invalid tuning result" in "".join(running.log)
     assert running.stop() == 0
 
 
