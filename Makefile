@@ -16,8 +16,9 @@ COMPILE = $(TOOLS)/bin/uv pip compile --quiet --generate-hashes --python-version
 serve: $(VENV)/serve.stamp
 	$(BIN)/vitserve serve
 
+# Two processes: half of the tests wait for servers of their own.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Full-size checkpoints, a million simulated images, the cpu image: about half an hour.
 test-slow: $(VENV)/dev.stamp
@@ -25,7 +26,7 @@ test-slow: $(VENV)/dev.stamp
 
 # Line coverage of service, model and export, the workers' processes included. Fails below the floor in pyproject.toml.
 coverage: $(VENV)/dev.stamp
-	$(BIN)/coverage run -m pytest -q
+	$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 

@@ -99,7 +99,8 @@ def commands_of(*programs: str) -> list[str]:
 
 @pytest.fixture
 def directory(tmp_path: Path, bundle: Bundle, transformers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with the files that the documents name."""
+    """The working directory, with the files that the documents name. Its tuning results are not used by other tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copy(ROOT / "README.md", tmp_path)
     if (ROOT / "examples").exists():  # test_documents_exist reports it
         shutil.copytree(ROOT / "examples", tmp_path / "examples")

@@ -95,7 +95,7 @@ def test_a_server_without_a_model_is_live_but_not_ready(tmp_path: Path) -> None:
             assert client.get("/livez").status_code == 200
             readiness = client.get("/readyz")
             assert readiness.status_code == 503
-            assert "is not a bundle" in readiness.json()["reasons"][0]
+            assert "is not a valid manifest" in readiness.json()["reasons"][0]
             assert classify(client, IMAGE).status_code == 503
             assert metric(client, "vitserve_ready") == 0
     finally:

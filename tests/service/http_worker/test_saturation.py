@@ -179,6 +179,7 @@ def test_every_queried_metric_and_label_exists(observation: Observation) -> None
     for family in text_string_to_metric_families(observation.exposition):
         for sample in family.samples:
             exposed.setdefault(sample.name, set()).update(sample.labels)
+        exposed.setdefault(family.name, set())  # documents name a histogram without the suffix of its samples
     exposed |= {rule["record"]: grouped_by(rule["expr"]) for rule in rules("record")}
     for place, text in queries_and_documents():
         # test_gpu_gauges.py checks the metrics of GPUs.
