@@ -76,7 +76,7 @@ class Serving(BaseModel):
     parity: Parity
     rejected: list[RejectedEngine] = Field(description="Faster engines that are not used.")
     streams: int
-    batch_size: int = Field(description="Preferred batch size.")
+    preferred_batch_size: int = Field(description="Smallest batch size near the best throughput.")
     seconds_per_batch_size: dict[int, float] = Field(description="Measured duration of a batch of each size.")
 
 

@@ -162,7 +162,7 @@ class SlotTable:
         row = self._estimates[engine]
         seconds = row[FREE_AT + self.shape.streams :].tolist()
         return {
-            "batch_size": int(row[PREFERRED_BATCH_SIZE]),
+            "preferred_batch_size": int(row[PREFERRED_BATCH_SIZE]),
             "seconds_per_batch_size": dict(enumerate(seconds, start=1)),
         }
 
