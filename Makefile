@@ -7,6 +7,7 @@ RUN ?= runs/default
 TARGET ?= cpu
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vitserve/__init__.py)
 TOOLS := .tools
+INPUTS := docker/requirements
 LOCKS := $(patsubst %,docker/requirements-%.txt,build cpu gpu tensorrt export)
 COMPILE = $(TOOLS)/bin/uv pip compile --quiet --generate-hashes --python-version 3.13 --python-platform linux \
 	--custom-compile-command "make lock" $(UPGRADE)
@@ -66,13 +67,13 @@ image:
 # Updates docker/requirements-*.txt from pyproject.toml. Existing pins stay.
 # `make lock UPGRADE=--upgrade` updates the pins too.
 lock: $(TOOLS)/stamp
-	$(COMPILE) docker/build.in -o docker/requirements-build.txt
-	$(COMPILE) pyproject.toml docker/image.in --excludes docker/excludes-cpu.txt -o docker/requirements-cpu.txt
-	$(COMPILE) pyproject.toml docker/image.in docker/gpu.in --extra gpu --excludes docker/excludes-gpu.txt \
+	$(COMPILE) $(INPUTS)/build.in -o docker/requirements-build.txt
+	$(COMPILE) pyproject.toml $(INPUTS)/image.in --excludes $(INPUTS)/excludes-cpu.txt -o docker/requirements-cpu.txt
+	$(COMPILE) pyproject.toml $(INPUTS)/image.in $(INPUTS)/gpu.in --extra gpu --excludes $(INPUTS)/excludes-gpu.txt \
 		-o docker/requirements-gpu.txt
-	$(COMPILE) docker/tensorrt.in -o docker/requirements-tensorrt.txt
-	$(COMPILE) pyproject.toml docker/image.in --extra export --extra int8 --extra train \
-		--excludes docker/excludes-export.txt --no-emit-package torch -o docker/requirements-export.txt
+	$(COMPILE) $(INPUTS)/tensorrt.in -o docker/requirements-tensorrt.txt
+	$(COMPILE) pyproject.toml $(INPUTS)/image.in --extra export --extra int8 --extra train \
+		--excludes $(INPUTS)/excludes-export.txt --no-emit-package torch -o docker/requirements-export.txt
 
 # Checks every locked package for known vulnerabilities. Strict: a package that the database does not have is a failure.
 audit: $(TOOLS)/stamp

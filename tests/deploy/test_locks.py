@@ -42,7 +42,7 @@ def project_requirements(*extras: str) -> list[Requirement]:
 
 
 def exclusions(target: str) -> set[str]:
-    lines = (ROOT / "docker" / f"excludes-{target}.txt").read_text().splitlines()
+    lines = (ROOT / "docker" / "requirements" / f"excludes-{target}.txt").read_text().splitlines()
     return {line for line in lines if not line.startswith("#")}
 
 
