@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vitserve.export.candidates import float32_searches, reduced_search
-from vitserve.export.prove import AccuracyLimit, EvaluationSet, best_artifact
+from vitserve.export.verify import AccuracyLimit, EvaluationSet, best_artifact
 from vitserve.export.workspace import ONNXRUNTIME_GRAPH, Workspace, opened
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import GRAPH, WEIGHTS, Artifact

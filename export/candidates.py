@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from vitserve.export.prove import Candidate, Search
 from vitserve.export.quantize.bf16_simulation import simulate_bf16
 from vitserve.export.quantize.fp8 import write_fp8_graph
 from vitserve.export.quantize.int8 import write_dynamic_int8_graph
 from vitserve.export.quantize.int8_openvino import search_int8
+from vitserve.export.verify import Candidate, Search
 from vitserve.export.workspace import FP8_GRAPH, ONNXRUNTIME_GRAPH, Workspace, opened
 from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.model.bundle.bundle import GRAPH, WEIGHTS

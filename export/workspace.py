@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vitserve.export.attention_report import attention_kernels
 from vitserve.export.graph.reference import ReferenceNetwork
-from vitserve.export.prove import AccuracyLimit, Candidate
+from vitserve.export.verify import AccuracyLimit, Candidate
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import WEIGHTS, Golden
 from vitserve.model.bundle.evaluation import Images, in_batches

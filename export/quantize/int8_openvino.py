@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from vitserve.export.prove import Candidate, EvaluationSet, Search, loss_of
 from vitserve.export.quantize import int8
+from vitserve.export.verify import Candidate, EvaluationSet, Search, loss_of
 from vitserve.export.workspace import Workspace, opened
 from vitserve.model.arrays import Outputs
 from vitserve.model.bundle.bundle import GRAPH, Artifact

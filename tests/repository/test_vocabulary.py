@@ -26,7 +26,7 @@ WORDS = {
     r"typed graphs?": "cast graph",
     r"dialects?": "runtime-specific graph",
     r"golden gate": "golden check",
-    r"(un)?proven": "verified",
+    r"(un)?proven|proves?": "verified",
     r"left out": "skipped",
     r"refus(e|es|ed|al|als|ing)": "reject",
     r"callers?": "client",

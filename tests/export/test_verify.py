@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vitserve.export.prove import (
+from vitserve.export.verify import (
     AccuracyLimit,
     Candidate,
     EvaluationSet,
@@ -13,7 +13,7 @@ from vitserve.export.prove import (
     Search,
     best_artifact,
     loss_of,
-    prove,
+    verify,
 )
 from vitserve.model.arrays import Outputs, Pixels
 from vitserve.model.bundle.bundle import Artifact, Golden
@@ -50,7 +50,7 @@ def candidate(wrong: int = 0, path: str = "model.xml") -> Candidate:
 
 
 def test_matching_candidate_becomes_an_artifact() -> None:
-    artifact = prove(candidate(wrong=1), GOLDEN, LIMIT)
+    artifact = verify(candidate(wrong=1), GOLDEN, LIMIT)
     assert isinstance(artifact, Artifact)
     assert (artifact.engine, artifact.precision, artifact.path) == ("openvino", "int8", "model.xml")
     assert artifact.evaluation is not None
@@ -60,14 +60,14 @@ def test_matching_candidate_becomes_an_artifact() -> None:
 
 def test_candidate_that_differs_is_rejected_for_parity() -> None:
     inverted = Candidate("openvino", "fp32", "model.onnx", None, lambda pixels: Outputs(*(-a for a in source(pixels))))
-    rejection = prove(inverted, GOLDEN, None)
+    rejection = verify(inverted, GOLDEN, None)
     assert isinstance(rejection, Rejection)
     assert (rejection.cause, rejection.loss) == ("parity", None)
     assert rejection.reason.startswith("openvino in fp32 does not match the source network: logits differ by")
 
 
 def test_candidate_over_the_limit_is_rejected_for_accuracy() -> None:
-    rejection = prove(candidate(wrong=3), GOLDEN, LIMIT)
+    rejection = verify(candidate(wrong=3), GOLDEN, LIMIT)
     assert isinstance(rejection, Rejection)
     assert rejection.cause == "accuracy"
     assert rejection.loss == pytest.approx(3)
@@ -75,17 +75,17 @@ def test_candidate_over_the_limit_is_rejected_for_accuracy() -> None:
 
 
 def test_float32_has_no_accuracy_limit() -> None:
-    artifact = prove(Candidate("openvino", "fp32", "model.onnx", None, source), GOLDEN, None)
+    artifact = verify(Candidate("openvino", "fp32", "model.onnx", None, source), GOLDEN, None)
     assert isinstance(artifact, Artifact)
     assert artifact.evaluation is None
 
 
 def test_without_images_the_loss_is_that_of_golden_images() -> None:
-    artifact = prove(candidate(), GOLDEN, AccuracyLimit(0.0))
+    artifact = verify(candidate(), GOLDEN, AccuracyLimit(0.0))
     assert isinstance(artifact, Artifact)
     assert artifact.evaluation is None
     assert loss_of(artifact) == 0
-    assert isinstance(prove(candidate(), GOLDEN, AccuracyLimit(-1.0)), Rejection)
+    assert isinstance(verify(candidate(), GOLDEN, AccuracyLimit(-1.0)), Rejection)
 
 
 def searched(*candidates: Candidate) -> Search:

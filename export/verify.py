@@ -59,7 +59,7 @@ class AccuracyLimit:
 Search = Generator[Candidate, Artifact | Rejection, None]
 
 
-def prove(candidate: Candidate, golden: Golden, limit: AccuracyLimit | None) -> Artifact | Rejection:
+def verify(candidate: Candidate, golden: Golden, limit: AccuracyLimit | None) -> Artifact | Rejection:
     """Compares the candidate's outputs with the source network's, and its accuracy with the float32 model's.
 
     ``limit`` is None for float32, for which numerical parity is enough.
@@ -106,7 +106,7 @@ def best_artifact(
             candidate = next(search)
             while True:
                 progress(f"verifying {candidate.engine} in {candidate.precision}")
-                outcome = prove(candidate, golden, limit)
+                outcome = verify(candidate, golden, limit)
                 if isinstance(outcome, Artifact):
                     artifacts.append(outcome)
                 else:
