@@ -215,7 +215,7 @@ def _table(texts: Sequence[str], figures: Sequence[str]) -> Table:
 
 
 def _errors(row: ServiceRow) -> str:
-    """The number of errors, and what they were."""
+    """The number of errors, by kind."""
     kinds = [kind for kind in row.statuses.split(", ") if kind.split(":")[0] not in ("200", "429", "")]
     return f"{row.errors} ({', '.join(kinds)})" if row.errors else "0"
 

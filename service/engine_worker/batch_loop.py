@@ -144,7 +144,7 @@ class BatchLoop:
     # -- a runner
 
     def _run(self, batch: Batch, slots: list[int]) -> Work | None:
-        """Runs the batch, sends the completions, and returns what the stream runs next."""
+        """Runs the batch, sends the completions, and returns the stream's next batch."""
         failure = None
         try:
             outputs = self.engine.run(batch.stream, self.slot_table.pixels, slots)

@@ -41,7 +41,7 @@ class PendingRequests:
     _images: dict[int, PendingImage] = field(default_factory=dict, init=False)  # by sequence number
 
     def submit(self, submissions: Iterable[tuple[int, wire_format.Submission]], now: float) -> Completions:
-        """Queues what the HTTP workers have sent, and returns what is completed at once (rejected or withdrawn).
+        """Queues the HTTP workers' submissions. Returns those completed at once (rejected or withdrawn).
 
         Simultaneous submissions are processed by priority and deadline, so that the outcome does not depend on which
         socket was read first.

@@ -38,7 +38,7 @@ class BundleRejectedError(Exception):
 
 
 class Progress:
-    """Reports to the supervisor what the start does now. /readyz shows it, and it resets the start timeout."""
+    """Reports the current step of the start to the supervisor. /readyz shows it, and it resets the start timeout."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel, self._next = channel, 0.0

@@ -1,4 +1,4 @@
-"""The running HTTP workers and what the supervisor sends them: the status, and connections to the engine workers."""
+"""The running HTTP workers, and the messages to them: the status, and connections to the engine workers."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def serve(source: str, **values: Any) -> None:
 
 
 def _bundle_of(source: str) -> str:
-    """The path of the source's bundle: the source itself, or what is exported from it."""
+    """The path of the source's bundle: the source itself, or the bundle exported from it."""
     if (Path(source) / "bundle.json").exists():
         return source
     from vitserve.export.cache import cached_bundle
@@ -55,7 +55,7 @@ def _bundle_of(source: str) -> str:
 
 
 def _check_bundle(path: Path) -> None:
-    """Raises SettingsError where there is no bundle. The engine worker checks what is in it."""
+    """Raises SettingsError if there is no bundle. The engine worker verifies its files."""
     if not path.is_dir():
         raise SettingsError(f"{path} is not a directory; a bundle is a directory made by `vitserve export`")
     if not (path / "bundle.json").is_file():
