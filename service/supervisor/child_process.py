@@ -76,7 +76,7 @@ class ChildProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def reap(self) -> str:
-        """Kills the remaining processes of the child and collects its exit status. Returns it in words, for log lines."""
+        """Kills the rest of the child's process group. Returns the exit status in words, for log lines."""
         self._close_pidfd()
         if self._channel.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
