@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from tests.support.paths import ROOT
 from vitserve import __version__
+from vitserve.cli.console import one_line_errors
 from vitserve.cli.main import app
 
 COMMANDS = ("serve", "export", "inspect", "tune", "bench", "verify", "train")
@@ -117,3 +119,26 @@ def test_a_contradiction_is_reported_in_one_line() -> None:
     result = CliRunner().invoke(app, ["serve", "--slots", "4", "--max-images", "4"])
     assert result.exit_code == 2
     assert "vitserve: slots is 4; streams × max_batch is 1 × 8 and needs at least 8 slots" in result.output
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "named"),
+    [
+        ("torch", "train", "train"),
+        ("torch", "", "export"),
+        ("nncf", "export", "int8"),
+        ("onnx.helper", "export", "export"),
+    ],
+)
+def test_a_missing_package_is_reported_with_the_extra_that_has_it(
+    package: str, extra: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit), one_line_errors(extra):
+        raise ModuleNotFoundError(name=package)
+    assert f"pip install 'vitserve[{named}]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["vitserve.service.renamed", "numpy"])
+def test_a_missing_module_without_an_extra_keeps_its_traceback(module: str) -> None:
+    with pytest.raises(ModuleNotFoundError), one_line_errors("export"):
+        raise ModuleNotFoundError(name=module)

@@ -11,17 +11,17 @@ import typer
 if TYPE_CHECKING:
     from vitserve.model.bundle.bundle import Artifact, Bundle
 
-# Which extra installs a module that a stage needs. Everything else is in the base install.
+# The extras that install a module. A module that is not in this table is in the base install.
 _EXTRAS = {
-    "torch": "export",
-    "onnx": "export",
-    "onnxscript": "export",
-    "onnx_ir": "export",
-    "safetensors": "export",
-    "huggingface_hub": "export",
-    "nncf": "int8",
-    "matplotlib": "bench",
-    "onnxruntime": "onnxruntime",
+    "torch": ("export", "train"),
+    "safetensors": ("export", "train"),
+    "onnx": ("export",),
+    "onnxscript": ("export",),
+    "onnx_ir": ("export",),
+    "huggingface_hub": ("export",),
+    "nncf": ("int8",),
+    "matplotlib": ("bench",),
+    "onnxruntime": ("onnxruntime",),
 }
 
 
@@ -29,17 +29,18 @@ _EXTRAS = {
 def one_line_errors(extra: str = "") -> Iterator[None]:
     """Ends the command with status 2 and one line instead of a traceback, for errors that the user can correct.
 
-    A missing package is reported with the pip command that installs it: of the ``extra`` that the command needs as a
-    whole, or else of the one that has the package.
+    A missing package is reported with the pip command that installs it. If several extras have the package, the command
+    names ``extra``, the one that the whole command needs.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        wanted = extra or _EXTRAS.get(package, "")
-        if not wanted:
+        extras = _EXTRAS.get(package)
+        if extras is None:  # a broken installation, or a bug: the traceback is needed
             raise
-        raise fail(f"{package} is not installed. Install it with: pip install 'vitserve[{wanted}]'") from error
+        chosen = extra if extra in extras else extras[0]
+        raise fail(f"{package} is not installed. Install it with: pip install 'vitserve[{chosen}]'") from error
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise fail(str(error)) from error
 
