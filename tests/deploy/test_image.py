@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
 from benchmarks.processes import free_port
 from tests.support.container import Config, image_config, mount, remove, run_command
-from tests.support.images import encoded, random_image
+from tests.support.http import post_jpeg
 from tests.support.paths import ROOT
 from tests.support.server import Server
 from vitserve import __version__
@@ -120,12 +119,7 @@ def test_image_metadata_names_version_user_and_entry_point(image: Image) -> None
 
 
 def test_container_serves_without_privileges_and_exits_with_0(image: Image, container: Container) -> None:
-    response = httpx.post(
-        f"{container.url}/v1/classify",
-        content=encoded(random_image(400, 300), "JPEG"),
-        headers={"Content-Type": "image/jpeg"},
-        timeout=60,
-    )
+    response = post_jpeg(container.url)
     assert response.status_code == 200
     assert len(response.json()["results"][0]["predictions"]) == 5
     status = Path(f"/proc/{container.pid}/status").read_text()

@@ -18,12 +18,11 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-import httpx
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support.images import encoded, random_image
+from tests.support.http import post_jpeg
 from tests.support.paths import ROOT
 from tests.support.server import Server
 
@@ -155,12 +154,7 @@ def test_installed_package_ignores_modules_in_the_working_directory(
     command: tuple[str, ...], environment: Path, foreign_directory: Path
 ) -> None:
     with serving(str(environment / command[0]), *command[1:], directory=foreign_directory) as server:
-        response = httpx.post(
-            f"{server.url}/v1/classify",
-            content=encoded(random_image(64, 48), "JPEG"),
-            headers={"Content-Type": "image/jpeg"},
-            timeout=60,
-        )
+        response = post_jpeg(server.url)
     assert response.status_code == 200
     assert len(response.json()["results"][0]["predictions"]) == 5
 

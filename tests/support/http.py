@@ -7,11 +7,18 @@ import socket
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.images import encoded, random_image
 from tests.support.server import Server
 
 
 def classify(client: httpx.Client, image: bytes, **options: int) -> httpx.Response:
     return client.post("/v1/classify", content=image, headers={"content-type": "image/png"}, params=options)
+
+
+def post_jpeg(url: str) -> httpx.Response:
+    """Sends one generated image to the server at ``url``."""
+    image = encoded(random_image(400, 300), "JPEG")
+    return httpx.post(f"{url}/v1/classify", content=image, headers={"Content-Type": "image/jpeg"}, timeout=60)
 
 
 def metric(client: httpx.Client, sample_name: str, /, **labels: str) -> float:

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.http import post_jpeg
 from tests.support.images import encoded, random_image
 from tests.support.server import start_server
 from tests.support.waiting import eventually
@@ -166,12 +166,7 @@ def test_without_its_packages_the_cpu_decodes(
 
 def test_a_server_without_a_gpu_logs_it_and_decodes_on_the_cpu(bundle: Bundle) -> None:
     running = start_server("--bundle", str(bundle.path), "--decode", "gpu")
-    response = httpx.post(
-        f"{running.url}/v1/classify",
-        content=encoded(random_image(), "JPEG"),
-        headers={"content-type": "image/jpeg"},
-        timeout=60,
-    )
+    response = post_jpeg(running.url)
     assert response.status_code == 200
     running.wait_for("images are decoded on the CPU: ")
     assert running.stop() == 0
