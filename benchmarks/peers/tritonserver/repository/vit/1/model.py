@@ -1,10 +1,15 @@
 """Triton's Python backend with dynamic batching."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as triton
-from pipeline import preprocess, session
+
+sys.path.append(str(Path(__file__).parents[4]))  # Triton's interpreter ignores PYTHONPATH
+
+from pipeline import preprocess, session  # noqa: E402
 
 
 class TritonPythonModel:
