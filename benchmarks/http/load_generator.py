@@ -80,7 +80,7 @@ def started(port: int, load: Load) -> Iterator[RunningLoad]:
             "records": records,
         }
         flags = [name for name, given in (("--reconnect", load.reconnect), ("--uniform", load.uniform)) if given]
-        command = [program, *(f"--{name}={value}" for name, value in options.items()), *flags, *files]
+        command = [str(program), *(f"--{name}={value}" for name, value in options.items()), *flags, *map(str, files)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             try:
                 yield RunningLoad(load, process, records)

@@ -9,7 +9,7 @@ import triton_python_backend_utils as triton
 
 sys.path.append(str(Path(__file__).parents[4]))  # Triton's interpreter ignores PYTHONPATH
 
-from pipeline import preprocess, session  # noqa: E402
+from pipeline import preprocess, session
 
 
 class TritonPythonModel:
