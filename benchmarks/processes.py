@@ -43,7 +43,7 @@ class StartedServer(NamedTuple):
 def role_of(command: Sequence[str]) -> str:
     """A short name for a process: the module that Python runs, or the name of the program."""
     if "-m" not in command:
-        return Path(command[0]).name if command else "exited"
+        return Path(command[0]).name.replace("_", " ") if command else "exited"
     module = command[command.index("-m") + 1]
     if module == "vitserve":
         return "supervisor"

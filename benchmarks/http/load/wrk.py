@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.http.tools import ToolMissingError, write_requests
+from benchmarks.http.load.requests import ToolMissingError, write_requests
 
 _SCRIPT = Path(__file__).with_name("wrk.lua")
 _RESPONSE_TIMEOUT_SECONDS = 60

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks.http.tools import ToolMissingError, write_requests
+from benchmarks.http.load.requests import ToolMissingError, write_requests
 from vitserve.bench.load import LoadResult, Sample
 
 _SOURCE = Path(__file__).with_name("load_generator.c")
 _OUTCOMES = {"0": "gave up", "-1": "connection lost", "-2": "not connected"}
-GIVE_UP_SECONDS = 5.0  # after which a client gives a request up
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Load:
     reconnect: bool = False  # a new connection for each request
     uniform: bool = False  # arrivals at equal intervals instead of Poisson arrivals
     seed: int = 1
+    give_up: float = 60.0  # seconds after which a client gives a request up
 
 
 class RunningLoad:
@@ -75,7 +75,7 @@ def started(port: int, load: Load) -> Iterator[RunningLoad]:
             "connections": load.connections,
             "warm-up": load.warm_up,
             "seconds": load.seconds,
-            "give-up": GIVE_UP_SECONDS,
+            "give-up": load.give_up,
             "seed": load.seed,
             "records": records,
         }
