@@ -75,6 +75,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--bundle", type=Path, help="bundle of ViT-B/16 with int8, for the scenario vit_b16")
     add("--photos", type=Path, default=os.environ.get("TEST_PHOTOS"), help="directory of photos ($TEST_PHOTOS)")
     add("--serve", default="", help="additional options of `vitserve serve`, for both checkouts")
+    add("--old-serve", default="", help="additional options for the old checkout only")
+    add("--new-serve", default="", help="additional options for the new checkout only")
     add("--rounds", type=int, default=3)
     add("--seconds", type=int, default=4, help="measured time of each load")
     add("--connections", default="1,64", help="of the scenarios throughput and rejections")

@@ -9,13 +9,13 @@ from functools import partial
 
 from benchmarks.http import idle, overload, photos, retry_after, throughput, vit_b16
 from benchmarks.http.load.requests import json_request, multipart_request
-from benchmarks.http.overload import Arrivals
+from benchmarks.http.overload import Arrivals, classify_requests
 from benchmarks.http.results import Measured
 from benchmarks.http.throughput import ClosedLoop
 from benchmarks.processes import StartedServer
 from benchmarks.servers import Server
 from vitserve.bench.report import connections
-from vitserve.bench.request import EncodedImage, raw, read_encoded_images
+from vitserve.bench.request import EncodedImage, read_encoded_images
 
 IMAGES_IN_FLIGHT = 64  # of the scenario decode, on as many connections or on fewer with several images a request
 IMAGES_IN_A_REQUEST = 8  # on 64 connections, they would exceed the slots of the default settings
@@ -73,22 +73,22 @@ def _decode(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def _rejections(options: argparse.Namespace) -> Iterator[Case]:
-    for size, image in (("1 KB", photos.thumbnail()), ("77 KB", photos.large_photo())):
-        requests = [raw("/v1/classify?timeout_ms=1", image)]
+    for size, images in _payloads(options):
+        requests = classify_requests(images, timeout_ms=1)
         for count in options.connections:
             load = ClosedLoop(requests, count, options.seconds, rejected=True)
             yield Case(f"{size}, {connections(count)}", partial(_closed_loop, load), vitserve_only=True)
 
 
 def _overload(options: argparse.Namespace) -> Iterator[Case]:
-    for size, images in _overload_images(options):
+    for size, images in _payloads(options):
         for arrivals in options.arrivals:
             for multiple in options.multiples:
                 measure = partial(_overloaded, options, images, multiple, arrivals == "new")
                 yield Case(f"{size}, {arrivals}, {multiple:g} ×", measure, vitserve_only=True)
 
 
-def _overload_images(options: argparse.Namespace) -> Iterator[tuple[str, Sequence[EncodedImage]]]:
+def _payloads(options: argparse.Namespace) -> Iterator[tuple[str, Sequence[EncodedImage]]]:
     if "77KB" in options.payloads:
         yield "77 KB", [photos.large_photo()]
     if "1KB" in options.payloads:

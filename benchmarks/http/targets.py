@@ -61,7 +61,8 @@ def _server(name: str, scenario: Scenario, options: argparse.Namespace) -> Serve
     if checkout is None:
         raise ServerUnavailableError(f"no checkout was given (--{name})")
     directory = checkout.resolve()
-    serve_options = [*_bundle_options(scenario, options), *scenario.serve_options, *shlex.split(options.serve)]
+    further = shlex.split(f"{options.serve} {getattr(options, f'{name}_serve')}")
+    serve_options = [*_bundle_options(scenario, options), *scenario.serve_options, *further]
     server = vitserve_server(_title(name, directory), directory, serve_options)
     check_checkout(server)
     return server
