@@ -32,9 +32,9 @@ from benchmarks.servers import ENVIRONMENTS_DIR, ROOT
 from vitserve.bench import plot
 from vitserve.bench.client import ConnectionGoneError
 from vitserve.bench.options import numbers, whole_numbers
-from vitserve.bench.report import stdout_console
 
 SECTION = "http"
+_FILE_COLUMNS = 200  # of the tables, if standard output is a file or a pipe
 
 
 def measure_scenario(name: str, options: argparse.Namespace, found: Results) -> None:
@@ -77,7 +77,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--serve", default="", help="additional options of `vitserve serve`, for both checkouts")
     add("--old-serve", default="", help="additional options for the old checkout only")
     add("--new-serve", default="", help="additional options for the new checkout only")
-    add("--rounds", type=int, default=3)
+    add("--rounds", type=int, default=3, help="0 with --add: only write the files again")
     add("--seconds", type=int, default=4, help="measured time of each load")
     add("--connections", default="1,64", help="of the scenarios throughput and rejections")
     add("--multiples", default="1.2,1.5,2,3,5", help="of the scenario overload: offered load ÷ capacity")
@@ -116,19 +116,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document_sections.check(options.docs, SECTION)
     saved = options.output / "http.json"
     found = results.read(saved) if options.add and saved.exists() else Results()
-    found.commands.append(document_sections.command_line(words))
     try:
-        for name in options.scenarios or SCENARIOS:
-            measure_scenario(name, options, found)
+        if options.rounds:
+            found.commands.append(document_sections.command_line(words))
+            for name in options.scenarios or SCENARIOS:
+                measure_scenario(name, options, found)
     except (ToolMissingError, ConnectionGoneError, RuntimeError, subprocess.CalledProcessError) as error:
         sys.exit(f"benchmarks.http: {error}")
     finally:
         if found.rows:
             write_all(found, options.output)
-    tables.print_all(found, stdout_console())
     if options.docs is not None:
         text = (options.output / "http.md").read_text(encoding="utf-8")
         document_sections.publish(options.docs, SECTION, text, options.output / "http.svg")
+    console = Console()
+    tables.print_all(found, console if console.is_terminal else Console(width=_FILE_COLUMNS))
 
 
 if __name__ == "__main__":

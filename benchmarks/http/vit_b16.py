@@ -79,7 +79,7 @@ def cells(rounds: Sequence[VitB16]) -> dict[str, str]:
     return {
         "engine alone, images/s": spread([each.engine_per_second for each in rounds]),
         f"{CONNECTIONS} connections, images/s": spread([each.per_second for each in rounds]),
-        "of the engine alone": spread([100 * each.share for each in rounds], 4) + "%",
+        "% of the engine alone": spread([100 * each.share for each in rounds]),
         "1 connection, p50 ms": spread([each.p50_ms for each in rounds], 4),
         "engine": spread([each.engine_ms for each in rounds], 4),
         "decoding": spread([each.decode_ms for each in rounds]),
