@@ -105,7 +105,8 @@ def outcomes(result: LoadResult) -> set[str]:
 )
 def test_every_request_has_an_outcome(server: ScriptedServer, path: str, outcome: str) -> None:
     request = raw(path, EncodedImage(b"x" * 200_000 if path == "/reject" else b"x", "image/jpeg"))
-    result = load_generator.run(server.port, Load([request], 0.2, warm_up=0.1, connections=2, give_up=0.1))
+    give_up = 0.1 if path == "/silent" else 60.0
+    result = load_generator.run(server.port, Load([request], 0.2, warm_up=0.1, connections=2, give_up=give_up))
     assert outcomes(result) == {outcome}
     assert len(result.samples) >= 2
     assert all(sample.planned <= sample.sent <= sample.ended for sample in result.samples)
@@ -114,10 +115,10 @@ def test_every_request_has_an_outcome(server: ScriptedServer, path: str, outcome
 def test_connections_are_kept_or_not(server: ScriptedServer) -> None:
     kept = load_generator.run(server.port, Load([get("/ok")], 0.2, warm_up=0.0, connections=3))
     assert server.connections == 3
-    assert len(kept.samples) > 3
+    assert len(kept.samples) >= 3
     server.connections = 0
     new = load_generator.run(server.port, Load([get("/ok")], 0.2, warm_up=0.0, connections=3, reconnect=True))
-    assert server.connections == len(new.samples) > 3
+    assert server.connections == len(new.samples) >= 3
 
 
 def test_requests_are_sent_in_turn(server: ScriptedServer) -> None:
