@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitserve.export.checkpoint.configuration import read_json
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.requirements import require_packages
 from vitserve.model.config import any_variant
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 
 _SCHEMES = {"hf": "hf:owner/name", "timm": "timm:NAME", "random": "random:VARIANT"}
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+-]*")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
+_HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", re.ASCII)
+_TIMM_NAME = re.compile(r"(vit|deit3?)_\w+(\.\w+)?|resnetv2_\w+_bit(\.\w+)?")
+
+CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"  # of weights in several files
+# Files of weights, in the order of transformers and timm: the first that exists is read.
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", PICKLED_INDEX, "pytorch_model.pth", "model.pth")
 
 
 def split_scheme(source: str) -> tuple[str, str]:
@@ -38,10 +47,34 @@ def check_source(source: str) -> None:
     if scheme == "random":
         any_variant(name)
     elif not scheme and not Path(source).exists():
-        prefix, colon, _ = source.partition(":")
-        if colon and _SCHEME.fullmatch(prefix):
-            raise CheckpointError(f"unknown source {source!r}: use a path, {', '.join(_SCHEMES.values())}")
-        raise CheckpointError(f"{source}: no such file or directory; a model on the hub is written hf:owner/name")
+        raise CheckpointError(_missing(source))
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of the files that an index names, which are beside it. Raises CheckpointError."""
+    weight_map = read_json(index).get("weight_map")
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not shards or not all(isinstance(shard, str) and shard for shard in shards):
+        raise CheckpointError(f"{index} is not an index of weights: weight_map must map names of tensors to files")
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names a file outside its directory: {shard!r}")
+    return sorted(set(shards))
+
+
+def _missing(source: str) -> str:
+    """What is wrong with a source that is no path, and what may be meant."""
+    if url := _HUB_URL.match(source):
+        return f"{source} is a URL; for the model on the Hugging Face hub, write hf:{url[1]}"
+    prefix, colon, name = source.partition(":")
+    if colon and _SCHEME.fullmatch(prefix):
+        hint = f"; for the model on the Hugging Face hub, write hf:{name}" if prefix in ("hf-hub", "hf_hub") else ""
+        return f"unknown source {source!r}: use a path, {', '.join(_SCHEMES.values())}{hint}"
+    if _HUB_NAME.fullmatch(source):
+        return f"{source}: no such file or directory; for the model on the Hugging Face hub, write hf:{source}"
+    if _TIMM_NAME.fullmatch(source):
+        return f"{source}: no such file or directory; for timm's model of that name on the hub, write timm:{source}"
+    return f"{source}: no such file or directory; a model on the hub is written hf:owner/name"
 
 
 def fetch_snapshot(source: str) -> Snapshot | None:

@@ -39,7 +39,9 @@ def test_code_in_a_pickle_is_not_executed(name: str, tmp_path: Path) -> None:
     else:
         torch.save({"head.weight": TouchOnLoad(executed)}, tmp_path / name)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(CheckpointError, match="a pickle with more than tensors, which is not executed"):
+    with pytest.raises(
+        CheckpointError, match=r"contains (builtins\.getattr|.*), which is not loaded because .* could execute code"
+    ):
         load_checkpoint(tmp_path if name.endswith("bin") else tmp_path / name)
     assert not executed.exists()
 
@@ -129,7 +131,7 @@ def test_an_unknown_layout_is_rejected(tmp_path: Path) -> None:
 
 def test_a_directory_without_weights_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(CheckpointError, match=r"has no weights: none of model\.safetensors, pytorch_model\.bin"):
+    with pytest.raises(CheckpointError, match=r"has no weights: none of model\.safetensors, .*pytorch_model\.bin"):
         load_checkpoint(tmp_path)
 
 
