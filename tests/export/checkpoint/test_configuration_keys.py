@@ -52,6 +52,9 @@ MODELS = {
 PROCESSORS = ("ViTImageProcessor", "DeiTImageProcessor", "BitImageProcessor", "CLIPImageProcessor")
 TIMM: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
 
+# One of these is slow: DeiT without a teacher differs from DeiT with one in the head only.
+KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "DeiT" else ()) for kind in MODELS]
+
 Library = Callable[[], np.ndarray]
 
 
@@ -124,7 +127,7 @@ def save_transformers(transformers: ModuleType, directory: Path, kind: str, chan
     )
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_keys_of_a_saved_transformers_model(kind: str, transformers: ModuleType, directory: Path) -> None:
     """The key of config.json is changed after saving. The tensors stay, as with a wrong or edited configuration."""
     save_transformers(transformers, directory, kind, {})
@@ -137,7 +140,7 @@ def test_keys_of_a_saved_transformers_model(kind: str, transformers: ModuleType,
     assert_no_faults(faults, 40)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_keys_of_a_new_transformers_model(kind: str, transformers: ModuleType, directory: Path) -> None:
     """The network is created with the changed key, so that its tensors fit."""
     faults = {}
