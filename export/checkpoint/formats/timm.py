@@ -77,7 +77,7 @@ def read(
     else:
         architecture = timm_architecture.with_arguments(timm_architecture.named(name), arguments, ignored)
         architecture = _with_root_pool(architecture, config, tensors)
-        shape = _vit_config(tensors, architecture, classes)
+        shape = vit_config(tensors, architecture, classes)
         if architecture.image_size is not None and fixed:  # as timm resolves it
             own = replace(own, image_size=architecture.image_size)
     labels = timm_labels(config, pretrained, classes, tensors.notes)
@@ -118,7 +118,8 @@ def _with_root_pool(architecture: Architecture, config: Configuration, tensors: 
     )
 
 
-def _vit_config(tensors: Tensors, architecture: Architecture, classes: int) -> ViTConfig:
+def vit_config(tensors: Tensors, architecture: Architecture, classes: int) -> ViTConfig:
+    """Of the tensors, which must be those of the architecture. Raises CheckpointError."""
     found = _structure(tensors, architecture.structure.prefix_positions)
     tensors.notes += architecture.check(found)
     prefix = found.class_token + found.distillation_token + found.registers

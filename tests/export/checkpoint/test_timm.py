@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.support.checkpoints import SMALL_TIMM, assert_same_logits, randomized, save_with_timm
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.formats import timm as timm_format
+from vitserve.export.checkpoint.formats import timm_architecture
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.export.checkpoint.state_dict import Tensors
-from vitserve.model.config import ViTConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # timm's own
 
@@ -75,18 +75,22 @@ def test_a_full_size_timm_directory_has_the_same_logits(architecture: str, timm:
 
 @pytest.mark.slow
 def test_accepted_architectures_have_timms_configuration(timm: ModuleType) -> None:
-    """What only the architecture's name shows: heads, epsilon, activation, pooling and the kind of block."""
+    """What only the architecture's name shows: heads, epsilon, activation, pooling and the kind of block.
+
+    What the tensors show too is compared with the name, and must be equal.
+    """
     accepted = 0
     for name in timm.list_models(["vit_*", "deit*"]):
         with torch.device("meta"):
             theirs = timm.create_model(name, num_classes=10)
         tensors = Tensors(theirs.state_dict())
         try:
-            ours = timm_format.read(tensors, name, theirs.pretrained_cfg, theirs.global_pool).config
+            architecture = timm_architecture.named(name)
         except CheckpointError:
             continue
         accepted += 1
-        assert isinstance(ours, ViTConfig)
+        ours = timm_format.vit_config(tensors, architecture, 10)
+        assert not tensors.notes, name
         block = theirs.blocks[0]
         kinds = (type(block).__name__, type(block.attn).__name__, type(block.norm1).__name__)
         assert kinds == ("Block", "Attention", "LayerNorm"), name
