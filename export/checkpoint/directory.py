@@ -38,7 +38,8 @@ def read_directory(directory: Path, overrides: Overrides, preprocessing: Preproc
             config.require(huggingface_names.ONLY)
         tensors = find_network(groups, (timm.MARK, timm.BIT_MARK), overrides.weights, directory)
         return timm.read(tensors, config, overrides.model_args, ignored, activation)
-    config, kind = Configuration(CONFIG, keys), str(keys.get("model_type"))
+    config = Configuration(CONFIG, keys)
+    kind = huggingface.kind_of(config)
     names = [name for group in groups.values() for name in group]
     mark = f"{kind}.{huggingface.MARK}"
     if not any(name.endswith(mark) for name in names):  # a base model's have no prefix
@@ -47,7 +48,7 @@ def read_directory(directory: Path, overrides: Overrides, preprocessing: Preproc
     if preprocessing is None:
         preprocessing, notes = image_processor.preprocessing(_preprocessor(directory), kind, ignored)
         tensors.notes += notes
-    return huggingface.read(tensors, config, preprocessing, ignored)
+    return huggingface.read(tensors, config, kind, preprocessing, ignored)
 
 
 def _existing(path: Path) -> Path:

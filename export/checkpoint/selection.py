@@ -65,17 +65,15 @@ def find_network(groups: Groups, marks: Sequence[str], chosen: str, path: Path) 
     if not chosen and str(place):
         notes.append(f"the weights are those under {str(place)!r}")
     others = [other.prefix for other in _places(groups, marks) if other.key == place.key and other != place]
-    named = {
-        name: tensor
-        for name, tensor in groups[place.key].items()
-        if name.startswith(place.prefix) and not any(name.startswith(other) for other in others if other)
-    }
-    outside = {
-        name: tensor
-        for name, tensor in groups[place.key].items()
-        if name not in named and not any(name.startswith(other) for other in others if other)
-    }
+
+    def owner(name: str) -> str | None:
+        """The longest prefix of a network that the name has, because one may be empty."""
+        return max((each for each in [place.prefix, *others] if name.startswith(each)), key=len, default=None)
+
+    owners = {name: owner(name) for name in groups[place.key]}
+    outside = {name: tensor for name, tensor in groups[place.key].items() if owners[name] is None}
     notes += _check_outside(outside, place, chosen)
+    named = {name: tensor for name, tensor in groups[place.key].items() if owners[name] == place.prefix}
     return Tensors({name.removeprefix(place.prefix): tensor for name, tensor in named.items()}, notes)
 
 

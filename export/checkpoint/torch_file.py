@@ -61,9 +61,10 @@ class TorchFile:
 def read_torch_file(path: Path) -> TorchFile:
     """Raises CheckpointError."""
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
+        # A file object, because torch takes the name of a path into account.
+        with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
             warnings.simplefilter("ignore")  # about pickle protocols; the error below says it
-            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+            loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} {_fault(path, str(error))}") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -118,7 +119,8 @@ def _fault(path: Path, message: str) -> str:
 
 def _unsafe_kinds(path: Path, message: str) -> list[str]:
     try:
-        named: list[str] = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        with path.open("rb") as file:
+            named: list[str] = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # torch reads them from its zip format only
         named = _GLOBAL.findall(message)[:1]
     allowed = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__name__}" for entry in _ALLOWED}

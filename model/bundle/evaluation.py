@@ -15,7 +15,7 @@ from vitserve.model.bundle.bundle import Evaluation
 from vitserve.model.bundle.preprocess import Decoder, ImageError, Preprocessing
 
 Classes = npt.NDArray[np.int64]
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _LISTED = 3  # files named in a message
 
 
@@ -45,14 +45,23 @@ def read_images(
     decoder = Decoder(preprocessing)
     if source.is_dir():
         return _of_directory(source, decoder, labels, (calibration, evaluation), note)
-    try:
-        with np.load(source, allow_pickle=False) as arrays:
-            return tuple(  # type: ignore[return-value]  # two
-                _of_archive(source, arrays, split, decoder, count, note)
-                for split, count in (("train", calibration), ("test", evaluation))
-            )
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{source} is neither a directory of images nor an archive for `vitserve train`") from error
+    with _opened_archive(source) as arrays:
+        return (
+            _of_archive(source, arrays, "train", decoder, calibration, note),
+            _of_archive(source, arrays, "test", decoder, evaluation, note),
+        )
+
+
+def image_files(directory: Path) -> list[Path]:
+    """The images in the directory and below, by their suffixes, sorted.
+
+    Hidden files are not among them: macOS writes ._1.jpg for 1.jpg, and __MACOSX into archives.
+    """
+
+    def hidden(path: Path) -> bool:
+        return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(directory).parts)
+
+    return sorted(path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and not hidden(path))
 
 
 def evaluate(
@@ -78,6 +87,18 @@ def evaluate(
     )
 
 
+def _opened_archive(source: Path) -> Any:
+    """Raises ValueError."""
+    try:
+        arrays = np.load(source, allow_pickle=False)
+    except ValueError:
+        arrays = None
+    names = {f"{split}_{name}" for split in ("train", "test") for name in ("jpeg", "offsets", "labels")}
+    if not isinstance(arrays, np.lib.npyio.NpzFile) or not names <= set(arrays.files):
+        raise ValueError(f"{source} is neither a directory of images nor an archive for `vitserve train`")
+    return arrays
+
+
 def _of_archive(
     source: Path, arrays: Any, split: str, decoder: Decoder, count: int, note: Callable[[str], None]
 ) -> Images:
@@ -93,7 +114,7 @@ def _of_archive(
 def _of_directory(
     directory: Path, decoder: Decoder, labels: Sequence[str], counts: tuple[int, int], note: Callable[[str], None]
 ) -> tuple[Images, Images]:
-    files = sorted(path for path in directory.rglob("*") if _is_image(path.relative_to(directory)))
+    files = image_files(directory)
     if len(files) < 2:
         raise ValueError(
             f"{directory} contains {len(files)} images; at least 2 are needed, for calibration and evaluation"
@@ -111,12 +132,6 @@ def _of_directory(
     for part in (slice(calibration), slice(calibration, None)):
         parts.append(Images(np.stack(pixels[part]), classes[chosen[part]] if known else None))
     return parts[0], parts[1]
-
-
-def _is_image(path: Path) -> bool:
-    """By its suffix. Hidden files are not images: macOS writes ._1.jpg for 1.jpg, and __MACOSX into archives."""
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return not hidden and path.suffix.lower() in _SUFFIXES
 
 
 def _decode(

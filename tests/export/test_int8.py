@@ -15,14 +15,16 @@ import openvino
 import pytest
 import torch
 
-from tests.support.bundles import SMALL, artifact_in, confident_checkpoint, int8_bundle, random_images
+from tests.support.bundles import SMALL, artifact_in, confident_checkpoint, fp8_bundle, int8_bundle, random_images
 from tests.support.networks import checkpoint, network
 from vitserve.export.artifacts import ExportError
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.trace import trace
 from vitserve.export.quantize import int8
+from vitserve.export.quantize.coverage import of_onnx, of_openvino
 from vitserve.model.arrays import Pixels
+from vitserve.model.bundle.bundle import Bundle, Quantization
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.network.build import Network
 from vitserve.service.engines.engine import EngineOptions
@@ -39,10 +41,14 @@ def traced(source: Network, directory: Path) -> Path:
     return directory / "model.onnx"
 
 
-@pytest.mark.usefixtures("nncf")
-def test_calibrated_int8_is_quantized_and_evaluated(tmp_path: Path) -> None:
-    bundle = int8_bundle(tmp_path / "bundle")
-    artifact = artifact_in(bundle, "int8")
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    return int8_bundle(tmp_path_factory.mktemp("int8") / "bundle")
+
+
+def test_calibrated_int8_is_quantized_and_evaluated(calibrated: Bundle) -> None:
+    bundle, artifact = calibrated, artifact_in(calibrated, "int8")
     assert (artifact.engine, artifact.weights) == ("openvino", artifact.path.replace(".xml", ".bin"))
     assert artifact.evaluation is not None
     assert artifact.evaluation.images == 100
@@ -100,6 +106,52 @@ def test_int8_without_images_is_for_onnxruntime(tmp_path: Path) -> None:
     opened = open_engine(bundle, EngineOptions(precision="int8"))
     opened.engine.close()
     assert opened.engine.precision == "int8"
+
+
+def test_quantized_layers_are_counted(calibrated: Bundle) -> None:
+    """The patch projection, four layers in each block, of which the last has one more, and the head."""
+    layers, bundle = 4 * SMALL.depth + 3, calibrated
+    assert artifact_in(bundle, "int8").quantization == Quantization(layers, layers)
+    assert {artifact.quantization for artifact in bundle.manifest.artifacts if artifact.precision == "fp32"} == {None}
+    compiled = openvino.compile_model(bundle.path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert of_openvino(compiled) == Quantization(0, layers)
+    assert of_onnx(bundle.path / "model.onnx") == Quantization(0, layers)
+
+
+def test_layers_that_stay_in_floating_point_are_counted(tmp_path: Path) -> None:
+    """Without images only matrix products are quantized, not the convolution of the patches."""
+    bundle = build_bundle(confident_checkpoint(), tmp_path / "bundle", name="small", precisions=["int8"], max_loss=10)
+    layers = 4 * SMALL.depth + 3
+    assert artifact_in(bundle, "int8").quantization == Quantization(layers - 1, layers)
+    assert artifact_in(fp8_bundle(tmp_path / "fp8"), "fp8").quantization == Quantization(9, 11)
+
+
+@pytest.mark.usefixtures("nncf")
+def test_an_artifact_without_a_quantized_layer_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the search for an allowed loss keeps every layer in float32. It would be float32 under another name."""
+    monkeypatch.setattr(int8, "quantize", lambda graph, images, smooth: openvino.Core().read_model(graph))
+    message = rf"openvino in int8 has none of its {4 * SMALL.depth + 3} layers with weights quantized"
+    with pytest.raises(ExportError, match=message):
+        int8_bundle(tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nncf")
+def test_a_search_that_keeps_every_layer_in_float32_is_rejected(tmp_path: Path) -> None:
+    steps: list[str] = []
+    with pytest.raises(ExportError, match="openvino in int8"):
+        build_bundle(
+            confident_checkpoint(),
+            tmp_path / "bundle",
+            name="small",
+            precisions=["int8"],
+            calibration_images=random_images(32),
+            evaluation_images=random_images(300, seed=1000),
+            max_loss=0,
+            progress=steps.append,
+        )
+    assert any("none of its 15 layers with weights quantized" in step for step in steps)
 
 
 def test_required_precision_that_loses_too_much_is_an_error(tmp_path: Path) -> None:

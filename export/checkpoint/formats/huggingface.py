@@ -50,14 +50,15 @@ _ACTIVATIONS: dict[str, MlpActivation] = {
 MARK = "embeddings.cls_token"  # a tensor that every network of these kinds has, after model_type and a dot
 
 
-def read(tensors: Tensors, config: Configuration, preprocessing: Preprocessing, ignored: tuple[str, ...]) -> Source:
-    """``config`` is config.json, and ``ignored`` are its keys that the user states to have no effect.
+def read(
+    tensors: Tensors, config: Configuration, kind: str, preprocessing: Preprocessing, ignored: tuple[str, ...]
+) -> Source:
+    """``config`` is config.json without its model_type, ``kind``.
+
+    ``ignored`` are keys that the user states to have no effect.
 
     Raises CheckpointError.
     """
-    kind = config.text("model_type", "")
-    if kind not in KINDS:
-        raise CheckpointError(f"unsupported model_type {kind!r}; supported are {', '.join(KINDS)}")
     names.modernize(tensors, kind)
     names.check_architecture(config.take("architectures"), names.has_teacher(tensors))
     if not names.has_teacher(tensors):
@@ -70,6 +71,16 @@ def read(tensors: Tensors, config: Configuration, preprocessing: Preprocessing, 
     weights = _weights(tensors, shape, kind)
     interpolation = TRANSFORMERS_REGISTERS if kind == "dinov2_with_registers" else TRANSFORMERS
     return Source(shape, weights, preprocessing, labels, activation, interpolation, (*tensors.notes, *notes))
+
+
+def kind_of(config: Configuration) -> str:
+    """Takes the model_type. Raises CheckpointError for an unsupported one."""
+    kind = config.text("model_type", "")
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"unsupported model_type {kind!r} in {config.name}; supported are {', '.join(KINDS)}, and timm_wrapper"
+        )
+    return kind
 
 
 def _shape(tensors: Tensors, config: Configuration, kind: str) -> ViTConfig:
