@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.file_kind import fault_of
 
 GREATEST_NUMBER = 1e30  # NaN and infinity, which Python's JSON has, are not below it
 GREATEST_INTEGER = 1_000_000  # above every width, depth and image size; protects from allocating what a file claims
@@ -136,7 +137,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        fault = fault_of(path) or f"is not JSON: {error}"
+        raise CheckpointError(f"{path} {fault}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return loaded

@@ -24,30 +24,43 @@ from vitserve.export.checkpoint.selection import Groups, find_network
 from vitserve.export.checkpoint.state_dict import read_tensors
 from vitserve.model.bundle.preprocess import Preprocessing
 
+_OTHER_FRAMEWORKS = {".h5", ".msgpack", ".onnx", ".tflite", ".keras", ".ot"}
+
 
 def read_directory(directory: Path, overrides: Overrides, preprocessing: Preprocessing | None) -> Source:
     """``preprocessing`` replaces the directory's own. Raises CheckpointError."""
-    keys, ignored = read_json(_existing(directory / CONFIG)), overrides.ignored_keys
-    groups = _groups(directory)
-    if "architecture" in keys:
-        config = Configuration(CONFIG, keys, null_is_default=True)
-        activation = None
-        if config.take("model_type") == "timm_wrapper":
-            activation = huggingface.activation_of(config)
-            config.ignore(*huggingface_names.WITHOUT_EFFECT)
-            config.require(huggingface_names.ONLY)
-        tensors = find_network(groups, (timm.MARK, timm.BIT_MARK), overrides.weights, directory)
-        return timm.read(tensors, config, overrides.model_args, ignored, activation)
-    config = Configuration(CONFIG, keys)
-    kind = huggingface.kind_of(config)
-    names = [name for group in groups.values() for name in group]
-    mark = f"{kind}.{huggingface.MARK}"
-    if not any(name.endswith(mark) for name in names):  # a base model's have no prefix
-        mark = huggingface.MARK
-    tensors = find_network(groups, (mark,), overrides.weights, directory)
+    keys = read_json(_existing(directory / CONFIG))
+    if overrides.architecture:
+        raise CheckpointError(f"{directory} has its own configuration; --architecture is for a state dict of timm")
+    if "architecture" in keys and keys.get("model_type") not in huggingface.KINDS:
+        return _read_timm(directory, Configuration(CONFIG, keys, null_is_default=True), overrides)
+    if overrides.model_args:
+        raise CheckpointError(f"--model-arg is for networks of timm; {directory} is one of transformers")
+    return _read_transformers(directory, Configuration(CONFIG, keys), overrides, preprocessing)
+
+
+def _read_timm(directory: Path, config: Configuration, overrides: Overrides) -> Source:
+    activation = None
+    if config.take("model_type") == "timm_wrapper":  # saved by transformers
+        activation = huggingface.activation_of(config)
+        config.ignore(*huggingface_names.WITHOUT_EFFECT)
+        config.require(huggingface_names.ONLY)
+    tensors = find_network(_groups(directory), (timm.MARK, timm.BIT_MARK), overrides.weights, directory)
+    return timm.read(tensors, config, overrides.model_args, overrides.ignored_keys, activation)
+
+
+def _read_transformers(
+    directory: Path, config: Configuration, overrides: Overrides, preprocessing: Preprocessing | None
+) -> Source:
+    kind, ignored, notes = huggingface.kind_of(config), overrides.ignored_keys, list[str]()
     if preprocessing is None:
         preprocessing, notes = image_processor.preprocessing(_preprocessor(directory), kind, ignored)
-        tensors.notes += notes
+    groups = _groups(directory)
+    mark = f"{kind}.{huggingface.MARK}"
+    if not any(name.endswith(mark) for group in groups.values() for name in group):  # a base model's have no prefix
+        mark = huggingface.MARK
+    tensors = find_network(groups, (mark,), overrides.weights, directory)
+    tensors.notes += notes
     return huggingface.read(tensors, config, kind, preprocessing, ignored)
 
 
@@ -68,7 +81,8 @@ def _hint(directory: Path) -> str:
         return (
             "; it is an adapter: merge it into its base model first (merge_and_unload() of peft), and save the result"
         )
-    return ""
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in _OTHER_FRAMEWORKS)
+    return f"; those of other frameworks are not read: {', '.join(others[:3])}" if others else ""
 
 
 def _preprocessor(directory: Path) -> Configuration:
@@ -89,9 +103,8 @@ def _preprocessor(directory: Path) -> Configuration:
 def _groups(directory: Path) -> Groups:
     for name in WEIGHTS:
         if (directory / name).exists():
-            return (
-                _sharded(directory, name) if name in (INDEX, PICKLED_INDEX) else read_tensors(directory / name).groups
-            )
+            sharded = name in (INDEX, PICKLED_INDEX)
+            return _sharded(directory, name) if sharded else read_tensors(directory / name).groups
     raise CheckpointError(f"{directory} has no weights: none of {', '.join(WEIGHTS)}{_hint(directory)}")
 
 

@@ -49,6 +49,11 @@ def fault_of(path: Path) -> str | None:
     return _fault_of_text(head) or _fault_of_graph(path, head)
 
 
+def is_json(head: bytes) -> bool:
+    """Whether these first bytes begin a JSON object or list."""
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")) and b"\0" not in head
+
+
 def is_foreign_pickle(head: bytes) -> bool:
     """Whether these first bytes begin a pickle in a protocol that torch's safe loader does not read."""
     return head.startswith(_PICKLE)
@@ -80,8 +85,6 @@ def _fault_of_text(head: bytes) -> str | None:
             "is an HTML or XML page, such as a login or error page that was saved in place of the file;"
             " download the file itself"
         )
-    if text.startswith((b"{", b"[")) and b"\0" not in head:
-        return "is JSON, not weights"
     return None
 
 

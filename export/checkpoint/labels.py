@@ -10,6 +10,7 @@ from typing import Any
 
 from vitserve.export.checkpoint.configuration import Configuration
 from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.file_kind import fault_of
 
 _IMAGENET = Path(__file__).parent / "imagenet_labels.txt"
 # Byte order marks, the longer ones first because UTF-16's begins UTF-32's.
@@ -32,6 +33,8 @@ def read_label_file(path: Path, encoding: str = "") -> tuple[str, ...]:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
+    if fault := fault_of(path):
+        raise CheckpointError(f"{path} {fault}")
     chosen = encoding or _encoding_of(content)
     try:
         text = content.decode(chosen)

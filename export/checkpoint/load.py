@@ -45,7 +45,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # decisions that the user should know of
 
 
-def load_checkpoint(source: str | Path, overrides: Overrides | None = None, **fields: Any) -> Checkpoint:
+def load_checkpoint(source: str | Path, overrides: Overrides | None = None, /, **fields: Any) -> Checkpoint:
     """Reads the checkpoint. ``fields`` are those of Overrides, for a call without an instance.
 
     Raises CheckpointError naming each tensor that is missing, unexpected or of another shape, and each key that is not
@@ -120,14 +120,16 @@ def _read_file(path: Path, overrides: Overrides) -> Source:
             return of_training
     file = read_tensors(path)
     tensors = find_network(file.groups, _MARKS, overrides.weights, path)
+    if timm.MARK in tensors or timm.BIT_MARK in tensors:
+        return _read_timm(tensors, path, file.architecture, overrides)
+    if (overrides.architecture or overrides.model_args) and (google.MARK in tensors or torchvision.MARK in tensors):
+        raise CheckpointError(f"--architecture and --model-arg are for networks of timm; {path} is of another library")
     if google.MARK in tensors:
         return google.read(tensors)
     if torchvision.MARK in tensors:
         return torchvision.read(tensors, path)
-    if timm.MARK in tensors or timm.BIT_MARK in tensors:
-        return _read_timm(tensors, path, file.architecture, overrides)
-    hint = ""
-    if any(name.endswith(huggingface.MARK) for name in tensors.names("")):
+    hint = f". It is in a directory with {CONFIG}: export the directory" if path.with_name(CONFIG).exists() else ""
+    if not hint and any(name.endswith(huggingface.MARK) for name in tensors.names("")):
         hint = f". It is a state dict of transformers: export a directory that also has {CONFIG} and {PREPROCESSOR}"
     raise CheckpointError(
         f"unrecognized checkpoint layout: {path}; supported are Google's, torchvision's, timm's and"

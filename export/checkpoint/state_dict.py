@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.file_kind import fault_of, is_foreign_pickle
+from vitserve.export.checkpoint.file_kind import fault_of, is_foreign_pickle, is_json
 from vitserve.export.checkpoint.torch_file import TorchFile, read_torch_file
 from vitserve.model.config import ResNetConfig, ViTConfig
 from vitserve.model.network.build import Network, network_of
@@ -122,9 +122,10 @@ def read_tensors(path: Path) -> TorchFile:
     if head.startswith((b"PK", b"\x80\x02")) or is_foreign_pickle(head):
         return read_torch_file(path)
     # A safetensors file begins with the length of its header, eight bytes, and the header, which is a JSON object.
-    if path.suffix == ".safetensors" or head[8:] == b"{":
+    if head[8:] == b"{" or (path.suffix == ".safetensors" and not is_json(head)):
         return TorchFile({"": _from_safetensors(path)})
-    raise CheckpointError(f"{path} is neither a safetensors file nor a torch file")
+    kind = "is JSON, not weights" if is_json(head) else "is neither a safetensors file nor a torch file"
+    raise CheckpointError(f"{path} {kind}")
 
 
 def build_network(config: ViTConfig | ResNetConfig, weights: Mapping[str, Tensor]) -> Network:

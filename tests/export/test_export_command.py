@@ -75,7 +75,7 @@ def test_a_failed_export_leaves_the_existing_bundle(vit: Path, tmp_path: Path) -
     assert CliRunner().invoke(app, command).exit_code == 2
     assert open_bundle(tmp_path / "bundle") == before
     (vit / "config.json").write_text(
-        json.dumps(config | {"id2label": dict(enumerate("a\n b\n c\n d\n e\n".split(" ")))})
+        json.dumps(config | {"id2label": {index: f"{name}\n" for index, name in enumerate("abcde")}})
     )
     assert CliRunner().invoke(app, command).exit_code == 0
     assert open_bundle(tmp_path / "bundle").labels == ("a\n", "b\n", "c\n", "d\n", "e\n")

@@ -118,7 +118,7 @@ def test_predictions_of_a_sigmoid_are_compared_class_by_class() -> None:
     evaluation = evaluate(lambda _: changed, reference, images, "sigmoid")
     assert (evaluation.top1_agreement, evaluation.accuracy) == (0.75, None)
     assert evaluation.loss == pytest.approx(12.5), "half of the changed predictions"
-    assert evaluation.probability == pytest.approx(float(sigmoid(np.float32(1)) - sigmoid(np.float32(-1))))  # type: ignore[arg-type]  # scalars work too
+    assert evaluation.probability == pytest.approx(1 / (1 + np.exp(-1)) - 1 / (1 + np.exp(1)))
     several = np.array([[3, 1, -1], [3, -2, -1]], np.float32)
     assert to_predictions(several, "sigmoid").tolist() == [[True, True, False], [True, False, False]]
     assert to_predictions(several, "softmax").tolist() == [[True, False, False], [True, False, False]]

@@ -144,6 +144,9 @@ def test_other_encodings_are_stated(tmp_path: Path) -> None:
     assert read_label_file(path, "cp1252") == ("Größe", "Äpfel")
     with pytest.raises(CheckpointError, match="unknown encoding 'klingon'"):
         read_label_file(path, "klingon")
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=r"labels\.txt is a Git LFS pointer"):
+        read_label_file(path)
     with pytest.raises(CheckpointError, match=r"missing\.txt: No such file"):
         read_label_file(tmp_path / "missing.txt")
 

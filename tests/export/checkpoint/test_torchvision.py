@@ -143,12 +143,14 @@ def test_a_replaced_head_is_found(
     from torchvision.models.vision_transformer import VisionTransformer
 
     source: Any
+    architecture = ""
     if library.startswith("torchvision"):
         source = VisionTransformer(**SMALL | {"hidden_dim": 192})
         inner = library.endswith("inner")
         setattr(source.heads if inner else source, "head" if inner else "heads", heads(kind, 192))
     elif library == "timm":
-        source = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=7)
+        architecture = "vit_tiny_patch16_224"
+        source = timm.create_model(architecture, depth=1, num_classes=7)
         source.head = heads(kind, 192)
     else:
         arguments = SMALL_TRANSFORMERS | {"intermediate_size": 96}
@@ -161,7 +163,7 @@ def test_a_replaced_head_is_found(
     if library == "transformers":
         assert_same_logits(load_checkpoint(tmp_path), logits_of(source))
     else:
-        assert_same_logits(load_checkpoint(path, architecture="vit_tiny_patch16_224"), source)
+        assert_same_logits(load_checkpoint(path, architecture=architecture), source)
 
 
 @pytest.mark.parametrize(

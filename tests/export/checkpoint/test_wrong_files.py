@@ -23,12 +23,13 @@ from tests.support.networks import save_checkpoint
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.load import load_checkpoint
 
+VIT = {"config.json": '{"model_type": "vit"}', "preprocessor_config.json": "{}"}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 346293852\n"
 
 
 def torchscript() -> bytes:
     buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)  # type: ignore[no-untyped-call]
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
     return buffer.getvalue()
 
 
@@ -106,7 +107,8 @@ def test_a_wrong_file_is_recognized_whatever_its_name(kind: str, name: str, tmp_
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_pointer_in_a_directory_is_recognized(name: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    for file, content in VIT.items():
+        (tmp_path / file).write_text(content)
     (tmp_path / name).write_bytes(POINTER)
     with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer"):
         load_checkpoint(tmp_path)
@@ -124,10 +126,14 @@ def test_a_pointer_in_a_directory_is_recognized(name: str, tmp_path: Path) -> No
         ({"adapter_config.json": "{}"}, r"it is an adapter: merge it into its base model first"),
         ({"config.json": "[]"}, r"config\.json is not a JSON object"),
         ({"config.json": "{"}, r"config\.json is not JSON"),
+        ({"config.json": POINTER.decode()}, r"config\.json is a Git LFS pointer"),
+        ({"config.json": "<html>"}, r"config\.json is an HTML or XML page"),
+        ({"config.json": "{}"}, r"unsupported model_type '' in config\.json"),
         ({"config.json": "[" * 100_000}, r"config\.json is not JSON"),
-        ({"config.json": "{}", "model.safetensors.index.json": "{}"}, r"is not an index of weights"),
-        ({"config.json": "{}", "model.safetensors.index.json": '{"weight_map": null}'}, r"weight_map must map"),
-        ({"config.json": "{}", "pytorch_model.bin.index.json": '{"weight_map": {"a": 1}}'}, r"weight_map must map"),
+        (VIT | {"tf_model.h5": "x"}, r"other frameworks are not read: tf_model\.h5"),
+        (VIT | {"model.safetensors.index.json": "{}"}, r"is not an index of weights"),
+        (VIT | {"model.safetensors.index.json": '{"weight_map": null}'}, r"weight_map must map"),
+        (VIT | {"pytorch_model.bin.index.json": '{"weight_map": {"a": 1}}'}, r"weight_map must map"),
     ],
 )
 def test_a_wrong_directory_is_explained(files: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -253,3 +259,17 @@ def test_a_key_without_effect_can_be_ignored(transformers: ModuleType, tmp_path:
         notes = load_checkpoint(tmp_path, ignored_keys=("our_dataset",)).notes
         assert f'our_dataset "pets" in {name} is ignored as requested' in notes
         (tmp_path / name).write_text(json.dumps(keys))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_options_of_other_libraries_are_rejected(transformers: ModuleType, timm: ModuleType, tmp_path: Path) -> None:
+    save_vit(transformers, tmp_path / "vit")
+    with pytest.raises(CheckpointError, match="--architecture is for a state dict of timm"):
+        load_checkpoint(tmp_path / "vit", architecture="vit_tiny_patch16_224")
+    with pytest.raises(CheckpointError, match="--model-arg is for networks of timm"):
+        load_checkpoint(tmp_path / "vit", model_args={"num_heads": 3})
+    with pytest.raises(CheckpointError, match=r"It is in a directory with config\.json: export the directory"):
+        load_checkpoint(tmp_path / "vit" / "model.safetensors")
+    (tmp_path / "vit" / "model.safetensors").rename(tmp_path / "vit.safetensors")
+    with pytest.raises(CheckpointError, match=r"a state dict of transformers: export a directory that also has config"):
+        load_checkpoint(tmp_path / "vit.safetensors")
