@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.file_kind import fault_of
+from vitserve.export.checkpoint.files import fault_of
 
 GREATEST_NUMBER = 1e30  # NaN and infinity, which Python's JSON has, are not below it
 GREATEST_INTEGER = 1_000_000  # above every width, depth and image size; protects from allocating what a file claims
@@ -142,6 +142,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return loaded
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of the files that an index of weights names, which are beside it. Raises CheckpointError."""
+    weight_map = read_json(index).get("weight_map")
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not shards or not all(isinstance(shard, str) and shard for shard in shards):
+        raise CheckpointError(f"{index} is not an index of weights: weight_map must map names of tensors to files")
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names a file outside its directory: {shard!r}")
+    return sorted(set(shards))
 
 
 def _is_number(value: Any) -> bool:

@@ -6,19 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vitserve.export.checkpoint.configuration import Configuration, read_json
+from vitserve.export.checkpoint.configuration import Configuration, read_json, shards_of
 from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.files import CONFIG, INDEX, PICKLED_INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
 from vitserve.export.checkpoint.formats import huggingface, huggingface_names, image_processor, timm
 from vitserve.export.checkpoint.formats.source import Source
-from vitserve.export.checkpoint.locate import (
-    CONFIG,
-    INDEX,
-    PICKLED_INDEX,
-    PREPROCESSOR,
-    PROCESSOR,
-    WEIGHTS,
-    shards_of,
-)
 from vitserve.export.checkpoint.overrides import Overrides
 from vitserve.export.checkpoint.selection import Groups, find_network
 from vitserve.export.checkpoint.state_dict import read_tensors

@@ -19,16 +19,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from vitserve.export.checkpoint.configuration import shards_of
 from vitserve.export.checkpoint.errors import CheckpointError, HubError
-from vitserve.export.checkpoint.locate import (
-    CONFIG,
-    INDEX,
-    PICKLED_INDEX,
-    PREPROCESSOR,
-    PROCESSOR,
-    WEIGHTS,
-    shards_of,
-)
+from vitserve.export.checkpoint.files import CONFIG, INDEX, PICKLED_INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
 
 # The revision becomes a path below the cache's refs/, so it must not lead out of that directory.
 _SOURCE = re.compile(r"([\w.-]+/[\w.-]+)(?:@(?![/.])(?!.*\.\.)([\w./+-]+))?", re.ASCII)
@@ -49,7 +42,7 @@ def fetch(source: str) -> Snapshot:
 
     ``revision`` is a branch, tag or commit; the default is main.
     The files are config.json, the preprocessor's configuration if it exists, and the weights: the first file of
-    locate.WEIGHTS, with its shards if it is an index. Cached files are not downloaded again.
+    files.WEIGHTS, with its shards if it is an index. Cached files are not downloaded again.
     If the hub cannot be reached, the cached commit of the revision is used.
 
     Raises HubError if the source is malformed, the repository or revision does not exist, access is not granted,

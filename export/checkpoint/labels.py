@@ -10,7 +10,7 @@ from typing import Any
 
 from vitserve.export.checkpoint.configuration import Configuration
 from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.file_kind import fault_of
+from vitserve.export.checkpoint.files import fault_of
 
 _IMAGENET = Path(__file__).parent / "imagenet_labels.txt"
 # Byte order marks, the longer ones first because UTF-16's begins UTF-32's.

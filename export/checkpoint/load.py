@@ -19,10 +19,11 @@ import torch
 from vitserve.export.checkpoint.configuration import Configuration, read_json
 from vitserve.export.checkpoint.directory import read_directory
 from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.files import CONFIG, PREPROCESSOR
 from vitserve.export.checkpoint.formats import google, huggingface, image_processor, timm, torchvision, trained
 from vitserve.export.checkpoint.formats.source import Source
 from vitserve.export.checkpoint.labels import checked_labels, default_labels, numbered_labels
-from vitserve.export.checkpoint.locate import CONFIG, PREPROCESSOR, check_source, fetch_snapshot, split_scheme
+from vitserve.export.checkpoint.locate import check_source, fetch_snapshot, split_scheme
 from vitserve.export.checkpoint.overrides import Overrides
 from vitserve.export.checkpoint.position_embeddings import GREATEST_IMAGE_SIZE, at_image_size
 from vitserve.export.checkpoint.selection import find_network

@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitserve.export.checkpoint.configuration import read_json
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.requirements import require_packages
 from vitserve.model.config import any_variant
@@ -25,11 +24,6 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+-]*")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 _HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", re.ASCII)
 _TIMM_NAME = re.compile(r"(vit|deit3?)_\w+(\.\w+)?|resnetv2_\w+_bit(\.\w+)?")
-
-CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
-INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"  # of weights in several files
-# Files of weights, in the order of transformers and timm: the first that exists is read.
-WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", PICKLED_INDEX, "pytorch_model.pth", "model.pth")
 
 
 def split_scheme(source: str) -> tuple[str, str]:
@@ -48,18 +42,6 @@ def check_source(source: str) -> None:
         any_variant(name)
     elif not scheme and not Path(source).exists():
         raise CheckpointError(_missing(source))
-
-
-def shards_of(index: Path) -> list[str]:
-    """The names of the files that an index names, which are beside it. Raises CheckpointError."""
-    weight_map = read_json(index).get("weight_map")
-    shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not shards or not all(isinstance(shard, str) and shard for shard in shards):
-        raise CheckpointError(f"{index} is not an index of weights: weight_map must map names of tensors to files")
-    for shard in shards:
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names a file outside its directory: {shard!r}")
-    return sorted(set(shards))
 
 
 def _missing(source: str) -> str:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.file_kind import fault_of, is_foreign_pickle, is_json
+from vitserve.export.checkpoint.files import fault_of, is_foreign_pickle, is_json
 from vitserve.export.checkpoint.torch_file import TorchFile, read_torch_file
 from vitserve.model.config import ResNetConfig, ViTConfig
 from vitserve.model.network.build import Network, network_of

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.file_kind import is_foreign_pickle
+from vitserve.export.checkpoint.files import is_foreign_pickle
 
 _MOST_LEVELS = 4  # of nested containers that are searched for state dicts
 _GLOBAL = re.compile(r"(?:GLOBAL|class) ([\w.]+)")  # in the messages of torch's unpickler

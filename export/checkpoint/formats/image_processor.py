@@ -55,7 +55,7 @@ _WITHOUT_EFFECT = {
     "do_convert_rgb",
     # Only with do_pad, which is rejected.
     "pad_size",
-    # How the caller of the library gets its arrays, or how the library groups images.
+    # The kind of array that the library returns, and how it groups images.
     "return_tensors",
     "input_data_format",
     "device",

@@ -1,4 +1,4 @@
-"""Recognizes files that are often found in the place of weights, and says how to get the weights.
+"""The names of a checkpoint's files, and what other files are that are often found in their place.
 
 Only the first bytes are read, and the directory of a zip archive. Needs neither torch nor the library that wrote them.
 """
@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+
+CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+INDEX, PICKLED_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"  # of weights in several files
+# Files of weights, in the order of transformers and timm: the first that exists is read.
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", PICKLED_INDEX, "pytorch_model.pth", "model.pth")
 
 _HEAD_BYTES = 1024
 _GIT_LFS = b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
