@@ -53,3 +53,13 @@ def to_predictions(logits: Floats, activation: Activation) -> npt.NDArray[np.boo
     if activation == "softmax":
         predicted = logits.argmax(1)[:, None] == np.arange(logits.shape[1])
     return predicted
+
+
+def agreement(predicted: npt.NDArray[np.bool_], expected: npt.NDArray[np.bool_]) -> float:
+    """Predicted classes, both bool [n, classes] → the mean share of classes in common, from 0 to 1.
+
+    It is the Jaccard index of each image's two sets of classes, and 1 if both are empty. With one class for each image,
+    it is the share of images with the same class.
+    """
+    common, either = (predicted & expected).sum(1), (predicted | expected).sum(1)
+    return float(np.where(either, common / np.maximum(either, 1), 1.0).mean())

@@ -74,7 +74,7 @@ class Evaluation:
     """An artifact's results on real images, compared with the float32 network and, if given, with the labels."""
 
     images: int
-    top1_agreement: float  # share of images with the same prediction as the float32 network
+    top1_agreement: float  # with the float32 network; share of images with the same class, or of classes in common
     probability: float  # largest difference of a class probability
     accuracy: float | None = None  # None for images without labels
     source_accuracy: float | None = None  # the float32 network's

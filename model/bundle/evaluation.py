@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vitserve.model.arrays import Activation, Outputs, Pixels, to_predictions, to_probabilities
+from vitserve.model.arrays import Activation, Outputs, Pixels, agreement, to_predictions, to_probabilities
 from vitserve.model.bundle.bundle import Evaluation
 from vitserve.model.bundle.preprocess import Decoder, ImageError, Preprocessing
 
@@ -80,7 +80,7 @@ def evaluate(
         accuracy, source_accuracy = (float(each[rows, images.classes].mean()) for each in (predicted, expected))
     return Evaluation(
         images=len(images.pixels),
-        top1_agreement=float((predicted == expected).all(1).mean()),
+        top1_agreement=agreement(predicted, expected),
         probability=float(np.abs(here - there).max()),
         accuracy=accuracy,
         source_accuracy=source_accuracy,

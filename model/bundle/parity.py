@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitserve.model.arrays import Activation, Floats, Outputs, Precision, to_predictions, to_probabilities
+from vitserve.model.arrays import (
+    Activation,
+    Floats,
+    Outputs,
+    Precision,
+    agreement,
+    to_predictions,
+    to_probabilities,
+)
 
 # Allowed difference relative to the largest magnitude in the reference. Mantissas have 23 (fp32), 10 (fp16) and
 # 7 (bf16) bits, and rounding errors accumulate over the depth. Export checks the accuracy of int8 and fp8; here they
@@ -29,7 +37,7 @@ class Parity:
     logits: float  # largest difference, relative to the largest reference logit
     embedding: float  # largest difference, relative to the largest reference value
     probability: float  # largest difference of a class probability
-    top1_agreement: float  # share of images with the same prediction
+    top1_agreement: float  # share of images with the same most probable class; with sigmoid, of classes in common
     # The larger of the median images' differences in logits and in embedding, relative as above; over the images of the
     # model's domain, if there are any.
     typical: float
@@ -64,7 +72,7 @@ def compare(outputs: Outputs, reference: Outputs, activation: Activation = "soft
         logits=float(logits.max()),
         embedding=float(embedding.max()),
         probability=float(np.abs(here - there).max()),
-        top1_agreement=float((predicted == wanted).all(1).mean()),
+        top1_agreement=agreement(predicted, wanted),
         typical=float(max(np.median(logits[of_domain]), np.median(embedding[of_domain]))),
     )
 

@@ -55,7 +55,7 @@ def test_notes_are_printed_and_options_are_passed(vit: Path, tmp_path: Path) -> 
     save_file({f"module.{name}": tensor for name, tensor in weights.items()}, vit / "model.safetensors")
     (vit / "preprocessor_config.json").rename(tmp_path / "given.json")
     (tmp_path / "labels.txt").write_bytes("Größe\r\nb\r\nc\r\nd\r\ne\r\n\r\n".encode("utf-16"))
-    command = ["export", str(vit), "-o", str(tmp_path / "bundle"), "--precision", "bf16", "--activation", "sigmoid"]
+    command = ["export", str(vit), "-o", str(tmp_path / "bundle"), "--activation", "sigmoid"]
     command += ["--preprocessor", str(tmp_path / "given.json"), "--labels", str(tmp_path / "labels.txt")]
     result = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
     assert result.exit_code == 0, result.output

@@ -19,7 +19,7 @@ from tests.support.networks import TINY, checkpoint
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
-from vitserve.model.arrays import Activation, Outputs, sigmoid, to_predictions, to_probabilities
+from vitserve.model.arrays import Activation, Outputs, agreement, sigmoid, to_predictions, to_probabilities
 from vitserve.model.bundle.bundle import open_bundle
 from vitserve.model.bundle.evaluation import Images, evaluate
 from vitserve.model.bundle.parity import compare
@@ -119,6 +119,8 @@ def test_predictions_of_a_sigmoid_are_compared_class_by_class() -> None:
     assert (evaluation.top1_agreement, evaluation.accuracy) == (0.75, None)
     assert evaluation.loss == pytest.approx(12.5), "half of the changed predictions"
     assert evaluation.probability == pytest.approx(1 / (1 + np.exp(-1)) - 1 / (1 + np.exp(1)))
+    half = np.array([[3, 1, -1], [-3, -2, -1]], np.float32)
+    assert agreement(half > 0, np.array([[3, -1, -1], [-3, -2, -1]]) > 0) == 0.75, "one of two classes, and none"
     several = np.array([[3, 1, -1], [3, -2, -1]], np.float32)
     assert to_predictions(several, "sigmoid").tolist() == [[True, True, False], [True, False, False]]
     assert to_predictions(several, "softmax").tolist() == [[True, False, False], [True, False, False]]
