@@ -33,7 +33,7 @@ def test_inspect_shows_the_share_of_quantized_layers(bundle: Bundle, tmp_path: P
     changed = write_bundle(tmp_path / "bundle", replace(bundle.manifest, artifacts=tuple(artifacts)), contents)
     shown = CliRunner().invoke(app, ["inspect", str(changed.path)], env={"COLUMNS": "200"}).output
     assert shown.count("3/11 layers") == 2
-    assert "7 classes, softmax" in shown
+    assert "classes: 7, softmax" in shown
     plain = json.loads(CliRunner().invoke(app, ["inspect", str(changed.path), "--json"]).output)
     assert {"layers": 3, "of": 11} in [artifact["quantization"] for artifact in plain["artifacts"]]
 

@@ -67,9 +67,10 @@ def test_notes_are_printed_and_options_are_passed(vit: Path, tmp_path: Path) -> 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_failed_export_leaves_the_existing_bundle(vit: Path, tmp_path: Path) -> None:
-    command = ["export", str(vit), "-o", str(tmp_path / "bundle")]
+    command = ["export", str(vit), "-o", str(tmp_path / "bundle"), "--precision", "fp32"]
     assert CliRunner().invoke(app, command).exit_code == 0
     before = open_bundle(tmp_path / "bundle")
+    assert {artifact.precision for artifact in before.manifest.artifacts} == {"fp32"}
     config = json.loads((vit / "config.json").read_text())
     (vit / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
     assert CliRunner().invoke(app, command).exit_code == 2

@@ -20,8 +20,9 @@ class Activation(StrEnum):
 
 
 class Precision(StrEnum):
-    """Precisions besides fp32, which every bundle has."""
+    """What a bundle may be required to have. Every bundle has fp32."""
 
+    fp32 = "fp32"
     bf16 = "bf16"
     int8 = "int8"
     fp8 = "fp8"
@@ -89,7 +90,10 @@ def export(
     ] = None,
     precision: Annotated[
         list[Precision] | None,
-        typer.Option(help="Precision that the bundle must have besides fp32. Repeatable. Default: bf16."),
+        typer.Option(
+            help="Precision that the bundle must have besides fp32. Repeatable. fp32 alone adds none. Default: bf16, if "
+            "it passes."
+        ),
     ] = None,
     images: Annotated[
         Path | None,

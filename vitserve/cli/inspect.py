@@ -37,7 +37,7 @@ def inspect(
         manifest, console = opened.manifest, Console()
         size, classes = manifest.preprocessing.image_size, manifest.config.classes
         title = f"[bold]{manifest.name}[/bold] {manifest.version}"
-        shape = f"{manifest.variant}, {size} × {size} pixels, {classes} classes, {manifest.activation}"
+        shape = f"{manifest.variant}, {size} × {size} pixels, classes: {classes}, {manifest.activation}"
         console.print(f"{title}: {shape}", highlight=False)
         print_artifacts(opened)
         for plan in plans_of(machine.plan_dir(), opened):
