@@ -91,8 +91,8 @@ def export(
     precision: Annotated[
         list[Precision] | None,
         typer.Option(
-            help="Precision that the bundle must have besides fp32. Repeatable. fp32 alone adds none. Default: bf16, if "
-            "it passes."
+            help="Precision that the bundle must have besides fp32. Repeatable. fp32 alone adds none. Default: bf16, "
+            "if it passes."
         ),
     ] = None,
     images: Annotated[
