@@ -15,7 +15,7 @@ import openvino
 import pytest
 import torch
 
-from tests.support.bundles import SMALL, artifact_in, confident_checkpoint, fp8_bundle, int8_bundle, random_images
+from tests.support.bundles import SMALL, artifact_in, confident_checkpoint, int8_bundle, random_images
 from tests.support.networks import checkpoint, network
 from vitserve.export.artifacts import ExportError
 from vitserve.export.build_bundle import build_bundle
@@ -103,6 +103,8 @@ def test_int8_without_images_is_for_onnxruntime(tmp_path: Path) -> None:
     assert artifact.engine == "onnxruntime"
     kinds = Counter(node.op_type for node in onnx.load(bundle.path / artifact.path).graph.node)
     assert kinds["MatMulInteger"] + kinds["DynamicQuantizeMatMul"] >= 4 * SMALL.depth
+    layers = 4 * SMALL.depth + 3
+    assert artifact.quantization == Quantization(layers - 1, layers), "the convolution of the patches is not"
     opened = open_engine(bundle, EngineOptions(precision="int8"))
     opened.engine.close()
     assert opened.engine.precision == "int8"
@@ -116,14 +118,6 @@ def test_quantized_layers_are_counted(calibrated: Bundle) -> None:
     compiled = openvino.compile_model(bundle.path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert of_openvino(compiled) == Quantization(0, layers)
     assert of_onnx(bundle.path / "model.onnx") == Quantization(0, layers)
-
-
-def test_layers_that_stay_in_floating_point_are_counted(tmp_path: Path) -> None:
-    """Without images only matrix products are quantized, not the convolution of the patches."""
-    bundle = build_bundle(confident_checkpoint(), tmp_path / "bundle", name="small", precisions=["int8"], max_loss=10)
-    layers = 4 * SMALL.depth + 3
-    assert artifact_in(bundle, "int8").quantization == Quantization(layers - 1, layers)
-    assert artifact_in(fp8_bundle(tmp_path / "fp8"), "fp8").quantization == Quantization(9, 11)
 
 
 @pytest.mark.usefixtures("nncf")

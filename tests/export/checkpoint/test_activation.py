@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +16,10 @@ import torch
 from tests.support.bundles import random_images
 from tests.support.checkpoints import SMALL_TRANSFORMERS, logits_of_image, save_with_timm, save_with_transformers
 from tests.support.images import random_image
-from tests.support.networks import TINY, checkpoint
-from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
+from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.model.arrays import Activation, Outputs, agreement, sigmoid, to_predictions, to_probabilities
-from vitserve.model.bundle.bundle import open_bundle
+from vitserve.model.bundle.bundle import Bundle, open_bundle, write_bundle
 from vitserve.model.bundle.evaluation import Images, evaluate
 from vitserve.model.bundle.parity import compare
 from vitserve.service.engine_worker.startup import describe
@@ -83,29 +82,26 @@ def test_sigmoid_neither_overflows_nor_loses_small_values() -> None:
     torch.testing.assert_close(torch.from_numpy(sigmoid(logits)), torch.from_numpy(logits).sigmoid())
 
 
-def one_logit(seed: int = 0) -> Checkpoint:
-    return replace(checkpoint(replace(TINY, classes=1), seed), activation="sigmoid")
-
-
-def test_the_activation_reaches_the_workers(tmp_path: Path) -> None:
-    build_bundle(one_logit(), tmp_path / "bundle", name="yes or no")
-    bundle = open_bundle(tmp_path / "bundle")
-    assert bundle.manifest.activation == "sigmoid"
-    opened = open_engine(bundle, EngineOptions(precision="fp32"))
+def test_the_activation_reaches_the_workers(bundle: Bundle, tmp_path: Path) -> None:
+    contents = Path(shutil.copytree(bundle.path, tmp_path / "contents"))
+    (contents / "bundle.json").unlink()
+    write_bundle(tmp_path / "bundle", replace(bundle.manifest, activation="sigmoid"), contents)
+    changed = open_bundle(tmp_path / "bundle")
+    opened = open_engine(changed, EngineOptions(precision="fp32"))
     opened.engine.close()
-    info = ModelInfo.from_json(describe(bundle, opened).to_json())
+    info = ModelInfo.from_json(describe(changed, opened).to_json())
     assert (info.activation, info.details["activation"]) == ("sigmoid", "sigmoid")
 
 
-def test_a_bundle_that_does_not_state_it_has_a_softmax(tmp_path: Path) -> None:
-    build_bundle(checkpoint(), tmp_path / "bundle", name="tiny")
-    manifest: dict[str, Any] = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+def test_a_bundle_that_does_not_state_it_has_a_softmax(bundle: Bundle, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    manifest: dict[str, Any] = json.loads((path / "bundle.json").read_text())
     for key in ("activation", "labels"):
         del manifest[key]
     for artifact in manifest["artifacts"]:
         del artifact["quantization"]
-    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(manifest))
-    assert open_bundle(tmp_path / "bundle").manifest.activation == "softmax"
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    assert open_bundle(path).manifest.activation == "softmax"
 
 
 def test_predictions_of_a_sigmoid_are_compared_class_by_class() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,8 +17,9 @@ from tests.support.networks import TINY, checkpoint
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.labels import read_label_file
-from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
-from vitserve.model.bundle.bundle import open_bundle
+from vitserve.export.checkpoint.load import load_checkpoint
+from vitserve.model.bundle.bundle import Bundle, open_bundle, write_bundle
+from vitserve.model.bundle.labels import write_labels
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the other libraries
 
@@ -164,25 +168,29 @@ def test_a_wrong_json_file_is_rejected(content: str, tmp_path: Path) -> None:
         read_label_file(tmp_path / "labels.json")
 
 
-def with_labels(labels: tuple[str, ...]) -> Checkpoint:
-    source = checkpoint(TINY)
-    return Checkpoint(source.network, labels, source.preprocessing)
+def rewritten(bundle: Bundle, labels: Sequence[str], path: Path) -> Bundle:
+    """The bundle with other labels, at ``path``."""
+    contents = Path(shutil.copytree(bundle.path, path.with_name("contents"), dirs_exist_ok=True))
+    (contents / "bundle.json").unlink()
+    manifest = replace(bundle.manifest, labels=write_labels(contents, labels))
+    write_bundle(path, manifest, contents)
+    return open_bundle(path)
 
 
 @pytest.mark.parametrize("extra", ["x", "a\nb"])
-def test_a_bundle_keeps_every_character(extra: str, tmp_path: Path) -> None:
+def test_a_bundle_keeps_every_character(extra: str, bundle: Bundle, tmp_path: Path) -> None:
     """labels.txt has one line for each label, whatever the labels are."""
-    labels = (*[label for label in AWKWARD if extra == "a\nb" or "\n" not in label], extra) * 7
-    build_bundle(with_labels(labels[:7]), tmp_path / "bundle", name="tiny")
-    bundle = open_bundle(tmp_path / "bundle")
-    assert bundle.labels == labels[:7]
-    assert (bundle.path / "labels.txt").read_bytes().count(b"\n") == 7
-    assert (bundle.manifest.labels is None) is (extra == "x")
+    labels = (*[label for label in AWKWARD if extra == "a\nb" or "\n" not in label], *[extra] * 7)[:7]
+    changed = rewritten(bundle, labels, tmp_path / "bundle")
+    assert changed.labels == labels
+    assert (changed.path / "labels.txt").read_bytes().count(b"\n") == 7
+    assert (changed.manifest.labels is None) is (extra == "x")
 
 
 @pytest.mark.parametrize("labels", [("a",) * 6, ("a",) * 8, ("a",) * 6 + ("\ud83d",)])
 def test_labels_are_checked_before_the_work(labels: tuple[str, ...], tmp_path: Path) -> None:
     steps: list[str] = []
+    source = replace(checkpoint(TINY), labels=labels)
     with pytest.raises(CheckpointError, match=r"labels; the model has 7 classes|is not valid text"):
-        build_bundle(with_labels(labels), tmp_path / "bundle", name="tiny", progress=steps.append)
+        build_bundle(source, tmp_path / "bundle", name="tiny", progress=steps.append)
     assert steps == []
