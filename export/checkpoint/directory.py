@@ -46,7 +46,7 @@ def _read_transformers(
 ) -> Source:
     kind, ignored, notes = huggingface.kind_of(config), overrides.ignored_keys, list[str]()
     if preprocessing is None:
-        preprocessing, notes = image_processor.preprocessing(_preprocessor(directory), kind, ignored)
+        preprocessing, notes = image_processor.preprocessing(preprocessor_of(directory), kind, ignored)
     groups = _groups(directory)
     mark = f"{kind}.{huggingface.MARK}"
     if not any(name.endswith(mark) for group in groups.values() for name in group):  # a base model's have no prefix
@@ -77,8 +77,8 @@ def _hint(directory: Path) -> str:
     return f"; those of other frameworks are not read: {', '.join(others[:3])}" if others else ""
 
 
-def _preprocessor(directory: Path) -> Configuration:
-    """transformers reads image_processor in processor_config.json first, if it exists."""
+def preprocessor_of(directory: Path) -> Configuration:
+    """transformers reads image_processor in processor_config.json first, if it exists. Raises CheckpointError."""
     if (directory / PROCESSOR).exists():
         nested = Configuration(PROCESSOR, read_json(directory / PROCESSOR))
         if "image_processor" in nested:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vitserve.export.checkpoint.configuration import Configuration, read_json
-from vitserve.export.checkpoint.directory import read_directory
+from vitserve.export.checkpoint.directory import preprocessor_of, read_directory
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.files import CONFIG, PREPROCESSOR
 from vitserve.export.checkpoint.formats import google, huggingface, image_processor, timm, torchvision, trained
@@ -105,11 +105,10 @@ def _stated_preprocessing(overrides: Overrides) -> Preprocessing | None:
     if stated.startswith(_TORCHVISION):
         return torchvision.preprocessing_of(stated.removeprefix(_TORCHVISION))
     path = Path(stated)
-    file = path / PREPROCESSOR if path.is_dir() else path
-    keys = Configuration(str(file), read_json(file))
+    keys = preprocessor_of(path) if path.is_dir() else Configuration(str(path), read_json(path))
     if "architecture" in keys or "pretrained_cfg" in keys:
-        raise CheckpointError(f"{file} is a configuration of timm; --preprocessor takes transformers' {PREPROCESSOR}")
-    beside = file.with_name(CONFIG)
+        raise CheckpointError(f"{path} is a configuration of timm; --preprocessor takes transformers' {PREPROCESSOR}")
+    beside = (path if path.is_dir() else path.parent) / CONFIG
     model = str(read_json(beside).get("model_type")) if beside.exists() else "vit"
     return image_processor.preprocessing(keys, model, overrides.ignored_keys)[0]
 

@@ -202,6 +202,10 @@ def test_a_missing_preprocessor_is_explained_and_can_be_given(transformers: Modu
         load_checkpoint(tmp_path / "model")
     for given in (tmp_path, tmp_path / "preprocessor_config.json"):
         assert load_checkpoint(tmp_path / "model", preprocessor=str(given)).preprocessing == complete
+    nested = json.dumps({"image_processor": json.loads((tmp_path / "preprocessor_config.json").read_text())})
+    (tmp_path / "processor_config.json").write_text(nested)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert load_checkpoint(tmp_path / "model", preprocessor=str(tmp_path)).preprocessing == complete
     with pytest.raises(CheckpointError, match="No such file"):
         load_checkpoint(tmp_path / "model", preprocessor=str(tmp_path / "missing.json"))
 
