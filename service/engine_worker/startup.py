@@ -179,6 +179,7 @@ def describe(bundle: Bundle, opened: Opened) -> ModelInfo:
         engine.name,
         engine.precision,
         bundle.summary() | {"serving": serving},
+        manifest.activation,
     )
 
 
