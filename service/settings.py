@@ -46,7 +46,9 @@ class Settings:
         ("auto", *PRECISIONS),
     )
     workers: int = _setting(
-        0, "HTTP workers, which handle requests and decode images. 0: one per four cores, at most eight."
+        0,
+        "HTTP workers, which handle requests and decode images. 0: one per four cores, or one per core if the network "
+        "takes less than a quarter of a millisecond per image; at most eight.",
     )
     engines: int = _setting(0, "Engine workers. 0: one per GPU, or one for the CPU.")
     streams: int = _setting(
