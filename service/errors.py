@@ -17,6 +17,7 @@ ServiceError 500 internal                    an unexpected failure; the log has 
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, ClassVar
 
@@ -31,6 +32,16 @@ class ServiceError(Exception):
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
         self.detail = detail
+        self._body: bytes | None = None
+
+    def body(self) -> bytes:
+        """problem() in JSON, encoded once: a rejection is sent to many clients.
+
+        In ASCII, so that any text from the client can be part of the message.
+        """
+        if self._body is None:
+            self._body = json.dumps(self.problem()).encode()
+        return self._body
 
     def problem(self) -> dict[str, Any]:
         return {

@@ -114,10 +114,17 @@ class Decoder:
     max_pixels: int = 50_000_000  # of the encoded image, and of the resized one
     jpeg_draft: bool = True  # let libjpeg decode at 1/2, 1/4 or 1/8 if three times the needed size remains
 
+    def open(self, encoded: bytes | memoryview) -> OpenedImage:
+        """Reads the header and checks the size limits. Raises ImageError."""
+        image = self._open(encoded)
+        return OpenedImage(self, image, self._size_to_resize_to(image))
+
     def decode(self, encoded: bytes | memoryview) -> Pixels:
         """Raises ImageError."""
-        image = self._open(encoded)
-        wanted = self._size_to_resize_to(image)
+        return self.open(encoded).decode()
+
+    def decode_opened(self, image: Image.Image, wanted: tuple[int, int]) -> Pixels:
+        """``wanted``: width and height after the resize, as stored. Raises DamagedImageError."""
         try:
             stored = image.size
             self._load(image, wanted)
@@ -174,7 +181,27 @@ class Decoder:
         if image.size != wanted:
             image = image.resize(wanted, _RESAMPLING[self.preprocessing.interpolation])
         left, top, side = self.preprocessing.cropped(image.width, image.height)
-        return np.asarray(image.crop((left, top, left + side, top + side)))
+        if image.size != (side, side):
+            image = image.crop((left, top, left + side, top + side))
+        return np.asarray(image)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedImage:
+    """An image whose header was read. decode() may be called once, on any thread."""
+
+    decoder: Decoder
+    image: Image.Image
+    wanted: tuple[int, int]  # width and height after the resize, as stored
+
+    @property
+    def work(self) -> int:
+        """Pixels to decode plus pixels to produce, which the time of decode() roughly follows."""
+        return self.image.width * self.image.height + self.wanted[0] * self.wanted[1]
+
+    def decode(self) -> Pixels:
+        """uint8 [image size, image size, 3]. Raises DamagedImageError."""
+        return self.decoder.decode_opened(self.image, self.wanted)
 
 
 def allowed_formats() -> tuple[str, ...]:

@@ -138,11 +138,12 @@ def test_arrivals_follow_the_seed_and_the_distribution(server: ScriptedServer) -
     def planned(seed: int, uniform: bool = False) -> list[float]:
         load = Load([get("/ok")], 0.3, warm_up=0.0, rate=200.0, seed=seed, uniform=uniform)
         moments = sorted(sample.planned for sample in load_generator.run(server.port, load).samples)
-        return [moment - moments[0] for moment in moments]
+        assert len(moments) > 40
+        return [moment - moments[0] for moment in moments[:40]]  # the last one may fall on the end of the interval
 
     assert planned(1) == pytest.approx(planned(1), abs=1e-5)
     assert planned(1)[:10] != pytest.approx(planned(2)[:10], abs=1e-5)
-    assert planned(1, uniform=True) == pytest.approx([number / 200 for number in range(60)], abs=1e-5)
+    assert planned(1, uniform=True) == pytest.approx([number / 200 for number in range(40)], abs=1e-5)
 
 
 def test_a_server_that_does_not_listen_is_reported() -> None:

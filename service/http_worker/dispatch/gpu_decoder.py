@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +50,17 @@ class _Job:
     done: bool = False
 
 
+class _UnopenedImage(NamedTuple):
+    """The header is read by decode(), on a decode thread."""
+
+    decoder: GpuDecoder
+    encoded: bytes | memoryview
+    work: float = math.inf
+
+    def decode(self) -> Pixels:
+        return self.decoder.decode(self.encoded)
+
+
 class GpuDecoder:
     """Same interface as Decoder. Threads that call decode() at the same time share a batch."""
 
@@ -68,6 +80,9 @@ class GpuDecoder:
         self._device_lock = threading.Lock()
         self._failures = 0  # consecutive failed batches
         self._check()
+
+    def open(self, encoded: bytes | memoryview) -> _UnopenedImage:
+        return _UnopenedImage(self, encoded)
 
     def decode(self, encoded: bytes | memoryview) -> Pixels:
         """Raises ImageError."""
