@@ -66,10 +66,15 @@ class ClassifyProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._arrived = self.service.turns.arrived()
+        if self.transport.is_closing():
+            return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(data[upgrade.args[0] :])
+            if self.parser.get_method() == b"CONNECT":  # it opens a tunnel, with or without an Upgrade header
+                self.send_400_response("The method CONNECT is not supported.")
+            else:
+                self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
 
@@ -134,6 +139,8 @@ class ClassifyProtocol(HttpToolsProtocol):
     def _respond(self, response: Response) -> None:
         exchange = self._exchange
         assert exchange is not None
+        if self.transport.is_closing():  # the client has disconnected, which connection_lost() will report
+            return
         if self.service.draining.is_set() or not (exchange.body_complete or self._drops_body()):
             exchange.keep_alive = False
         content = [STATUS_LINE[response.status]]

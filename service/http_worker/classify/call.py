@@ -171,6 +171,8 @@ class ClassifyCall:
     def fail(self, error: BaseException) -> None:
         """Responds with a problem, unless the response has been sent."""
         if self.finished:
+            if not isinstance(error, errors.ServiceError):
+                log.error("unexpected error after a response", exc_info=error)
             return
         if not isinstance(error, errors.ServiceError):
             request_id = uuid.uuid4().hex  # the client receives only this id; the details are in the log

@@ -173,3 +173,27 @@ def test_an_upgrade_to_http_2_is_ignored(connection: socket.socket) -> None:
     headers = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__")
     connection.sendall(head(len(IMAGE), "/v1/classify", *headers) + IMAGE)
     assert response(connection)[0] == 200
+
+
+@pytest.mark.parametrize("headers", ["", "Upgrade: h2c\r\nConnection: Upgrade\r\n", "Content-Length: 3\r\n"])
+def test_a_tunnel_is_rejected_and_logs_nothing(server: Server, connection: socket.socket, headers: str) -> None:
+    lines = len(server.log)
+    connection.sendall(f"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n{headers}\r\nabc".encode())
+    assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+    with connect(server) as other:  # when it is answered, the log of the first request has been written
+        other.sendall(head(len(IMAGE)) + IMAGE)
+        assert response(other)[0] == 200
+    assert server.log[lines:] == []
+
+
+@pytest.mark.parametrize(
+    "tail", [b"\0" * 100, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 3], ids=["garbage", "requests"]
+)
+def test_data_after_a_closing_request_is_ignored(server: Server, connection: socket.socket, tail: bytes) -> None:
+    lines = len(server.log)
+    connection.sendall(head(len(IMAGE), "/v1/classify", "Connection: close") + IMAGE + tail)
+    assert connection.recv(65536).startswith((b"HTTP/1.1 200", b"HTTP/1.1 400"))
+    with connect(server) as other:
+        other.sendall(head(len(IMAGE)) + IMAGE)
+        assert response(other)[0] == 200
+    assert not [line for line in server.log[lines:] if "Traceback" in line or "Error" in line]
