@@ -54,7 +54,8 @@ class Settings:
     streams: int = _setting(
         0,
         "Batches that an engine worker runs at the same time. 0: the result of `vitserve tune`, otherwise one per "
-        "core, at most eight, for a small network on a CPU, and 1 for others. More than one helps on CPUs with many cores.",
+        "core, at most eight, for a small network on a CPU, and 1 for others. More than one helps on CPUs "
+        "with many cores.",
     )
     threads: int = _setting(
         0,
