@@ -65,34 +65,61 @@ class TooManyPixelsError(ImageError):
 class Preprocessing:
     """How images are prepared for the network. The graph, not the decoder, applies mean and standard deviation."""
 
-    image_size: int  # pixels, side of the square output
+    image_size: int  # pixels, height of the output, and its width unless ``width`` is another
     crop: float = 1.0  # share of the resized shorter side that the center crop keeps (timm's crop_pct)
     interpolation: Interpolation = "bicubic"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    squash: bool = False  # resize both sides to the same size, ignoring the aspect ratio
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # one value for each channel
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    squash: bool = False  # resize both sides to the output's, ignoring the aspect ratio
     # Rounding of a crop offset of half a pixel: down (transformers) or to the even pixel (torchvision).
     floor_crop: bool = False
+    width: int | None = None  # pixels; None for a square output
+    # The whole image fits into the output, and the border has the color ``mean`` (timm's crop_mode border).
+    border: bool = False
 
     def __post_init__(self) -> None:
+        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
+            raise ValueError(f"mean {self.mean} and std {self.std} must have one value for each of 1 or 3 channels")
+        if self.border and self.squash:
+            raise ValueError("border keeps the aspect ratio and squash does not; choose one of them")
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop is {self.crop}; it must be above 0 and at most 1")
         if self.interpolation not in _RESAMPLING:
             raise ValueError(f"unknown interpolation {self.interpolation!r}; known: {', '.join(_RESAMPLING)}")
 
+    @property
+    def channels(self) -> int:
+        """3 for RGB, 1 for gray."""
+        return len(self.mean)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the output."""
+        return self.image_size, self.image_size if self.width is None else self.width, self.channels
+
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after the resize. The shorter side becomes floor(image size / crop), as in timm."""
-        short = math.floor(self.image_size / self.crop)
+        """Width and height after the resize. The shorter side becomes floor(image size / crop), as in timm.
+
+        For an output that is not square, the image covers it with the same factor; with a border, it fits into it.
+        """
+        high, wide = (math.floor(side / self.crop) for side in self.shape[:2])
         if self.squash:
-            return short, short
+            return wide, high
+        if self.border or high != wide:
+            ratio = (max if self.border else min)(height / high, width / wide)
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
+        short = high
         if width <= height:
             return short, int(short * height / width)
         return int(short * width / height), short
 
-    def cropped(self, width: int, height: int) -> tuple[int, int, int]:
-        """Left, top and side of the center crop."""
+    def cropped(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Left, top, width and height of the center crop. With a border, left or top may be negative."""
         half = math.floor if self.floor_crop else round
-        return half((width - self.image_size) / 2), half((height - self.image_size) / 2), self.image_size
+        high, wide, _ = self.shape
+        left, top = ((inner - outer) / 2 for inner, outer in ((width, wide), (height, high)))
+        left, top = (math.trunc(offset) if offset < 0 else half(offset) for offset in (left, top))
+        return left, top, wide, high
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Decodes images to pixels, uint8 [image size, image size, 3]. Safe to share between threads."""
+    """Decodes images to pixels, uint8 [height, width, channels]. Safe to share between threads."""
 
     preprocessing: Preprocessing
     max_pixels: int = 50_000_000  # of the encoded image, and of the resized one
@@ -132,7 +159,7 @@ class Decoder:
             # Transposed, or decoded at a reduced scale: the size was computed from the sides as stored.
             if upright.size != stored and (upright.width < upright.height) != (wanted[0] < wanted[1]):
                 wanted = wanted[::-1]
-            return self._resize_and_crop(_rgb(upright), wanted)
+            return self._resize_and_crop(self._converted(upright), wanted)
         except Exception as error:  # Pillow's decoders may raise any exception for hostile bytes
             raise DamagedImageError("the image's data is truncated or damaged") from error
         finally:
@@ -180,10 +207,18 @@ class Decoder:
     def _resize_and_crop(self, image: Image.Image, wanted: tuple[int, int]) -> Pixels:
         if image.size != wanted:
             image = image.resize(wanted, _RESAMPLING[self.preprocessing.interpolation])
-        left, top, side = self.preprocessing.cropped(image.width, image.height)
-        if image.size != (side, side):
-            image = image.crop((left, top, left + side, top + side))
-        return np.asarray(image)
+        left, top, wide, high = self.preprocessing.cropped(image.width, image.height)
+        if min(left, top) < 0:
+            color = tuple(round(255 * value) for value in self.preprocessing.mean)
+            framed = Image.new(image.mode, (max(wide, image.width), max(high, image.height)), color)
+            framed.paste(image, (max(0, -left), max(0, -top)))
+            image, left, top = framed, max(0, left), max(0, top)
+        if image.size != (wide, high):
+            image = image.crop((left, top, left + wide, top + high))
+        return np.asarray(image) if self.preprocessing.channels == 3 else np.asarray(image)[:, :, None]
+
+    def _converted(self, image: Image.Image) -> Image.Image:
+        return _rgb(image) if self.preprocessing.channels == 3 else _rgb(image).convert("L")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +235,7 @@ class OpenedImage:
         return self.image.width * self.image.height + self.wanted[0] * self.wanted[1]
 
     def decode(self) -> Pixels:
-        """uint8 [image size, image size, 3]. Raises DamagedImageError."""
+        """uint8 [height, width, channels]. Raises DamagedImageError."""
         return self.decoder.decode_opened(self.image, self.wanted)
 
 

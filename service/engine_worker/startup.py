@@ -83,7 +83,7 @@ def open_model(settings: Settings, progress: Progress, skipped: Sequence[str]) -
     first = (tuning_result.engine, tuning_result.precision) if tuning_result else None
     try:
         opened = open_engine(bundle, small, first, progress, progress.trying, skipped)
-        seconds = warm_up(opened.engine, bundle.manifest.preprocessing.image_size)
+        seconds = warm_up(opened.engine, bundle.manifest.preprocessing.shape)
         if small is not options:
             opened, seconds = with_measured_streams(bundle, opened, options, seconds)
     except NoEngineError as error:
@@ -151,8 +151,10 @@ def startup_hints(settings: Settings, bundle: Bundle, engine: str) -> list[str]:
     return []
 
 
-def warm_up(engine: Engine, image_size: int, patience_seconds: float = WARM_UP_SECONDS) -> dict[int, float]:
+def warm_up(engine: Engine, shape: tuple[int, int, int], patience_seconds: float = WARM_UP_SECONDS) -> dict[int, float]:
     """Runs zeros and returns the duration of a batch in seconds by its size, from 1 to the engine's max_batch.
+
+    ``shape``: height, width and channels of an image.
 
     The libraries choose their kernels and touch their memory now, and the scheduler gets its first measurements.
     A short batch runs three times, and the shortest duration counts. A long batch runs once, because the start waits
@@ -165,7 +167,7 @@ def warm_up(engine: Engine, image_size: int, patience_seconds: float = WARM_UP_S
     for size in [*important, *(size for size in sizes if size not in important)]:
         if size not in important and time.monotonic() - began >= patience_seconds:
             break
-        pixels = np.zeros((size, image_size, image_size, 3), np.uint8)
+        pixels = np.zeros((size, *shape), np.uint8)
         durations: list[float] = []
         if size == 1:
             engine.run(0, pixels)  # not counted: the very first batch takes a fifth longer
@@ -209,7 +211,7 @@ def with_measured_streams(
     if options.threads:
         log.info("the network is light: streams: 1, threads per stream: 1")
     again = open_engine(bundle, dataclasses.replace(options, engine=engine, precision=precision))
-    seconds = warm_up(again.engine, bundle.manifest.preprocessing.image_size)
+    seconds = warm_up(again.engine, bundle.manifest.preprocessing.shape)
     return dataclasses.replace(opened, engine=again.engine), seconds
 
 
@@ -254,5 +256,6 @@ def create_slot_table(
         engine.max_batch,
         golden.pixels.shape[1],
         classes,
+        *golden.pixels.shape[2:],
     )
     return memory_layout.create(shape, model_info.to_json())

@@ -36,7 +36,7 @@ NO_ENGINE = 255  # entry of the engines column of a slot that no engine worker h
 NOT_RUNNING = 1 << 40  # entry of the connections of an HTTP worker that is not running
 
 _MAGIC = b"vitslots"
-_HEADER = struct.Struct("<8s8Q")
+_HEADER = struct.Struct("<8s10Q")
 _PAGE_BYTES = 4096
 _ITEM_BYTES = {"u1": 1, "<u8": 8, "<f8": 8, "<f4": 4}
 
@@ -52,8 +52,10 @@ class Shape:
     engines: int
     streams: int  # per engine worker
     max_batch: int
-    image_size: int
+    image_size: int  # pixels, height of an image
     classes: int
+    width: int = 0  # pixels; 0 for a square
+    channels: int = 3
 
     @property
     def slots(self) -> int:
@@ -72,7 +74,7 @@ class Region(NamedTuple):
 
 def regions(shape: Shape) -> dict[str, Region]:
     """All arrays by name. Each starts on its own page, so that no two writers share a cache line."""
-    slots, side = shape.slots, shape.image_size
+    slots = shape.slots
     arrays: dict[str, tuple[str, tuple[int, ...]]] = {
         "completion_estimates": ("<f8", (shape.engines, FREE_AT + shape.streams + shape.max_batch)),
         "offered_load": ("<f8", (shape.workers, 3)),  # OfferedWork; survives a restart of the HTTP worker
@@ -82,7 +84,7 @@ def regions(shape: Shape) -> dict[str, Region]:
         "engines": ("u1", (slots,)),  # index of the engine worker that has the image, or NO_ENGINE
         "sequences": ("<u8", (slots,)),
         "sort_keys": ("<f8", (slots,)),  # smaller keys run first; infinite for slots that are free or running
-        "pixels": ("u1", (slots, side, side, 3)),
+        "pixels": ("u1", (slots, shape.image_size, shape.width or shape.image_size, shape.channels)),
         "logits": ("<f4", (slots, shape.classes)),
     }
     result: dict[str, Region] = {}

@@ -46,6 +46,30 @@ def test_pixels_are_identical_to_timms_transform(
         assert np.array_equal(decoder.decode(image), timm_pixels(transform, image))
 
 
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(32, 48), (64, 64), (96, 40)])
+def test_every_crop_mode_is_identical_to_timms(mode: str, size: tuple[int, int], timm: ModuleType) -> None:
+    height, width = size
+    preprocessing = Preprocessing(
+        height,
+        0.9,
+        "bicubic",
+        (0.4, 0.5, 0.6),
+        (1, 1, 1),
+        squash=mode == "squash",
+        width=width,
+        border=mode == "border",
+    )
+    transform = timm.data.create_transform(
+        (3, *size), crop_pct=0.9, crop_mode=mode, interpolation="bicubic", mean=preprocessing.mean, std=(1, 1, 1)
+    )
+    for seed, shape in enumerate([(500, 333), (333, 500), (64, 64), (31, 77), (80, 25)]):
+        image = encoded(random_image(*shape, seed=seed), "JPEG")
+        pixels = Decoder(preprocessing, jpeg_draft=False).decode(image)
+        normalized = timm_pixels(transform, image, preprocessing.mean)
+        assert np.array_equal(pixels, normalized), shape
+
+
 # Two of the combinations run by default; all of them take a minute.
 COMBINATIONS = [
     (size, crop, interpolation)
@@ -121,9 +145,12 @@ def test_photos_are_identical_to_transformers_processors(
         assert np.array_equal(decoder.decode(photo.read_bytes()), expected), photo.name
 
 
-def timm_pixels(transform: Callable[[Image.Image], torch.Tensor], image: bytes) -> Pixels:
+def timm_pixels(
+    transform: Callable[[Image.Image], torch.Tensor], image: bytes, mean: tuple[float, ...] = (0, 0, 0)
+) -> Pixels:
+    """``mean`` is what the transform subtracts."""
     tensor = transform(Image.open(io.BytesIO(image)).convert("RGB"))
-    pixels: Pixels = (tensor.numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
+    pixels: Pixels = ((tensor.numpy().transpose(1, 2, 0) + np.array(mean, np.float32)) * 255).round().astype(np.uint8)
     return pixels
 
 

@@ -35,9 +35,10 @@ def inspect(
             typer.echo(json.dumps(opened.summary(), indent=1))
             return
         manifest, console = opened.manifest, Console()
-        size, classes = manifest.preprocessing.image_size, manifest.config.classes
+        (height, width, channels), classes = manifest.preprocessing.shape, manifest.config.classes
         title = f"[bold]{manifest.name}[/bold] {manifest.version}"
-        shape = f"{manifest.variant}, {size} × {size} pixels, classes: {classes}, {manifest.activation}"
+        gray = ", gray" if channels == 1 else ""
+        shape = f"{manifest.variant}, {width} × {height} pixels{gray}, classes: {classes}, {manifest.activation}"
         console.print(f"{title}: {shape}", highlight=False)
         print_artifacts(opened)
         for plan in plans_of(machine.plan_dir(), opened):

@@ -148,9 +148,9 @@ class GpuDecoder:
             planes = torch.nn.functional.interpolate(
                 planes, (height, width), mode=mode, antialias=True, align_corners=False
             )
-        left, top, side = self.decoder.preprocessing.cropped(width, height)
-        square = planes[0, :, top : top + side, left : left + side]
-        return square.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+        left, top, wide, high = self.decoder.preprocessing.cropped(width, height)
+        cropped = planes[0, :, top : top + high, left : left + wide]
+        return cropped.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
 
     def _check(self) -> None:
         """Compares generated images, larger and smaller than the model's input, with the CPU decoder."""
