@@ -39,6 +39,13 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._named
 
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def copy(self) -> dict[str, Tensor]:
+        """The tensors that are not taken yet, as they are in the file, except those of the training."""
+        return {name: tensor for name, tensor in self._named.items() if not _OF_TRAINING.search(name)}
+
     def names(self, prefix: str) -> list[str]:
         return [name for name in self._named if name.startswith(prefix)]
 
@@ -119,9 +126,12 @@ def read_tensors(path: Path) -> TorchFile:
         raise CheckpointError(f"{path} {fault}")
     if path.suffix == ".npz":
         return TorchFile({"": _from_npz(path)})
+    # A safetensors file begins with the length of its header, eight bytes, and the header, which is a JSON object. The
+    # length may have the first bytes of a pickle.
+    if head[4:] == b"\0\0\0\0{":
+        return TorchFile({"": _from_safetensors(path)})
     if head.startswith((b"PK", b"\x80\x02")) or is_foreign_pickle(head):
         return read_torch_file(path)
-    # A safetensors file begins with the length of its header, eight bytes, and the header, which is a JSON object.
     if head[8:] == b"{" or (path.suffix == ".safetensors" and not is_json(head)):
         return TorchFile({"": _from_safetensors(path)})
     kind = "is JSON, not weights" if is_json(head) else "is neither a safetensors file nor a torch file"

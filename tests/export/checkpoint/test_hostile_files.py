@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.load import load_checkpoint
+from vitserve.export.checkpoint.state_dict import read_tensors
 
 
 class TouchOnLoad:
@@ -143,3 +144,13 @@ def test_an_index_must_not_leave_its_directory(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
     with pytest.raises(CheckpointError, match=r"names a file outside its directory"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_safetensors_file_whose_header_length_begins_like_a_pickle_is_read(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1)}, path)
+    (size,) = struct.unpack("<Q", path.read_bytes()[:8])
+    header, data = path.read_bytes()[8 : 8 + size].rstrip(), path.read_bytes()[8 + size :]
+    path.write_bytes(struct.pack("<Q", length) + header.ljust(length) + data)
+    assert list(read_tensors(path).groups[""]) == ["a"]
