@@ -71,8 +71,8 @@ class Step:
 def calibration_images(checkpoint: Checkpoint, images: Path | None) -> Pixels:
     if images is not None:
         return read_images(images, checkpoint.preprocessing, checkpoint.labels, 300, 1)[0].pixels
-    network = ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval()
-    parts = [make_golden(network, checkpoint.preprocessing.image_size, seed=seed).pixels for seed in (1, 2)]
+    source = checkpoint.source_model(lambda step: None)
+    parts = [make_golden(source.run, checkpoint.preprocessing.shape, seed=seed).pixels for seed in (1, 2)]
     pixels: Pixels = np.concatenate(parts)
     return pixels
 

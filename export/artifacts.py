@@ -11,6 +11,7 @@ from vitserve.export.workspace import ONNXRUNTIME_GRAPH, Workspace, opened
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import GRAPH, WEIGHTS, Artifact
 from vitserve.model.bundle.evaluation import Images
+from vitserve.model.config import LibraryConfig
 
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("bf16",)  # besides float32
 
@@ -30,14 +31,16 @@ def check_precisions(precisions: Sequence[Precision], calibration_images: Images
 def float32_artifacts(workspace: Workspace) -> list[Artifact]:
     """The artifacts of all engines that can run here, the fastest first.
 
-    Raises ExportError if there is none, or if an engine does not match the source network.
+    Raises ExportError if there is none, or if an engine does not match one of our networks. An engine that cannot run
+    another library's network, or does not match it, is skipped.
     """
     artifacts, reasons = list[Artifact](), list[str]()
+    foreign = isinstance(workspace.source.config, LibraryConfig)
     for search in float32_searches(workspace):
         outcome = best_artifact(search, workspace.golden, None, workspace.progress, workspace.activation)
         if isinstance(outcome, Artifact):
             artifacts.append(outcome)
-        elif outcome.cause == "unavailable":
+        elif outcome.cause == "unavailable" or foreign:
             reasons.append(outcome.reason)
             workspace.progress(f"skipped: {outcome.reason}")
         else:

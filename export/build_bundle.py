@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import onnx_ir as ir
 
 from vitserve.export.artifacts import (
     check_precisions,
@@ -16,13 +19,10 @@ from vitserve.export.artifacts import (
     with_limit,
 )
 from vitserve.export.checkpoint.labels import checked_labels
-from vitserve.export.checkpoint.load import Checkpoint
 from vitserve.export.golden_images import make_golden
 from vitserve.export.graph.onnxruntime_attention import write_onnxruntime_graph
-from vitserve.export.graph.optimize import OptimizedNetwork
-from vitserve.export.graph.reference import ReferenceNetwork
-from vitserve.export.graph.trace import trace
 from vitserve.export.model_card import model_card
+from vitserve.export.source_model import Exportable
 from vitserve.export.workspace import ONNXRUNTIME_GRAPH, Workspace
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import (
@@ -38,13 +38,13 @@ from vitserve.model.bundle.bundle import (
 )
 from vitserve.model.bundle.evaluation import Images
 from vitserve.model.bundle.labels import write_labels
-from vitserve.model.config import variant_of
+from vitserve.model.config import LibraryConfig, NetworkConfig
 
 MAX_LOSS = 0.5  # percentage points of accuracy
 
 
 def build_bundle(
-    checkpoint: Checkpoint,
+    checkpoint: Exportable,
     path: Path,
     *,
     name: str,
@@ -70,21 +70,21 @@ def build_bundle(
     """
     check_destination(path)
     check_precisions(precisions or (), calibration_images)
-    checked_labels(checkpoint.labels, checkpoint.network.config.classes, "the checkpoint")
-    network = ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval()
-    variant, image_size = variant_of(checkpoint.network.config), checkpoint.preprocessing.image_size
+    checked_labels(checkpoint.labels, checkpoint.classes, "the checkpoint")
+    progress("building the source network")
+    source = checkpoint.source_model(progress)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         graph, weights = directory / GRAPH, directory / WEIGHTS
-        progress("tracing the network to ONNX")
-        trace(OptimizedNetwork(checkpoint.network, checkpoint.preprocessing).eval(), image_size, graph)
+        progress("writing the ONNX graph")
+        source.write_graph(graph)
         write_onnxruntime_graph(graph, directory / ONNXRUNTIME_GRAPH)
 
         progress("running the source network on golden images")
         domain = evaluation_images.pixels[:golden_images] if evaluation_images is not None else None
-        golden = make_golden(network, image_size, domain)
+        golden = make_golden(source.run, source.preprocessing.shape, domain)
 
-        workspace = Workspace(directory, network, golden, calibration_images, None, progress, checkpoint.activation)
+        workspace = Workspace(directory, source, golden, calibration_images, None, progress, checkpoint.activation)
         float32 = float32_artifacts(workspace)
         workspace = with_limit(workspace, float32[0], evaluation_images, max_loss)
         artifacts = (*float32, *reduced_artifacts(workspace, precisions))
@@ -94,18 +94,26 @@ def build_bundle(
         save_golden(directory / "golden.npz", golden)
         labels = write_labels(directory, checkpoint.labels)
         if training is not None:
-            card = model_card(name, variant, training, artifacts)
+            card = model_card(name, source.architecture, training, artifacts)
             (directory / "MODEL_CARD.md").write_text(card, encoding="utf-8")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=name,
             version=version or hashlib.sha256(f"{sha256(graph)} {sha256(weights)}".encode()).hexdigest()[:12],
-            variant=variant,
-            config=checkpoint.network.config,
-            preprocessing=checkpoint.preprocessing,
+            variant=source.architecture,
+            config=_with_attention(source.config, graph),
+            preprocessing=source.preprocessing,
             artifacts=artifacts,
             training=training,
             activation=checkpoint.activation,
             labels=labels,
+            reference=source.reference,
         )
         return write_bundle(path, manifest, directory)
+
+
+def _with_attention(config: NetworkConfig, graph: Path) -> NetworkConfig:
+    """The configuration of a library's network with the number of attention operators, which only the graph shows."""
+    if not isinstance(config, LibraryConfig):
+        return config
+    return replace(config, attention_layers=sum(node.op_type == "Attention" for node in ir.load(graph).graph))

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
-from vitserve.export.quantize.bf16_simulation import simulate_bf16
 from vitserve.export.quantize.fp8 import write_fp8_graph
 from vitserve.export.quantize.int8 import write_dynamic_int8_graph
 from vitserve.export.quantize.int8_openvino import search_int8
 from vitserve.export.verify import Candidate, Search
 from vitserve.export.workspace import FP8_GRAPH, ONNXRUNTIME_GRAPH, Workspace, opened
-from vitserve.model.arrays import Outputs, Pixels, Precision
+from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import GRAPH, WEIGHTS
-from vitserve.model.bundle.evaluation import Images, in_batches
+from vitserve.model.bundle.evaluation import Images
 from vitserve.service.engines.catalog import ENGINES
 from vitserve.service.engines.engine import EngineUnavailableError
 
@@ -56,14 +53,7 @@ def _bf16(workspace: Workspace) -> Search:
             return
     except EngineUnavailableError as error:
         workspace.progress(f"simulating bf16: {error}")
-    network = simulate_bf16(workspace.network).eval()
-
-    def run(pixels: Pixels) -> Outputs:
-        with torch.inference_mode():
-            logits, embedding = network(torch.from_numpy(pixels))
-        return Outputs(logits.numpy(), embedding.numpy())
-
-    yield Candidate("openvino", "bf16", GRAPH, WEIGHTS, in_batches(run, workspace.batch_size), simulated=True)
+    yield Candidate("openvino", "bf16", GRAPH, WEIGHTS, workspace.source.run_bf16, simulated=True)
 
 
 def _dynamic_int8(workspace: Workspace) -> Search:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitserve.export.attention_report import attention_kernels
-from vitserve.export.graph.reference import ReferenceNetwork
 from vitserve.export.quantize.coverage import quantization
+from vitserve.export.source_model import SourceModel
 from vitserve.export.verify import AccuracyLimit, Candidate
 from vitserve.model.arrays import Activation, Precision
 from vitserve.model.bundle.bundle import WEIGHTS, Golden
 from vitserve.model.bundle.evaluation import Images, in_batches
 from vitserve.model.bundle.parity import CALIBRATED
+from vitserve.model.config import LibraryConfig
 from vitserve.service.engines.construct import construct_engine
-from vitserve.service.engines.engine import EngineOptions
+from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
 
 ONNXRUNTIME_GRAPH = "model.onnxruntime.onnx"
 FP8_GRAPH = "fp8.onnx"
@@ -25,7 +26,7 @@ FP8_GRAPH = "fp8.onnx"
 @dataclass(frozen=True)
 class Workspace:
     directory: Path  # holds the reference graph, its weights and ONNX Runtime's graph
-    network: ReferenceNetwork
+    source: SourceModel
     golden: Golden
     calibration_images: Images | None
     limit: AccuracyLimit | None  # None while float32 is verified
@@ -43,10 +44,18 @@ def opened(
 ) -> Iterator[Candidate]:
     """A candidate that runs on an open engine, which is closed afterwards.
 
-    Raises EngineUnavailableError if the engine cannot run here.
+    Raises EngineUnavailableError if the engine cannot run here, or lacks an operator of another library's network.
     """
     graph = workspace.directory / path
-    runtime = construct_engine(engine, precision, graph, EngineOptions(max_batch=workspace.batch_size))
+    try:
+        runtime = construct_engine(engine, precision, graph, EngineOptions(max_batch=workspace.batch_size))
+    except EngineUnavailableError:
+        raise
+    except Exception as error:  # the runtimes' errors have no common base class
+        if not isinstance(workspace.source.config, LibraryConfig):
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise EngineUnavailableError(f"{engine} cannot run the graph: {lines[-1] if lines else error!r}") from error
     try:
         run = in_batches(lambda pixels: runtime.run(0, pixels), workspace.batch_size)
         counted = quantization(runtime, graph) if precision in CALIBRATED else None

@@ -28,6 +28,20 @@ class ResNetConfig:
 
 
 @dataclass(frozen=True)
+class LibraryConfig:
+    """A network of another library, or of an ONNX file, whose graph is exported as it is."""
+
+    library: str  # its name and version; "onnx" for a file
+    architecture: str
+    height: int  # pixels, of the input
+    width: int
+    channels: int
+    classes: int
+    embedding_width: int
+    attention_layers: int = 0  # Attention operators in the graph
+
+
+@dataclass(frozen=True)
 class ViTConfig:
     """A ViT in the terms of "An Image is Worth 16x16 Words" (arXiv:2010.11929), section 3.1; later variants as options.
 
@@ -119,6 +133,8 @@ class ViTConfig:
         return 2 * self.width if self.pool == "token+mean" else self.width
 
 
+NetworkConfig = ViTConfig | ResNetConfig | LibraryConfig
+
 # Ti and S: DeiT (arXiv:2012.12877), table 1. B, L and H: the ViT paper, table 1. (width, depth, heads, mlp width)
 _SIZES = {
     "Ti": (192, 12, 3, 768),
@@ -178,9 +194,13 @@ def variant(name: str, **changes: int | str | None) -> ViTConfig:
     return replace(VARIANTS[name], **changes)  # type: ignore[arg-type]  # replace() and __post_init__ check them
 
 
-def variant_of(config: ViTConfig | ResNetConfig) -> str:
+def variant_of(config: NetworkConfig) -> str:
     """The variant's name, ignoring image size and number of classes; "custom" if no variant matches."""
-    for name, known in (VARIANTS | RESNETS).items():
-        if type(config) is type(known) and replace(config, image_size=known.image_size, classes=known.classes) == known:
-            return name
-    return "custom"
+    if isinstance(config, LibraryConfig):
+        return config.architecture
+    return next((name for name, known in (VARIANTS | RESNETS).items() if _shape(known) == _shape(config)), "custom")
+
+
+def _shape(config: ViTConfig | ResNetConfig) -> dict[str, object]:
+    """The fields besides image size and classes. No configuration is made: not every image size fits every network."""
+    return {name: value for name, value in vars(config).items() if name not in ("image_size", "classes")}

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, UnsupportedError
 from vitserve.export.checkpoint.files import fault_of
 
 GREATEST_NUMBER = 1e30  # NaN and infinity, which Python's JSON has, are not below it
@@ -68,15 +68,14 @@ class Configuration:
             raise self.fault(key, value, "a string")
         return value
 
-    def numbers(self, key: str, default: Any) -> tuple[float, float, float]:
-        """One number for each channel. A single number stands for all three."""
+    def numbers(self, key: str, default: Any, channels: int = 3) -> tuple[float, ...]:
+        """One number for each channel. A single number stands for all of them."""
         value = self.take(key, default)
-        values = value if isinstance(value, list | tuple) else [value] * 3
-        values = list(values) * 3 if len(values) == 1 else values
-        if len(values) != 3 or not all(_is_number(each) for each in values):
-            raise self.fault(key, value, "one number or three")
-        red, green, blue = (float(each) for each in values)
-        return red, green, blue
+        values = value if isinstance(value, list | tuple) else [value]
+        values = list(values) * channels if len(values) == 1 else values
+        if len(values) != channels or not all(_is_number(each) for each in values):
+            raise self.fault(key, value, "one number or three" if channels == 3 else "one number")
+        return tuple(float(each) for each in values)
 
     def side(self, key: str, default: Any) -> int:
         """Of a square: an integer, or two equal ones."""
@@ -85,7 +84,7 @@ class Configuration:
         if len(sides) != 2 or not all(_is_size(each) for each in sides):
             raise self.fault(key, value, "a positive integer, or two equal ones")
         if sides[0] != sides[1]:
-            raise CheckpointError(
+            raise UnsupportedError(
                 f"unsupported {key} {sides[1]} × {sides[0]} in {self.name}: only square images are supported"
             )
         return int(sides[0])
@@ -108,7 +107,7 @@ class Configuration:
         for key, only in values.items():
             value = self.take(key)
             if value is not None and value != only:
-                raise CheckpointError(f"unsupported {key} {_shown(value)} in {self.name}; supported is {_shown(only)}")
+                raise UnsupportedError(f"unsupported {key} {_shown(value)} in {self.name}; supported is {_shown(only)}")
 
     def reject_others(self, ignored: Collection[str]) -> list[str]:
         """Raises CheckpointError naming the keys that nothing has read, except those that are null, thus not set.
@@ -120,7 +119,7 @@ class Configuration:
         if unknown:
             keys = ", ".join(f"{key} {_shown(self._keys[key])}" for key in unknown[:5])
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            raise CheckpointError(
+            raise UnsupportedError(
                 f"{self.name} has keys that may change the outputs and that this version does not know: {keys}{more};"
                 f" for a key without effect on the outputs, pass --ignore-key to `vitserve export`"
             )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from vitserve.export.checkpoint.configuration import Configuration, read_json, shards_of
-from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.files import CONFIG, INDEX, PICKLED_INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
+from vitserve.export.checkpoint.errors import CheckpointError, UnsupportedError
+from vitserve.export.checkpoint.files import CONFIG, INDEX, PICKLED_INDEX, WEIGHTS
 from vitserve.export.checkpoint.formats import huggingface, huggingface_names, image_processor, timm
+from vitserve.export.checkpoint.formats.preprocessor import preprocessor_of
 from vitserve.export.checkpoint.formats.source import Source
-from vitserve.export.checkpoint.overrides import Overrides
+from vitserve.export.checkpoint.library import sources, zero_shot
+from vitserve.export.checkpoint.overrides import NetworkChoice, Overrides
 from vitserve.export.checkpoint.selection import Groups, find_network
 from vitserve.export.checkpoint.state_dict import read_tensors
 from vitserve.model.bundle.preprocess import Preprocessing
@@ -25,14 +31,54 @@ def read_directory(directory: Path, overrides: Overrides, preprocessing: Preproc
     if overrides.architecture:
         raise CheckpointError(f"{directory} has its own configuration; --architecture is for a state dict of timm")
     if "architecture" in keys and keys.get("model_type") not in huggingface.KINDS:
-        return _read_timm(directory, Configuration(CONFIG, keys, null_is_default=True), overrides)
+        return with_fallback(
+            lambda: _read_timm(directory, keys, overrides),
+            lambda: sources.of_timm(_groups(directory), keys, overrides, directory),
+            timm.is_known(str(keys["architecture"])),
+            overrides.network,
+        )
     if overrides.model_args:
         raise CheckpointError(f"--model-arg is for networks of timm; {directory} is one of transformers")
-    return _read_transformers(directory, Configuration(CONFIG, keys), overrides, preprocessing)
+    if not Configuration(CONFIG, keys).text("model_type", ""):
+        huggingface.kind_of(Configuration(CONFIG, keys))  # raises the error that names the supported ones
+    if preprocessing is None:
+        preprocessor_of(directory)  # raises an error that says what is missing
+    if zero_shot.is_zero_shot(keys):
+        return zero_shot.of_towers(_groups(directory), keys, overrides, preprocessing, directory)
+    if overrides.prompts:
+        raise CheckpointError(f"--prompt is for the towers of CLIP and SigLIP; {directory} is a classifier")
+    return with_fallback(
+        lambda: _read_transformers(directory, keys, overrides, preprocessing),
+        lambda: sources.of_transformers(_groups(directory), keys, overrides, preprocessing, directory),
+        keys.get("model_type") in huggingface.KINDS,
+        overrides.network,
+    )
 
 
-def _read_timm(directory: Path, config: Configuration, overrides: Overrides) -> Source:
-    activation = None
+def with_fallback(
+    ours: Callable[[], Source], library: Callable[[], Source], known: bool, choice: NetworkChoice
+) -> Source:
+    """The source read as one of our networks, or, if it has parts that they lack, as the library's own network.
+
+    Raises CheckpointError: of a known network the one that says what is wrong with it, else that of the library.
+    """
+    if choice == "library" or (choice == "auto" and not known):
+        return library()
+    try:
+        return ours()
+    except UnsupportedError as error:
+        if choice == "ours":
+            raise
+        try:
+            source = library()
+        except CheckpointError:
+            raise error from None
+        note = f"the network is exported as its library computes it, without our optimizations: {error}"
+        return replace(source, notes=(*source.notes, note))
+
+
+def _read_timm(directory: Path, keys: dict[str, Any], overrides: Overrides) -> Source:
+    activation, config = None, Configuration(CONFIG, copy.deepcopy(keys), null_is_default=True)
     if config.take("model_type") == "timm_wrapper":  # saved by transformers
         activation = huggingface.activation_of(config)
         config.ignore(*huggingface_names.WITHOUT_EFFECT)
@@ -42,8 +88,9 @@ def _read_timm(directory: Path, config: Configuration, overrides: Overrides) -> 
 
 
 def _read_transformers(
-    directory: Path, config: Configuration, overrides: Overrides, preprocessing: Preprocessing | None
+    directory: Path, keys: dict[str, Any], overrides: Overrides, preprocessing: Preprocessing | None
 ) -> Source:
+    config = Configuration(CONFIG, copy.deepcopy(keys))
     kind, ignored, notes = huggingface.kind_of(config), overrides.ignored_keys, list[str]()
     if preprocessing is None:
         preprocessing, notes = image_processor.preprocessing(preprocessor_of(directory), kind, ignored)
@@ -53,7 +100,7 @@ def _read_transformers(
         mark = huggingface.MARK
     tensors = find_network(groups, (mark,), overrides.weights, directory)
     tensors.notes += notes
-    return huggingface.read(tensors, config, kind, preprocessing, ignored)
+    return huggingface.read(tensors, config, keys, preprocessing, ignored)
 
 
 def _existing(path: Path) -> Path:
@@ -75,21 +122,6 @@ def _hint(directory: Path) -> str:
         )
     others = sorted(path.name for path in directory.iterdir() if path.suffix in _OTHER_FRAMEWORKS)
     return f"; those of other frameworks are not read: {', '.join(others[:3])}" if others else ""
-
-
-def preprocessor_of(directory: Path) -> Configuration:
-    """transformers reads image_processor in processor_config.json first, if it exists. Raises CheckpointError."""
-    if (directory / PROCESSOR).exists():
-        nested = Configuration(PROCESSOR, read_json(directory / PROCESSOR))
-        if "image_processor" in nested:
-            return nested.section("image_processor")
-    if not (directory / PREPROCESSOR).exists():
-        raise CheckpointError(
-            f"{directory} has no {PREPROCESSOR}, which says how images are prepared: transformers' Trainer writes it"
-            " only if it gets the processor. If the model was fine-tuned, give the file of its base model:"
-            " --preprocessor FILE of `vitserve export`"
-        )
-    return Configuration(PREPROCESSOR, read_json(directory / PREPROCESSOR))
 
 
 def _groups(directory: Path) -> Groups:

@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vitserve.export.checkpoint.configuration import shards_of
+from vitserve.export.checkpoint.configuration import read_json, shards_of
 from vitserve.export.checkpoint.errors import CheckpointError, HubError
-from vitserve.export.checkpoint.files import CONFIG, INDEX, PICKLED_INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
+from vitserve.export.checkpoint.files import CONFIG, INDEX, PICKLED_INDEX, PREPROCESSOR, PROCESSOR, TOKENIZER, WEIGHTS
 
 # The revision becomes a path below the cache's refs/, so it must not lead out of that directory.
 _SOURCE = re.compile(r"([\w.-]+/[\w.-]+)(?:@(?![/.])(?!.*\.\.)([\w./+-]+))?", re.ASCII)
@@ -56,6 +56,9 @@ def fetch(source: str) -> Snapshot:
     files = _files(repository, path)
     if CONFIG not in files:
         raise HubError(f"{repository} has no {CONFIG}")
+    tokenizer = [name for name in TOKENIZER if name in files and not (path / name).exists()]
+    if tokenizer and _has_text_tower(path):
+        _download(repository, path.name, tokenizer)
     missing = [name for name in _weights(repository, path, files) if not (path / name).exists()]
     if missing:
         _download(repository, path.name, missing)
@@ -85,6 +88,12 @@ def _download(repository: str, revision: str, files: list[str]) -> Path:
         ) from error
     except Exception as error:  # huggingface_hub raises the errors of its HTTP client and does not export them
         raise HubError(f"cannot download {repository} from {hub}: {_first_line(error)}") from error
+
+
+def _has_text_tower(snapshot: Path) -> bool:
+    """Whether the labels of a classifier will be embedded as texts."""
+    settings = read_json(snapshot / CONFIG)
+    return "text_config" in settings or settings.get("model_type") in ("clip", "siglip", "metaclip_2")
 
 
 def _first_line(error: BaseException) -> str:

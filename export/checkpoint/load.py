@@ -10,40 +10,56 @@ The source is one of locate.py's. Files may be:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitserve.export.checkpoint.configuration import Configuration, read_json
-from vitserve.export.checkpoint.directory import preprocessor_of, read_directory
+from vitserve.export.checkpoint.configuration import Configuration
+from vitserve.export.checkpoint.directory import read_directory, with_fallback
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.files import CONFIG, PREPROCESSOR
-from vitserve.export.checkpoint.formats import google, huggingface, image_processor, timm, torchvision, trained
+from vitserve.export.checkpoint.formats import google, huggingface, timm, torchvision, trained
+from vitserve.export.checkpoint.formats.preprocessor import stated_preprocessing, with_options
 from vitserve.export.checkpoint.formats.source import Source
 from vitserve.export.checkpoint.labels import checked_labels, default_labels, numbered_labels
+from vitserve.export.checkpoint.library import sources
+from vitserve.export.checkpoint.library.network import LibraryNetwork
+from vitserve.export.checkpoint.library.owner import Owner
 from vitserve.export.checkpoint.locate import check_source, fetch_snapshot, split_scheme
 from vitserve.export.checkpoint.overrides import Overrides
 from vitserve.export.checkpoint.position_embeddings import GREATEST_IMAGE_SIZE, at_image_size
 from vitserve.export.checkpoint.selection import find_network
 from vitserve.export.checkpoint.state_dict import Tensors, build_network, read_tensors
+from vitserve.export.checkpoint.torch_file import TorchFile
+from vitserve.export.torch_model import TorchModel, torch_model
 from vitserve.model.arrays import Activation
 from vitserve.model.bundle.preprocess import Preprocessing
-from vitserve.model.config import ResNetConfig, any_variant
+from vitserve.model.config import ResNetConfig, ViTConfig, any_variant, variant_of
 from vitserve.model.network.build import Network, network_of
 
-_TORCHVISION = "torchvision:"
 _MARKS = (google.MARK, torchvision.MARK, timm.MARK, timm.BIT_MARK)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    network: Network  # float32, in evaluation mode
+    network: Network | LibraryNetwork  # float32, in evaluation mode
     labels: tuple[str, ...]
     preprocessing: Preprocessing
     activation: Activation = "softmax"  # from logits to probabilities
     notes: tuple[str, ...] = ()  # decisions that the user should know of
+    owner: Owner | None = None  # builds the network of the library that the checkpoint is from
+    architecture: str = ""  # default: the name of our variant
+
+    @property
+    def classes(self) -> int:
+        return self.network.config.classes
+
+    def source_model(self, progress: Callable[[str], None]) -> TorchModel:
+        architecture = self.architecture or variant_of(self.network.config)
+        return torch_model(self.network, self.preprocessing, architecture, self.owner, progress)
 
 
 def load_checkpoint(source: str | Path, overrides: Overrides | None = None, /, **fields: Any) -> Checkpoint:
@@ -57,7 +73,7 @@ def load_checkpoint(source: str | Path, overrides: Overrides | None = None, /, *
     scheme, name = split_scheme(str(source))
     if scheme == "random":
         return random_checkpoint(name)
-    preprocessing = _stated_preprocessing(overrides)
+    preprocessing = stated_preprocessing(overrides)
     snapshot = fetch_snapshot(str(source))
     path = Path(source) if snapshot is None else snapshot.path
     read = read_directory(path, overrides, preprocessing) if path.is_dir() else _read_file(path, overrides)
@@ -74,20 +90,33 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
 
 
 def _checkpoint(source: Source, overrides: Overrides, preprocessing: Preprocessing | None) -> Checkpoint:
-    config, weights, preprocessing = source.config, source.weights, preprocessing or source.preprocessing
-    side = overrides.image_size or preprocessing.image_size
-    if side > GREATEST_IMAGE_SIZE:
-        raise CheckpointError(f"unsupported image size {side}: at most {GREATEST_IMAGE_SIZE} pixels")
+    preprocessing = with_options(preprocessing or source.preprocessing, overrides)
+    if overrides.image_size:
+        preprocessing = replace(preprocessing, image_size=overrides.image_size, width=None)
+    if max(preprocessing.shape) > GREATEST_IMAGE_SIZE:
+        raise CheckpointError(
+            f"unsupported image size {max(preprocessing.shape)}: at most {GREATEST_IMAGE_SIZE} pixels"
+        )
+    network = _network(source, preprocessing)
+    classes, owner = network.config.classes, source.owner
+    labels = source.labels or default_labels(classes)
+    if overrides.labels is not None:
+        labels = checked_labels(overrides.labels, classes, "--labels")
+    activation = _activation(source.activation, overrides.activation, classes)
+    return Checkpoint(network, labels, preprocessing, activation, source.notes, owner, source.architecture)
+
+
+def _network(source: Source, preprocessing: Preprocessing) -> Network | LibraryNetwork:
+    config, weights, side = source.config, source.weights, preprocessing.image_size
+    if config is None:
+        assert source.owner is not None
+        logits = source.owner.build(preprocessing.shape[:2])
+        return LibraryNetwork(logits, source.owner.name, source.architecture, preprocessing.shape)
     if isinstance(config, ResNetConfig):
         config = replace(config, image_size=side)
     else:
         config, weights = at_image_size(config, weights, side, source.interpolation)
-    network = build_network(config, weights)
-    labels = source.labels or default_labels(config.classes)
-    if overrides.labels is not None:
-        labels = checked_labels(overrides.labels, config.classes, "--labels")
-    activation = _activation(source.activation, overrides.activation, config.classes)
-    return Checkpoint(network, labels, replace(preprocessing, image_size=side), activation, source.notes)
+    return build_network(config, weights)
 
 
 def _activation(of_checkpoint: Activation | None, stated: Activation | None, classes: int) -> Activation:
@@ -97,28 +126,34 @@ def _activation(of_checkpoint: Activation | None, stated: Activation | None, cla
     return stated or ("sigmoid" if classes == 1 else of_checkpoint or "softmax")
 
 
-def _stated_preprocessing(overrides: Overrides) -> Preprocessing | None:
-    """That of --preprocessor: a file or directory in the format of transformers, or torchvision:WEIGHTS."""
-    stated = overrides.preprocessor
-    if not stated:
-        return None
-    if stated.startswith(_TORCHVISION):
-        return torchvision.preprocessing_of(stated.removeprefix(_TORCHVISION))
-    path = Path(stated)
-    keys = preprocessor_of(path) if path.is_dir() else Configuration(str(path), read_json(path))
-    if "architecture" in keys or "pretrained_cfg" in keys:
-        raise CheckpointError(f"{path} is a configuration of timm; --preprocessor takes transformers' {PREPROCESSOR}")
-    beside = (path if path.is_dir() else path.parent) / CONFIG
-    model = str(read_json(beside).get("model_type")) if beside.exists() else "vit"
-    return image_processor.preprocessing(keys, model, overrides.ignored_keys)[0]
-
-
 def _read_file(path: Path, overrides: Overrides) -> Source:
     if path.suffix == ".safetensors" and not overrides.architecture:
         of_training = trained.read(path)
         if of_training is not None:
             return of_training
     file = read_tensors(path)
+    architecture = overrides.architecture or file.architecture
+    if architecture:
+        return with_fallback(
+            lambda: _read_known_file(file, path, overrides),
+            lambda: _read_library_file(file, path, architecture, overrides),
+            timm.is_known(architecture),
+            overrides.network,
+        )
+    return _read_known_file(file, path, overrides)
+
+
+def _read_library_file(file: TorchFile, path: Path, architecture: str, overrides: Overrides) -> Source:
+    """A state dict of any network of timm."""
+    pretrained = _pretrained_cfg(architecture)
+    head = pretrained.get("classifier")
+    weights = f"{head[0] if isinstance(head, list | tuple) else head}.weight"
+    classes = [len(named[name]) for named in file.groups.values() for name in named if name.endswith(weights)]
+    keys = {"architecture": architecture, "num_classes": classes[0] if classes else None, "pretrained_cfg": pretrained}
+    return sources.of_timm(file.groups, keys, overrides, path)
+
+
+def _read_known_file(file: TorchFile, path: Path, overrides: Overrides) -> Source:
     tensors = find_network(file.groups, _MARKS, overrides.weights, path)
     if timm.MARK in tensors or timm.BIT_MARK in tensors:
         return _read_timm(tensors, path, file.architecture, overrides)
@@ -152,8 +187,10 @@ def _read_timm(tensors: Tensors, path: Path, recorded: str, overrides: Overrides
     keys = {"architecture": architecture, "pretrained_cfg": pretrained}
     config = Configuration("timm's table", keys, null_is_default=True)
     source = timm.read(tensors, config, overrides.model_args, overrides.ignored_keys, None)
+    if not isinstance(source.config, ViTConfig):
+        return source
     size = source.config.image_size
-    if isinstance(source.config, ResNetConfig) or size == source.preprocessing.image_size or overrides.preprocessor:
+    if size == source.preprocessing.image_size or overrides.preprocessor:
         return source
     note = (
         f"the position embeddings are for {size} pixels, so images are resized to {size} pixels"

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.model.arrays import Activation
+from vitserve.model.bundle.preprocess import Interpolation
+
+Layout = Literal["nchw", "nhwc"]
+OutputKind = Literal["logits", "probabilities"]
+NetworkChoice = Literal["auto", "ours", "library"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,29 @@ class Overrides:
     preprocessor: str = ""  # a file or directory with the preprocessing, or torchvision:WEIGHTS
     weights: str = ""  # key or prefix of the weights to take from a file that holds several, or raw or averaged
     activation: Activation | None = None
+    network: NetworkChoice = "auto"  # ours where it is known; only ours; or only the library's
+    mean: tuple[float, ...] | None = None  # of pixels from 0 to 1, one for each channel
+    std: tuple[float, ...] | None = None
+    interpolation: Interpolation | None = None
+    crop: float | None = None
+    squash: bool | None = None
+    layout: Layout | None = None  # of the input of an ONNX file
+    outputs: OutputKind | None = None  # of an ONNX file
+    prompts: tuple[str, ...] = ()  # texts with {} in place of a label, for CLIP and SigLIP
     ignored_keys: tuple[str, ...] = ()  # of configurations; the user states that they do not affect the outputs
+
+
+def channel_values(option: str, text: str) -> tuple[float, ...] | None:
+    """0.485,0.456,0.406 → three numbers; None for an empty text. Raises CheckpointError."""
+    if not text:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 3):
+        raise CheckpointError(f"{option} {text!r} is not one number or three, separated by commas")
+    return values
 
 
 def model_arguments(texts: Iterable[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from vitserve.model.arrays import Activation, Outputs, Pixels, Precision
 from vitserve.model.bundle.labels import LABELS, read_labels
 from vitserve.model.bundle.parity import Parity
 from vitserve.model.bundle.preprocess import Preprocessing
-from vitserve.model.config import ResNetConfig, ViTConfig
+from vitserve.model.config import NetworkConfig
 
 SCHEMA_VERSION = 2
 MANIFEST = "bundle.json"
@@ -112,13 +112,14 @@ class Manifest:
     name: str
     version: str  # default: the first twelve digits of a sha256 over graph and weights
     variant: str
-    config: ViTConfig | ResNetConfig
+    config: NetworkConfig
     preprocessing: Preprocessing
     artifacts: tuple[Artifact, ...]
     files: dict[str, str] = field(default_factory=dict)  # name → sha256
     training: dict[str, Any] | None = None  # `vitserve train`'s report: recipe, seconds, machine, accuracy
     activation: Activation = "softmax"  # from logits to probabilities
     labels: tuple[str, ...] | None = None  # only if labels.txt cannot hold them
+    reference: str = ""  # whose network the golden outputs are from: the library and its version, or vitserve
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,15 @@ class Bundle:
             return Golden(arrays["pixels"], Outputs(arrays["logits"], arrays["embedding"]), domain_images)
 
     def summary(self) -> dict[str, Any]:
-        """The manifest as JSON-compatible values, without the training report and the labels."""
+        """The manifest as JSON-compatible values, without the training report and the labels.
+
+        ``input`` has height, width and channels of the pixels.
+        """
         plain: dict[str, Any] = pydantic.TypeAdapter(Manifest).dump_python(
             self.manifest, mode="json", exclude={"training", "labels"}
         )
-        return plain
+        height, width, channels = self.manifest.preprocessing.shape
+        return plain | {"input": {"height": height, "width": width, "channels": channels}}
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import GRAPH, WEIGHTS, Artifact, Bundle
-from vitserve.model.config import ViTConfig
+from vitserve.model.config import LibraryConfig, ViTConfig
 from vitserve.service.engines.catalog import ENGINES
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
 from vitserve.service.engines.tensorrt.target import Target, local_target
@@ -132,6 +132,8 @@ def _digest(bundle: Bundle, graph: str) -> str:
 
 def attention_layers(bundle: Bundle) -> int:
     config = bundle.manifest.config
+    if isinstance(config, LibraryConfig):
+        return config.attention_layers
     return config.depth if isinstance(config, ViTConfig) else 0
 
 

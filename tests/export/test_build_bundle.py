@@ -20,8 +20,7 @@ from tests.support.images import encoded, random_image
 from tests.support.networks import TINY, checkpoint, network
 from tests.support.paths import ROOT
 from vitserve.cli.main import app
-from vitserve.export import build_bundle as build_module
-from vitserve.export import workspace
+from vitserve.export import torch_model, workspace
 from vitserve.export.artifacts import ExportError
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.errors import CheckpointError
@@ -123,7 +122,7 @@ def test_a_network_that_overflows_is_named(tmp_path: Path) -> None:
     """Its weights are finite, but not its outputs."""
     source = checkpoint()
     with torch.no_grad():
-        source.network.head.weight.fill_(3e38)
+        source.network.get_parameter("head.weight").fill_(3e38)
     with pytest.raises(GoldenError, match="the source network itself computes NaN or infinity"):
         build_bundle(source, tmp_path / "bundle", name="tiny")
     assert list(tmp_path.iterdir()) == []
@@ -133,7 +132,7 @@ def test_mismatch_is_reported_and_no_bundle_written(tmp_path: Path, monkeypatch:
     def trace_another_network(source: OptimizedNetwork, image_size: int, path: Path) -> None:
         trace(OptimizedNetwork(network(TINY, seed=1), checkpoint().preprocessing).eval(), image_size, path)
 
-    monkeypatch.setattr(build_module, "trace", trace_another_network)
+    monkeypatch.setattr(torch_model, "trace", trace_another_network)
     message = r"openvino in fp32 does not match the source network: logits differ by .* fp32 .* 1e-04"
     with pytest.raises(ExportError, match=message):
         build_bundle(checkpoint(), tmp_path / "bundle", name="wrong")

@@ -18,8 +18,8 @@ WHEEL = ("service", "model", "export", "bench", "vitserve")
 PEERS = ROOT / "benchmarks" / "peers"  # run in environments of their own
 # Packages that a declared dependency documents as part of its own interface.
 PART_OF = {"pydantic-core": "pydantic", "starlette": "fastapi", "triton": "torch", "uvloop": "uvicorn"}
-# Imported only if the user has it: a state dict of timm needs timm, and the error message says so.
-OPTIONAL = {"timm"}
+# Imported only if the user has it, to export its networks; the error message names the extra.
+OPTIONAL = {"timm", "torchvision", "transformers"}
 OURS = {"vitserve", "benchmarks", "_typeshed"}  # mypy has _typeshed
 
 

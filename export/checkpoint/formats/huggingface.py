@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from vitserve.export.checkpoint.configuration import Configuration
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, UnsupportedError
 from vitserve.export.checkpoint.formats import huggingface_names as names
 from vitserve.export.checkpoint.formats.source import Source, rename_head
 from vitserve.export.checkpoint.labels import labels_of
+from vitserve.export.checkpoint.library import transformers_network
+from vitserve.export.checkpoint.library.owner import Owner
 from vitserve.export.checkpoint.position_embeddings import TRANSFORMERS, TRANSFORMERS_REGISTERS
 from vitserve.export.checkpoint.state_dict import Tensors
 from vitserve.model.arrays import Activation
@@ -51,14 +53,20 @@ MARK = "embeddings.cls_token"  # a tensor that every network of these kinds has,
 
 
 def read(
-    tensors: Tensors, config: Configuration, kind: str, preprocessing: Preprocessing, ignored: tuple[str, ...]
+    tensors: Tensors,
+    config: Configuration,
+    settings: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    ignored: tuple[str, ...],
 ) -> Source:
-    """``config`` is config.json without its model_type, ``kind``.
+    """``config`` is config.json without its model_type, and ``settings`` is all of it.
 
     ``ignored`` are keys that the user states to have no effect.
 
     Raises CheckpointError.
     """
+    kind: str = settings["model_type"]
+    named = tensors.copy()
     names.modernize(tensors, kind)
     names.check_architecture(config.take("architectures"), names.has_teacher(tensors))
     if not names.has_teacher(tensors):
@@ -70,7 +78,9 @@ def read(
     notes = config.reject_others(ignored)
     weights = _weights(tensors, shape, kind)
     interpolation = TRANSFORMERS_REGISTERS if kind == "dinov2_with_registers" else TRANSFORMERS
-    return Source(shape, weights, preprocessing, labels, activation, interpolation, (*tensors.notes, *notes))
+    safe = transformers_network.without_code(settings)
+    owner = Owner("transformers", lambda size: transformers_network.create(safe, named, size))
+    return Source(shape, weights, preprocessing, labels, activation, interpolation, (*tensors.notes, *notes), owner)
 
 
 def kind_of(config: Configuration) -> str:
@@ -129,7 +139,7 @@ def _mlp_activation(config: Configuration, swiglu: bool) -> MlpActivation:
     if swiglu:  # which always has SiLU
         return "gelu"
     if named not in _ACTIVATIONS:
-        raise CheckpointError(f"unsupported hidden_act {named!r}; supported are {', '.join(_ACTIVATIONS)}")
+        raise UnsupportedError(f"unsupported hidden_act {named!r}; supported are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[named]
 
 
@@ -142,6 +152,11 @@ def activation_of(config: Configuration) -> Activation | None:
             " of classes"
         )
     return None if kind is None else "sigmoid" if kind == "multi_label_classification" else "softmax"
+
+
+def labels_and_activation(config: Configuration, classes: int) -> tuple[tuple[str, ...] | None, Activation | None]:
+    """Of any image classifier. Raises CheckpointError."""
+    return _labels(config, classes), activation_of(config)
 
 
 def _labels(config: Configuration, classes: int) -> tuple[str, ...] | None:

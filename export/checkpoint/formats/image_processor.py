@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from vitserve.export.checkpoint.configuration import Configuration
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, UnsupportedError
 from vitserve.model.bundle.preprocess import Interpolation, Preprocessing
 
 _RESAMPLE: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -76,7 +76,7 @@ def preprocessing(
     resize = _resize(keys, defaults)
     resample = keys.take("resample", defaults["resample"])
     if resample not in _RESAMPLE or isinstance(resample, bool):
-        raise CheckpointError(f"unsupported resample {resample!r}; supported are {_RESAMPLE}")
+        raise UnsupportedError(f"unsupported resample {resample!r}; supported are {_RESAMPLE}")
     mean, std = _normalization(keys, defaults)
     keys.require({"do_pad": False, "data_format": "channels_first"})
     keys.ignore(_WITHOUT_EFFECT)
@@ -96,14 +96,14 @@ def _defaults(keys: Configuration, model: str) -> dict[str, Any]:
     kind = named.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     kind = kind or _BY_MODEL.get(model, "BitImageProcessor")
     if kind not in _DEFAULTS:
-        raise CheckpointError(f"unsupported image_processor_type {named!r}; supported are {', '.join(_DEFAULTS)}")
+        raise UnsupportedError(f"unsupported image_processor_type {named!r}; supported are {', '.join(_DEFAULTS)}")
     return {"do_center_crop": False, "default_to_square": True} | _DEFAULTS[kind]
 
 
 def _resize(keys: Configuration, defaults: dict[str, Any]) -> tuple[bool, int, int]:
     """Whether both sides are resized alike, the size after the resize, and the image size after the crop."""
     if not _step(keys, "do_resize", True):
-        raise CheckpointError(
+        raise UnsupportedError(
             f"unsupported do_resize false in {keys.name}: the network takes images of one size, so they must be resized"
         )
     square = _step(keys, "default_to_square", defaults["default_to_square"])
@@ -111,14 +111,14 @@ def _resize(keys: Configuration, defaults: dict[str, Any]) -> tuple[bool, int, i
     if not _step(keys, "do_center_crop", defaults["do_center_crop"]):
         keys.ignore({"crop_size"})
         if not squash:
-            raise CheckpointError(
+            raise UnsupportedError(
                 f"unsupported do_center_crop false in {keys.name}: it resizes the shorter side without a center crop,"
                 " and only square images are supported"
             )
         return squash, resized, resized
     crop_size = _square(keys, "crop_size", keys.take("crop_size", defaults.get("crop_size")))
     if crop_size > resized:
-        raise CheckpointError(
+        raise UnsupportedError(
             f"unsupported crop_size {crop_size} in {keys.name}: the image is resized to {resized} pixels"
         )
     return squash, resized, crop_size
@@ -136,7 +136,7 @@ def _square(keys: Configuration, name: str, size: Any) -> int:
     """The side of a square that is an integer, a pair, or an object with height and width."""
     if isinstance(size, dict):
         if size.keys() != {"height", "width"}:
-            raise CheckpointError(
+            raise UnsupportedError(
                 f"unsupported {name} {size} in {keys.name}; supported are height and width, and shortest_edge for size"
             )
         size = [size["height"], size["width"]]
@@ -150,7 +150,9 @@ def _normalization(
 
     The library computes (pixels * factor - mean) / std, with a factor of 1 if it does not rescale.
     """
-    factor, mean, std = 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    factor = 1.0
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
     if _step(keys, "do_rescale", True):
         factor = keys.number("rescale_factor", 1 / 255)
     if _step(keys, "do_normalize", True):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, UnsupportedError
+from vitserve.export.checkpoint.library.owner import Owner
 from vitserve.export.checkpoint.position_embeddings import TIMM, Interpolation
 from vitserve.export.checkpoint.state_dict import Tensors
 from vitserve.model.arrays import Activation
@@ -19,13 +20,16 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 @dataclass(frozen=True)
 class Source:
-    config: ViTConfig | ResNetConfig
+    config: ViTConfig | ResNetConfig | None  # None: not one of our networks, so the owner's is exported
     weights: dict[str, Tensor]
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None = None  # None if the checkpoint has no labels
     activation: Activation | None = None  # None if the checkpoint does not state it
     interpolation: Interpolation = TIMM  # of position embeddings
     notes: tuple[str, ...] = ()  # what was decided while reading, for the user
+    owner: Owner | None = None  # None if there is none that could build the network
+    architecture: str = ""  # the owner's name of the network
+    classes: int = 0  # of the owner's network
 
 
 def heads_of(width: int) -> int:
@@ -55,7 +59,7 @@ def rename_head(tensors: Tensors, theirs: str, usual: str) -> None:
     (layer, *others) = sorted(layers)
     parts = {name.rpartition(".")[2] for name in found}
     if others or parts - {"weight", "bias"} or "weight" not in parts or len(tensors.shape(f"{layer}.weight")) != 2:
-        raise CheckpointError(f"unsupported head: {', '.join(found)}; supported is one linear layer")
+        raise UnsupportedError(f"unsupported head: {', '.join(found)}; supported is one linear layer")
     tensors.rename(lambda name: usual + name.removeprefix(layer) if name.startswith(f"{layer}.") else name)
     before = "; a layer before it has no weights and is taken for dropout" if layer != theirs else ""
     tensors.notes.append(f"the head is the linear layer {layer}{before}")

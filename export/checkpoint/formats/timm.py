@@ -11,16 +11,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from vitserve.export.checkpoint.configuration import Configuration
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, UnsupportedError
 from vitserve.export.checkpoint.formats import timm_architecture
 from vitserve.export.checkpoint.formats.source import Source, rename_head
 from vitserve.export.checkpoint.formats.timm_architecture import Architecture, Structure
+from vitserve.export.checkpoint.formats.timm_preprocessing import check_square_rgb, preprocessing_of, reject_unknown
 from vitserve.export.checkpoint.labels import timm_labels
+from vitserve.export.checkpoint.library import timm_network
+from vitserve.export.checkpoint.library.owner import Owner
 from vitserve.export.checkpoint.position_embeddings import TIMM, square_side
 from vitserve.export.checkpoint.state_dict import Tensors
 from vitserve.model.arrays import Activation
-from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig
 
 MARK = "patch_embed.proj.weight"  # a tensor that only timm's ViTs have
@@ -29,20 +33,15 @@ WRAPPER_PREFIX = "timm_model."  # of the tensors of transformers' timm_wrapper
 
 _BIT = re.compile(r"resnetv2_(\d+)x(\d)_bit\w*")
 _BIT_STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Keys of pretrained_cfg that have no effect on the outputs of the saved weights.
-_PRETRAINED_WITHOUT_EFFECT = (
-    # Where the original weights came from.
-    {"url", "file", "state_dict", "hf_hub_id", "source", "architecture", "tag", "custom_load"},
-    {"license", "description", "origin_url", "paper_name", "paper_ids", "notes"},
-    # Other image sizes that the network was measured with.
-    {"test_input_size", "min_input_size", "test_crop_pct", "pool_size", "test_pool_size"},
-    # Names of layers that timm changes for other numbers of channels or classes.
-    {"first_conv", "classifier", "num_features"},
-)
-# Keys at the root of config.json: those that timm writes for information, and those of transformers' timm_wrapper.
-_ROOT_WITHOUT_EFFECT = ({"num_features", "do_pooling"},)
+
+def is_known(name: str) -> bool:
+    """Whether the architecture is one of our networks, with or without a tag after a dot."""
+    name = name.partition(".")[0]
+    try:
+        return _BIT.fullmatch(name) is not None or bool(timm_architecture.named(name))
+    except CheckpointError:
+        return False
 
 
 def read(
@@ -61,12 +60,14 @@ def read(
     name = config.text("architecture").partition(".")[0]
     pretrained = config.section("pretrained_cfg") if "pretrained_cfg" in config else config
     arguments = config.section("model_args")
-    arguments = Configuration(arguments.name, arguments.rest() | dict(model_args), null_is_default=True)
+    stated = arguments.rest() | dict(model_args)
+    arguments = Configuration(arguments.name, stated, null_is_default=True)
     bit = _BIT.fullmatch(name)
     rename_head(tensors, "head", "head.fc" if bit else "head")
     classes = tensors.shape(BIT_MARK if bit else "head.weight")[0]
     _check_classes(classes, config, pretrained, arguments)
-    own, fixed = _preprocessing(pretrained), pretrained.flag("fixed_input_size", False)
+    own, fixed = preprocessing_of(pretrained), pretrained.flag("fixed_input_size", False)
+    check_square_rgb(own, pretrained.name)
     shape: ViTConfig | ResNetConfig
     if bit is not None:
         shape = _bit_config(tensors, int(bit[1]), int(bit[2]), own.image_size, classes)
@@ -81,12 +82,30 @@ def read(
         if architecture.image_size is not None and fixed:  # as timm resolves it
             own = replace(own, image_size=architecture.image_size)
     labels = timm_labels(config, pretrained, classes, tensors.notes)
-    pretrained.ignore(*_PRETRAINED_WITHOUT_EFFECT)
-    config.ignore(*_ROOT_WITHOUT_EFFECT)
-    notes = pretrained.reject_others(ignored)
-    notes += config.reject_others(ignored) if config is not pretrained else []
+    notes = reject_unknown(config, pretrained, ignored)
+    owner = _owner(name, stated, shape, tensors)
     weights = tensors.take_all()
-    return Source(shape, weights, own, labels, activation, TIMM, (*tensors.notes, *notes))
+    return Source(shape, weights, own, labels, activation, TIMM, (*tensors.notes, *notes), owner)
+
+
+def _owner(name: str, stated: Mapping[str, Any], shape: ViTConfig | ResNetConfig, tensors: Tensors) -> Owner:
+    """timm's own network. If the tensors are not those of the stated arguments, it gets the sizes that they show.
+
+    What the tensors do not show, such as the number of heads, is timm's to say.
+    """
+    named, sizes = tensors.copy(), dict[str, Any]()
+    if isinstance(shape, ViTConfig):
+        sizes |= {"img_size": shape.image_size, "depth": shape.depth, "embed_dim": shape.width}
+        sizes |= {} if shape.resnet else {"patch_size": shape.patch_size}
+        sizes |= {"mlp_ratio": shape.mlp_width * (1 + shape.swiglu) / shape.width}
+        sizes |= {"global_pool": "avg" if shape.pool == "mean" else "token"}
+    arguments = {key: value for key, value in stated.items() if value is not None} | {"num_classes": shape.classes}
+
+    def build(size: tuple[int, int]) -> nn.Module:
+        fits = timm_network.fits(name, arguments, {}, named)
+        return timm_network.create(name, arguments if fits else arguments | sizes, {}, named, size)
+
+    return Owner("timm", build)
 
 
 def _check_classes(classes: int, config: Configuration, pretrained: Configuration, arguments: Configuration) -> None:
@@ -112,7 +131,7 @@ def _with_root_pool(architecture: Architecture, config: Configuration, tensors: 
         return architecture
     if pool == "avg" and "fc_norm.weight" in tensors and "norm_after_pool" not in architecture.stated:
         return replace(architecture, pool="avg", structure=replace(architecture.structure, norm_after_pool=True))
-    raise CheckpointError(
+    raise UnsupportedError(
         f"unsupported global_pool {pool!r} in {config.name}: {architecture.name} pools by {architecture.pool!r};"
         " another pooling must be in model_args"
     )
@@ -206,23 +225,3 @@ def _is_square(number: int) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def _preprocessing(pretrained: Configuration) -> Preprocessing:
-    """As timm.data.resolve_data_config() reads it, with its defaults for keys that are absent or null."""
-    size = pretrained.take("input_size", (3, 224, 224))
-    if not isinstance(size, list | tuple) or len(size) != 3 or size[0] != 3:
-        raise pretrained.fault("input_size", size, "3 channels, height and width")
-    sides = list(size[1:])
-    side = Configuration(pretrained.name, {"input_size": sides}).side("input_size", None)
-    crop, mode = pretrained.number("crop_pct", 0.875) or 0.875, pretrained.text("crop_mode", "center") or "center"
-    if mode not in ("center", "squash"):
-        raise CheckpointError(f"unsupported crop_mode {mode!r} in {pretrained.name}; supported are center and squash")
-    interpolation: Any = pretrained.text("interpolation", "bicubic") or "bicubic"
-    mean, std = pretrained.numbers("mean", _IMAGENET_MEAN), pretrained.numbers("std", _IMAGENET_STD)
-    if not all(std):
-        raise CheckpointError(f"std in {pretrained.name} must not be zero")
-    try:
-        return Preprocessing(side, crop, interpolation, mean, std, squash=mode == "squash")
-    except ValueError as error:
-        raise CheckpointError(f"unsupported crop_pct or interpolation in {pretrained.name}: {error}") from error

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from vitserve.export.checkpoint.configuration import Configuration
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, UnsupportedError
 from vitserve.model.config import Activation
 
 # Size → width, depth, heads, and the ratio of MLP width to width.
@@ -136,11 +136,11 @@ def named(name: str) -> Architecture:
     """``name`` without the tag after a dot. Raises CheckpointError for an unknown name."""
     match = _NAME.fullmatch(name)
     if match is None or match[2] not in _SIZES:
-        raise CheckpointError(f"unsupported architecture {name!r}: not a known size of ViT or DeiT")
+        raise UnsupportedError(f"unsupported architecture {name!r}: not a known size of ViT or DeiT")
     family, size, options = match[1], match[2], match[4].split("_")[1:]
     unknown = [option for option in options if not _KNOWN_PARTS.fullmatch(option)]
     if unknown:
-        raise CheckpointError(f"unsupported architecture {name!r}: unknown part {', '.join(unknown)}")
+        raise UnsupportedError(f"unsupported architecture {name!r}: unknown part {', '.join(unknown)}")
     dinov2, clip, gap = "dinov2" in options, "clip" in options, "gap" in options
     width, depth, heads, ratio = _GIANT_DINOV2 if size == "giant" and dinov2 else _SIZES[size]
     registers, swiglu = (
@@ -211,18 +211,18 @@ def _patch_size(name: str, options: list[str]) -> int:
     for option in options:
         if re.fullmatch(r"patch\d+|s\d+", option):
             return int(option.removeprefix("patch").removeprefix("s"))
-    raise CheckpointError(f"unsupported architecture {name!r}: it has no patch size")
+    raise UnsupportedError(f"unsupported architecture {name!r}: it has no patch size")
 
 
 def _pool(architecture: Architecture, arguments: Configuration) -> tuple[Literal["token", "avg"], bool]:
     """The pooling, and whether the norm is after it."""
     pool = arguments.text("global_pool", architecture.pool)
     if pool not in ("token", "avg"):
-        raise CheckpointError(f"unsupported global_pool {pool!r} in {arguments.name}; supported are token and avg")
+        raise UnsupportedError(f"unsupported global_pool {pool!r} in {arguments.name}; supported are token and avg")
     after = arguments.take("fc_norm", architecture.fc_norm)
     after = pool == "avg" if after is None else after
     if after not in (True, False) or (after and pool == "token"):
-        raise CheckpointError(f"unsupported fc_norm {after!r} in {arguments.name} with global_pool {pool!r}")
+        raise UnsupportedError(f"unsupported fc_norm {after!r} in {arguments.name} with global_pool {pool!r}")
     return ("avg" if pool == "avg" else "token"), bool(after)
 
 
@@ -231,7 +231,7 @@ def _activation(architecture: Architecture, arguments: Configuration) -> Activat
         return architecture.activation
     layer = arguments.text("act_layer")
     if layer not in _ACTIVATIONS or architecture.structure.swiglu:
-        raise CheckpointError(
+        raise UnsupportedError(
             f"unsupported act_layer {layer!r} in {arguments.name}; supported are {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[layer]

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.formats.source import Source, heads_of, rename_head
+from vitserve.export.checkpoint.library import torchvision_network
+from vitserve.export.checkpoint.library.owner import Owner
 from vitserve.export.checkpoint.position_embeddings import TORCHVISION, square_side
 from vitserve.export.checkpoint.state_dict import Tensors
 from vitserve.model.bundle.preprocess import Interpolation, Preprocessing
@@ -82,6 +84,7 @@ def read(tensors: Tensors, path: Path) -> Source:
     width, _, patch_size, _ = tensors.shape_of("conv_proj.weight", 4)
     fc1, fc2 = ("mlp.0", "mlp.3") if f"{_BLOCK.format(0)}.mlp.0.weight" in tensors else ("mlp.linear_1", "mlp.linear_2")
     representation = tensors.shape("heads.pre_logits.weight")[0] if "heads.pre_logits.weight" in tensors else None
+    named = tensors.copy()
     config = ViTConfig(
         image_size=square_side(tensors.shape_of(MARK, 3)[1] - 1) * patch_size,
         patch_size=patch_size,
@@ -95,7 +98,8 @@ def read(tensors: Tensors, path: Path) -> Source:
     weights = _weights(tensors, config, _BLOCK_NAMES | {f"{fc1}.": "mlp.fc1.", f"{fc2}.": "mlp.fc2."})
     preprocessing, note = _preprocessing(config, path.stem)
     notes = (*tensors.notes, note) if note else tuple(tensors.notes)
-    return Source(config, weights, preprocessing, interpolation=TORCHVISION, notes=notes)
+    owner = Owner("torchvision", lambda size: torchvision_network.create(config, named, size))
+    return Source(config, weights, preprocessing, interpolation=TORCHVISION, notes=notes, owner=owner)
 
 
 def preprocessing_of(name: str) -> Preprocessing:

@@ -77,7 +77,7 @@ def fault(key: str, directory: Path, library: Library) -> str | None:
     except Exception:  # the library does not accept the value, so nothing is expected
         expected = None
     try:
-        actual = logits_of_image(load_checkpoint(directory), IMAGE)
+        actual = logits_of_image(load_checkpoint(directory, network="ours"), IMAGE)
     except ValueError as error:
         # Sizes are rejected because the tensors do not fit, or because the image is not square.
         named = any(text in str(error) for text in (key, "do not fit", "are not those of", "only square images"))

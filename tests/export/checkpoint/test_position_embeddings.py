@@ -25,6 +25,7 @@ from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.export.checkpoint.position_embeddings import GOOGLE, at_image_size
 from vitserve.model.config import ViTConfig
+from vitserve.model.network.vit import ViT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the other libraries
 
@@ -53,6 +54,7 @@ def test_transformers(kind: str, size: int, transformers: ModuleType, tmp_path: 
     preprocessor = SQUASH | {"size": {"height": size, "width": size}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     checkpoint = load_checkpoint(tmp_path)
+    assert isinstance(checkpoint.network, ViT)
     assert checkpoint.network.config.image_size == checkpoint.preprocessing.image_size == size
     assert_same_logits(checkpoint, logits)
 

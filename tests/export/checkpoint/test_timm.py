@@ -16,6 +16,7 @@ from tests.support.checkpoints import SMALL_TIMM, assert_same_logits, randomized
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.formats import timm as timm_format
 from vitserve.export.checkpoint.formats import timm_architecture
+from vitserve.export.checkpoint.library.network import LibraryNetwork
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.export.checkpoint.overrides import model_arguments
 from vitserve.export.checkpoint.state_dict import Tensors
@@ -39,8 +40,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ResNet": ("resnetv2_50x1_bit", {"num_classes": 5}),
 }
-# The graphs of the other architectures are compared at full size, and in test_export.py.
-SERVED = {"registers", "SwiGLU", "norm before the blocks, quick GELU", "norms of q and k"}
+# The graphs of the other architectures are compared at full size, and in test_library_network.py.
+SERVED = ("registers", "SwiGLU", "norm before the blocks, quick GELU", "norms of q and k")
 FULL_SIZE = [
     "vit_base_patch16_224",
     "vit_small_patch32_384",
@@ -61,7 +62,15 @@ FULL_SIZE = [
 def test_a_timm_directory_has_the_same_logits(kind: str, timm: ModuleType, tmp_path: Path) -> None:
     architecture, arguments = ARCHITECTURES[kind]
     source = save_with_timm(timm, tmp_path, architecture, arguments)
-    assert_same_logits(load_checkpoint(tmp_path), source, tmp_path if kind in SERVED else None)
+    assert_same_logits(load_checkpoint(tmp_path), source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SERVED)
+def test_the_graph_of_a_timm_directory_has_the_same_logits(kind: str, timm: ModuleType, tmp_path: Path) -> None:
+    architecture, arguments = ARCHITECTURES[kind]
+    source = save_with_timm(timm, tmp_path, architecture, arguments)
+    assert_same_logits(load_checkpoint(tmp_path), source, tmp_path)
 
 
 @pytest.mark.slow
@@ -127,15 +136,25 @@ def test_a_timm_state_dict_requires_timm_itself(
 
 
 @pytest.mark.parametrize(
-    "architecture",
-    ["vit_base_patch16_rpn_224", "vit_base_patch16_siglip_gap_224", "eva_large_patch14_196", "vit_wide_patch16_224"],
+    "architecture", ["vit_base_patch16_rpn_224", "vit_base_patch16_siglip_gap_224", "eva_large_patch14_196"]
 )
-def test_an_unknown_architecture_is_rejected(architecture: str, timm: ModuleType, tmp_path: Path) -> None:
-    """It might compute something else with the same tensors."""
-    save_with_timm(timm, tmp_path, "vit_base_patch16_224", SMALL_TIMM | {"num_heads": 12})
-    settings = json.loads((tmp_path / "config.json").read_text()) | {"architecture": architecture}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+def test_an_architecture_that_is_not_ours_is_rejected_on_request(
+    architecture: str, timm: ModuleType, tmp_path: Path
+) -> None:
+    """It might compute something else with the same tensors. timm's own network is exported instead."""
+    save_with_timm(timm, tmp_path, architecture, SMALL_TIMM | {"num_heads": 12, "depth": 1})
     with pytest.raises(CheckpointError, match=f"unsupported architecture '{architecture}': "):
+        load_checkpoint(tmp_path, network="ours")
+    checkpoint = load_checkpoint(tmp_path)
+    assert isinstance(checkpoint.network, LibraryNetwork)
+    assert checkpoint.network.config.architecture == architecture
+
+
+def test_an_architecture_that_timm_does_not_have_is_rejected(timm: ModuleType, tmp_path: Path) -> None:
+    save_with_timm(timm, tmp_path, "vit_base_patch16_224", SMALL_TIMM | {"num_heads": 12, "depth": 1})
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"architecture": "vit_wide_patch16_224"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="timm has no architecture 'vit_wide_patch16_224'"):
         load_checkpoint(tmp_path)
 
 
@@ -209,7 +228,7 @@ def test_an_image_size_that_does_not_fit_is_rejected(timm: ModuleType, tmp_path:
     settings["pretrained_cfg"]["input_size"] = [3, 32, 64]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=r"unsupported input_size 64 × 32 .*: only square images"):
-        load_checkpoint(tmp_path)
+        load_checkpoint(tmp_path, network="ours")
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,8 @@ def test_a_key_without_effect_can_be_ignored(transformers: ModuleType, tmp_path:
         keys = json.loads((tmp_path / name).read_text())
         (tmp_path / name).write_text(json.dumps(keys | {"our_dataset": "pets"}))
         with pytest.raises(CheckpointError, match=rf'{name} has keys .*: our_dataset "pets"; .* --ignore-key'):
-            load_checkpoint(tmp_path)
+            load_checkpoint(tmp_path, network="ours")
+        assert "our_dataset" in load_checkpoint(tmp_path).notes[-1], "the library's network is exported, with a note"
         notes = load_checkpoint(tmp_path, ignored_keys=("our_dataset",)).notes
         assert f'our_dataset "pets" in {name} is ignored as requested' in notes
         (tmp_path / name).write_text(json.dumps(keys))

@@ -1,0 +1,132 @@
+"""A network in torch as the source of a bundle, compared with the network of the library that trained it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.library.network import LibraryNetwork, unfuse
+from vitserve.export.checkpoint.library.owner import LibraryMissingError, Owner
+from vitserve.export.golden_images import open_graph, textures
+from vitserve.export.graph.optimize import OptimizedNetwork
+from vitserve.export.graph.passes import optimize_verified
+from vitserve.export.graph.reference import ReferenceNetwork
+from vitserve.export.graph.trace import trace
+from vitserve.export.quantize.bf16_simulation import simulate_bf16
+from vitserve.model.arrays import Outputs, Pixels
+from vitserve.model.bundle.evaluation import in_batches
+from vitserve.model.bundle.parity import TOLERANCE, compare
+from vitserve.model.bundle.preprocess import Preprocessing
+from vitserve.model.config import NetworkConfig
+from vitserve.model.network.build import Network
+
+_BATCH = 16
+_COMPARED = 4  # images on which our network is compared with the library's
+
+
+@dataclass(frozen=True)
+class TorchModel:
+    """The SourceModel of one of our networks, or of a library's."""
+
+    network: Network | LibraryNetwork
+    preprocessing: Preprocessing
+    architecture: str
+    owner: nn.Module | None = None  # the library's network, images → logits
+    reference: str = "vitserve"
+
+    @property
+    def config(self) -> NetworkConfig:
+        return self.network.config
+
+    def run(self, pixels: Pixels) -> Outputs:
+        return _run(ReferenceNetwork(self.network, self.preprocessing, self.owner).eval(), pixels)
+
+    def run_bf16(self, pixels: Pixels) -> Outputs:
+        return _run(simulate_bf16(ReferenceNetwork(self.network, self.preprocessing)).eval(), pixels)
+
+    def write_graph(self, path: Path) -> None:
+        if not isinstance(self.network, LibraryNetwork):
+            trace(OptimizedNetwork(self.network, self.preprocessing).eval(), self.preprocessing.shape, path)
+            return
+        network = ReferenceNetwork(self.network, self.preprocessing).eval()
+        try:
+            trace(network, self.preprocessing.shape, path)
+        except Exception as error:  # the exporter has no common base class for what it cannot express
+            if not unfuse(network):
+                raise CheckpointError(f"torch cannot trace {self.architecture}: {_first_line(error)}") from error
+            try:
+                trace(network, self.preprocessing.shape, path)
+            except Exception as again:
+                raise CheckpointError(f"torch cannot trace {self.architecture}: {_first_line(again)}") from again
+        optimize_verified(path, self._is_equal)
+
+    def _is_equal(self, graph: Path) -> bool:
+        """Whether ONNX Runtime computes the network's outputs for two images with the graph."""
+        pixels = textures(self.preprocessing.shape, 2)
+        with open_graph(graph, len(pixels)) as run:
+            return compare(run(pixels), self.run(pixels)).failure("fp32") is None
+
+
+def torch_model(
+    network: Network | LibraryNetwork,
+    preprocessing: Preprocessing,
+    architecture: str,
+    owner: Owner | None,
+    progress: Callable[[str], None],
+) -> TorchModel:
+    """Builds the library's network, and compares ours with it.
+
+    If they differ, the library's is exported, with a warning.
+    """
+    if isinstance(network, LibraryNetwork):
+        return TorchModel(network, preprocessing, architecture, reference=network.config.library)
+    if owner is None:
+        return TorchModel(network, preprocessing, architecture)
+    try:
+        library = owner.build(preprocessing.shape[:2])
+    except LibraryMissingError as error:
+        progress(f"note: the artifacts are compared with vitserve's form of the network only: {error}")
+        return TorchModel(network, preprocessing, architecture)
+    except CheckpointError as error:
+        progress(f"warning: {owner.name} does not load the checkpoint, so it is not compared with it: {error}")
+        return TorchModel(network, preprocessing, architecture)
+    model = TorchModel(network, preprocessing, architecture, library, owner.name)
+    pixels = textures(preprocessing.shape, _COMPARED)
+    difference = _relative(TorchModel(network, preprocessing, architecture).run(pixels), model.run(pixels))
+    if difference <= TOLERANCE["fp32"]:
+        return model
+    progress(
+        f"warning: vitserve's form of {architecture} differs from {owner.name} by {difference:.1e} of the largest"
+        " logit; the library's network is exported instead, without our optimizations"
+    )
+    exported = LibraryNetwork(library, owner.name, architecture, preprocessing.shape)
+    return TorchModel(exported, preprocessing, architecture, reference=owner.name)
+
+
+def _run(network: nn.Module, pixels: Pixels) -> Outputs:
+    def batch(part: Pixels) -> Outputs:
+        with torch.inference_mode():
+            logits, embedding = network(torch.from_numpy(part))
+        return Outputs(logits.numpy(), embedding.numpy())
+
+    return in_batches(batch, _BATCH)(pixels)
+
+
+def _relative(actual: Outputs, expected: Outputs) -> float:
+    if actual.logits.shape != expected.logits.shape:
+        return float("inf")
+    scale = max(float(np.abs(expected.logits).max()), 1e-12)
+    difference = float(np.abs(actual.logits - expected.logits).max() / scale)
+    return difference if np.isfinite(difference) else 0.0  # make_golden() reports NaN and infinity
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    lines = [line for line in str(cause).splitlines() if line.strip()] or [repr(cause)]
+    return f"{type(cause).__name__}: {lines[0]}"
