@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vitserve.export.checkpoint.locate import check_source, fetch_snapshot
-from vitserve.export.requirements import EXPORT_PACKAGES, require_packages
+from vitserve.export.load_source import load_source, packages_for
+from vitserve.export.requirements import require_packages
 from vitserve.model.bundle.bundle import BundleError, open_bundle, sha256
 from vitserve.service.machine import cache_dir
 
@@ -28,7 +29,7 @@ def cached_bundle(source: str, version: str, progress: Callable[[str], None] = l
     try:
         open_bundle(path)
     except BundleError:  # missing or damaged
-        require_packages(*EXPORT_PACKAGES)
+        require_packages(*packages_for(source))
         progress(f"exporting {source} to {path}")
         _export(source, path, name, progress)
     return path
@@ -36,9 +37,8 @@ def cached_bundle(source: str, version: str, progress: Callable[[str], None] = l
 
 def _export(source: str, path: Path, name: str, progress: Callable[[str], None]) -> None:
     from vitserve.export.build_bundle import build_bundle
-    from vitserve.export.checkpoint.load import load_checkpoint
 
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_source(source)
     for note in checkpoint.notes:
         progress(f"note: {note}")
     build_bundle(checkpoint, path, name=name, progress=progress)

@@ -122,6 +122,13 @@ def test_a_source_without_its_scheme_is_explained(command: str, source: str, hin
     assert "exporting" not in result.output
 
 
+def test_the_known_sources_are_listed() -> None:
+    result = CliRunner().invoke(app, ["export", "--list"])
+    assert result.exit_code == 0, result.output
+    for source in ("FILE.onnx", "clip, metaclip_2, siglip", "timm's network"):
+        assert source in result.output
+
+
 def test_a_source_and_a_bundle_conflict(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["serve", str(tmp_path), "--bundle", "elsewhere"])
     assert result.exit_code == 2

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vitserve.cli.console import one_line_errors, print_artifacts
+from vitserve.cli.sources import print_sources
 
 
 class Activation(StrEnum):
@@ -17,6 +18,37 @@ class Activation(StrEnum):
 
     softmax = "softmax"
     sigmoid = "sigmoid"
+
+
+class Interpolation(StrEnum):
+    """How images are resized."""
+
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+    lanczos = "lanczos"
+    nearest = "nearest"
+
+
+class Layout(StrEnum):
+    """The order of the axes of an image."""
+
+    nchw = "nchw"
+    nhwc = "nhwc"
+
+
+class OutputKind(StrEnum):
+    """What a network computes."""
+
+    logits = "logits"
+    probabilities = "probabilities"
+
+
+class NetworkChoice(StrEnum):
+    """Whose form of the network is exported."""
+
+    auto = "auto"
+    ours = "ours"
+    library = "library"
 
 
 class Precision(StrEnum):
@@ -32,11 +64,17 @@ def export(
     source: Annotated[
         str,
         typer.Argument(
-            help="Directory or file of a checkpoint, hf:owner/name[@revision], timm:NAME, or random:VARIANT. "
-            "See docs/models.md."
+            help="Directory or file of a checkpoint, a .onnx file, hf:owner/name[@revision], timm:NAME, or "
+            "random:VARIANT. See docs/models.md."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the bundle to write.")],
+    list_sources: Annotated[
+        bool,
+        typer.Option(
+            "--list", callback=print_sources, is_eager=True, help="Print the sources that are known, and exit."
+        ),
+    ] = False,
     name: Annotated[str, typer.Option(help="Model name reported to clients. Default: taken from the source.")] = "",
     version: Annotated[
         str, typer.Option(help="Model version reported to clients. Default: the first digits of the graph's sha256.")
@@ -48,6 +86,14 @@ def export(
         Path | None,
         typer.Option(
             help="Text file with one label a line, or a .json file with a list of labels. Default: the checkpoint's."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For CLIP and SigLIP: the text for a label, with {} in its place. Repeatable; the embeddings of "
+            "several texts are averaged. Default: 'a photo of a {}.'",
+            metavar="TEMPLATE",
         ),
     ] = None,
     labels_encoding: Annotated[
@@ -66,10 +112,36 @@ def export(
     preprocessor: Annotated[
         str,
         typer.Option(
-            help="preprocessor_config.json, or a directory with one, for a checkpoint without preprocessing; or "
-            "torchvision:WEIGHTS, such as torchvision:ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1."
+            help="preprocessor_config.json or timm's config.json, or a directory with one, for a source without "
+            "preprocessing; or torchvision:WEIGHTS, such as torchvision:ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1."
         ),
     ] = "",
+    mean: Annotated[
+        str, typer.Option(help="Mean of the channels, of pixels from 0 to 1, such as 0.485,0.456,0.406.")
+    ] = "",
+    std: Annotated[str, typer.Option(help="Standard deviation of the channels, of pixels from 0 to 1.")] = "",
+    interpolation: Annotated[Interpolation | None, typer.Option(help="How images are resized.")] = None,
+    crop: Annotated[float, typer.Option(help="Share of the resized shorter side that the center crop keeps.")] = 0.0,
+    squash: Annotated[
+        bool | None, typer.Option("--squash/--no-squash", help="Resize without keeping the aspect ratio.")
+    ] = None,
+    layout: Annotated[
+        Layout | None, typer.Option(help="Layout of the input of a .onnx file. Default: what its shape shows.")
+    ] = None,
+    outputs: Annotated[
+        OutputKind | None,
+        typer.Option(
+            help="What a .onnx file computes. Default: probabilities if it ends in a softmax or sigmoid, or if its "
+            "values add up to 1."
+        ),
+    ] = None,
+    network: Annotated[
+        NetworkChoice,
+        typer.Option(
+            help="ours: only with vitserve's own optimized network. library: the network as timm or transformers "
+            "computes it."
+        ),
+    ] = NetworkChoice.auto,
     weights: Annotated[
         str,
         typer.Option(
@@ -132,8 +204,8 @@ def export(
         check_destination(output)
         from vitserve.export.build_bundle import build_bundle
         from vitserve.export.checkpoint.labels import read_label_file
-        from vitserve.export.checkpoint.load import load_checkpoint
-        from vitserve.export.checkpoint.overrides import Overrides, model_arguments
+        from vitserve.export.checkpoint.overrides import Overrides, channel_values, model_arguments
+        from vitserve.export.load_source import load_source
         from vitserve.model.bundle.evaluation import read_images
 
         def progress(step: str) -> None:
@@ -153,9 +225,18 @@ def export(
             preprocessor=preprocessor,
             weights=weights,
             activation=activation.value if activation else None,
+            network=network.value,
+            prompts=tuple(prompt or ()),
+            mean=channel_values("--mean", mean),
+            std=channel_values("--std", std),
+            interpolation=interpolation.value if interpolation else None,
+            crop=crop or None,
+            squash=squash,
+            layout=layout.value if layout else None,
+            outputs=outputs.value if outputs else None,
             ignored_keys=tuple(ignore_key or ()),
         )
-        checkpoint = load_checkpoint(source, overrides)
+        checkpoint = load_source(source, overrides)
         for text in checkpoint.notes:
             note(text)
         calibration = evaluation = None
