@@ -14,47 +14,12 @@ import httpx
 import pytest
 
 from tests.support.http import metric
-from tests.support.images import encoded, random_image
+from tests.support.mutation import mutate, seeds
 from tests.support.server import start_server
 from vitserve.model.bundle.bundle import Bundle
 
 # After the first fifth of the requests. Room for the largest decoded image; leaking one per request would be gigabytes.
 MAX_GROWTH_BYTES = 64 * 2**20
-
-
-def seeds() -> list[bytes]:
-    image, small = random_image(300, 200), random_image(24, 16)
-    return [
-        encoded(image, "JPEG"),
-        encoded(image, "PNG"),
-        encoded(image, "WEBP"),
-        encoded(image, "GIF", save_all=True, append_images=[random_image(300, 200, seed=1)]),
-        encoded(image, "TIFF", compression="tiff_lzw"),
-        encoded(image, "BMP"),
-        encoded(image, "JPEG", progressive=True),
-        encoded(image.convert("CMYK"), "JPEG"),
-        encoded(small.convert("RGBA")),
-        encoded(small.quantize(8)),
-    ]
-
-
-def mutate(image: bytes, generator: random.Random) -> bytes:
-    data = bytearray(image)
-    for _ in range(generator.choice((1, 1, 2, 8, 64))):
-        position = generator.randrange(min(len(data), generator.choice((32, 256, len(data)))))
-        match generator.randrange(5):
-            case 0:
-                data[position] = generator.choice((0, 0xFF, 0x7F, generator.randrange(256)))
-            case 1:
-                data[position : position + 4] = generator.randbytes(4)
-            case 2:
-                del data[position : position + generator.randrange(1, 64)]
-            case 3:
-                data[position:position] = data[: generator.randrange(64)]
-            case _:
-                del data[max(1, position) :]
-        data = data or bytearray(b"\0")
-    return bytes(data)
 
 
 def hostile_request(number: int, images: list[bytes]) -> tuple[bytes, str]:
