@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from vitserve.model.bundle.evaluation import SUFFIXES, image_files
+
 MAX_IMAGES = 64  # of a directory: too many for a CPU cache, few enough for memory
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _BOUNDARY = "----vitserve-bench"
 
 
@@ -21,14 +22,17 @@ class EncodedImage(NamedTuple):
 
 
 def read_encoded_images(source: Path) -> list[EncodedImage]:
-    """Reads one file, or the first 64 images by name in a directory and its subdirectories. Raises ValueError."""
+    """Reads one file, or the first 64 images by name in a directory and its subdirectories, without hidden files.
+
+    Raises ValueError.
+    """
     if source.is_file():
         return [_read(source)]
     if not source.is_dir():
         raise ValueError(f"{source} is neither a file nor a directory of images")
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = image_files(source)
     if not files:
-        raise ValueError(f"{source} contains no images ({', '.join(_SUFFIXES)})")
+        raise ValueError(f"{source} contains no images ({', '.join(SUFFIXES)})")
     return [_read(file) for file in files[:MAX_IMAGES]]
 
 

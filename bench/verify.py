@@ -14,10 +14,12 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from vitserve.bench.engine import measure_in_rounds, subject
+from vitserve.bench.image_check import ImageCheck, check_images
+from vitserve.bench.image_check import lines as image_lines
 from vitserve.bench.report import EngineRow, describe_machine, engine_table, stdout_console
-from vitserve.model.bundle.bundle import Artifact, Bundle, Evaluation
-from vitserve.model.bundle.evaluation import Images, evaluate, in_batches
-from vitserve.model.bundle.parity import Parity
+from vitserve.model.bundle.bundle import Artifact, Bundle, Golden
+from vitserve.model.bundle.evaluation import Images
+from vitserve.model.bundle.parity import CALIBRATED, Parity
 from vitserve.service import machine
 from vitserve.service.engines.engine import Engine, EngineOptions
 from vitserve.service.engines.golden_check import golden_check
@@ -26,7 +28,6 @@ from vitserve.service.engines.selection import (
     candidates,
     no_engine,
     open_artifact,
-    open_engine,
     openable,
 )
 from vitserve.service.engines.tensorrt.plan_report import PlanReport
@@ -34,7 +35,6 @@ from vitserve.service.engines.tensorrt.plan_report import PlanReport
 if TYPE_CHECKING:
     from vitserve.service.engines.tensorrt.engine import TensorRtEngine
 
-MAX_DISAGREEMENT = 0.01  # share of images whose class may differ from float32's, the same as in `vitserve export`
 _PACKAGES = ("vitserve", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "cuda-bindings", "torch", "numpy")
 
 
@@ -59,9 +59,10 @@ class VerificationReport:
     machine: Mapping[str, Any]
     open_seconds: float  # including the time to build a plan or graph
     steps: Sequence[str]  # of opening the engine
+    golden_images: str  # how many, and of which kind
     parity: Parity | None  # on the golden images; None if the golden check failed
     attention: AttentionReport | None
-    evaluation: Evaluation | None  # on a directory of images, against float32 on the CPU
+    images: ImageCheck | None  # on the user's images, against float32 on the CPU
     rows: Sequence[EngineRow]
     failures: Sequence[str] = field(default_factory=tuple)
 
@@ -77,9 +78,11 @@ def verify(
     seconds: float,
     rounds: int,
     progress: Callable[[str], None] = lambda step: None,
+    in_domain: bool = False,
 ) -> VerificationReport:
     """Opens, checks and measures the first engine that fits ``options``.
 
+    ``in_domain`` states that images without labels are of the model's domain.
     Raises NoEngineError, with the reasons, if none can be opened.
     """
     steps = list[str]()
@@ -99,10 +102,11 @@ def verify(
         attention = _attention(bundle, artifact, engine)
         if attention is not None and not attention.fused and engine.name == "tensorrt":  # may happen on a CPU
             failures.append(f"attention is not fused: {attention.description}")
-        evaluation = None
+        checked = None
         if images is not None:
             progress(f"{len(images.pixels)} images, with this engine and in float32 on the CPU")
-            evaluation = _evaluate(bundle, engine, images, failures)
+            checked = check_images(bundle, engine, artifact, images, in_domain)
+            failures += checked.failures
         progress("measuring")
         measured = subject(engine, options)
         results = measure_in_rounds([measured], bundle.golden().pixels, sizes, seconds, rounds)
@@ -119,9 +123,10 @@ def verify(
         | {"device": _device(engine), "packages": _versions(), "system": platform.platform()},
         open_seconds=open_seconds,
         steps=steps,
+        golden_images=_describe_golden(bundle.golden()),
         parity=parity,
         attention=attention,
-        evaluation=evaluation,
+        images=checked,
         rows=rows,
         failures=failures,
     )
@@ -164,19 +169,9 @@ def _attention(bundle: Bundle, artifact: Artifact, engine: Engine) -> AttentionR
     return AttentionReport(description, fused=not softmaxes)
 
 
-def _evaluate(bundle: Bundle, engine: Engine, images: Images, failures: list[str]) -> Evaluation:
-    reference = open_engine(bundle, EngineOptions(precision="fp32", max_batch=8)).engine
-    try:
-        expected = in_batches(lambda pixels: reference.run(0, pixels), 8)(images.pixels)
-    finally:
-        reference.close()
-    evaluation = evaluate(in_batches(lambda pixels: engine.run(0, pixels), engine.max_batch), expected, images)
-    disagreement = 1 - evaluation.top1_agreement
-    if disagreement > MAX_DISAGREEMENT and evaluation.loss > 100 * MAX_DISAGREEMENT / 2:
-        failures.append(
-            f"{disagreement:.2%} of the images have another class than in float32 (limit: {MAX_DISAGREEMENT:.0%})"
-        )
-    return evaluation
+def _describe_golden(golden: Golden) -> str:
+    textures = f"golden images: {len(golden.pixels) - golden.domain_images} textures"
+    return f"{textures} and {golden.domain_images} images of the model's domain" if golden.domain_images else textures
 
 
 def _device(engine: Engine) -> str | None:
@@ -214,15 +209,11 @@ def show(report: VerificationReport) -> None:
 def _lines(report: VerificationReport) -> list[str]:
     lines = [f"opened in {report.open_seconds:.1f} s; streams: {report.streams}"]
     if (parity := report.parity) is not None:
+        median = f"; of the median image, by which {report.precision} is judged: {parity.typical:.1e}"
         difference = f"maximum difference of the logits: {parity.logits:.1e} of their range"
-        lines.append(f"golden images: {difference}; same class: {parity.top1_agreement:.0%}")
+        difference += median if report.precision in CALIBRATED else ""
+        lines.append(f"{report.golden_images}, compared with the network that was exported: {difference}")
     if (attention := report.attention) is not None:
         share = "" if attention.share_of_time is None else f"; {attention.share_of_time:.0%} of the time"
         lines.append(f"attention: {attention.description}{share}")
-    if (evaluation := report.evaluation) is not None:
-        agreement = f"{evaluation.images} images: same class as in float32: {evaluation.top1_agreement:.2%}"
-        line = f"{agreement}; maximum difference of a probability: {evaluation.probability:.1e}"
-        if evaluation.accuracy is not None:
-            line += f"; accuracy {evaluation.accuracy:.2%}, in float32 {evaluation.source_accuracy:.2%}"
-        lines.append(line)
-    return lines
+    return lines if report.images is None else [*lines, *image_lines(report.images)]

@@ -13,10 +13,8 @@ By default, each checkout serves its own default model.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.processes import ServerFailedError, StartedServer
-from benchmarks.servers import Server, running, vitserve_server
+from benchmarks.servers import Server, check_checkout, running, vitserve_server
 from vitserve.bench import report
 from vitserve.bench.client import Client, ConnectionGoneError, run
 from vitserve.bench.load import LoadResult, closed_loop
@@ -57,16 +55,6 @@ class Pair:
 
     def ratio(self, value: Callable[[Measurement], float]) -> float:
         return value(self.new) / value(self.old) if value(self.old) else float("nan")
-
-
-def check_checkout(server: Server) -> None:
-    """Raises ServerFailedError unless vitserve is imported from the checkout."""
-    command = [sys.executable, "-c", "import vitserve; print(vitserve.__file__)"]
-    environment = os.environ | server.environment
-    done = subprocess.run(command, cwd=server.directory, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode or server.directory not in Path(done.stdout.strip()).parents:
-        reason = done.stdout.strip() or done.stderr.strip()[-500:]
-        raise ServerFailedError(f"vitserve is not imported from {server.directory}: {reason}")
 
 
 def measure(

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-_PATH_OPTIONS = ("--bundle", "--graph", "--peers", "--environments", "--images", "--output", "--docs")
+_PATH_OPTIONS = (
+    *("--bundle", "--graph", "--peers", "--environments", "--images", "--photos", "--models", "--output", "--docs"),
+    *("--old", "--new"),
+)
 
 
 def check(path: Path, name: str) -> None:

@@ -28,8 +28,26 @@ class StartedServer(NamedTuple):
 
     def cpu_seconds(self) -> float:
         """CPU time that the server and its child processes have used."""
-        times = [process.cpu_times() for process in process_family(self.process)]
-        return float(sum(time.user + time.system for time in times))
+        return sum(self.cpu_seconds_by_role().values())
+
+    def cpu_seconds_by_role(self) -> dict[str, float]:
+        """CPU time of the server and its child processes. Processes with the same role are added up."""
+        seconds: dict[str, float] = {}
+        for process in process_family(self.process):
+            with suppress(psutil.NoSuchProcess):
+                times, role = process.cpu_times(), role_of(process.cmdline())
+                seconds[role] = seconds.get(role, 0.0) + times.user + times.system
+        return seconds
+
+
+def role_of(command: Sequence[str]) -> str:
+    """A short name for a process: the module that Python runs, or the name of the program."""
+    if "-m" not in command:
+        return Path(command[0]).name.replace("_", " ") if command else "exited"
+    module = command[command.index("-m") + 1]
+    if module == "vitserve":
+        return "supervisor"
+    return module.removeprefix("vitserve.service.").removesuffix(".main").replace("_", " ")
 
 
 @contextmanager

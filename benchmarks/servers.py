@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -138,6 +139,16 @@ def vitserve_server(title: str, checkout: Path, options: Sequence[str]) -> Serve
     command = [sys.executable, "-m", "vitserve", "serve", "--port", str(port), "--log-level", "warning", *options]
     variables = {"PYTHONPATH": str(checkout)}
     return Server(title, command, port, post_classify, vitserve_class, checkout, variables)
+
+
+def check_checkout(server: Server) -> None:
+    """Raises ServerFailedError unless vitserve is imported from the checkout."""
+    command = [sys.executable, "-c", "import vitserve; print(vitserve.__file__)"]
+    environment = os.environ | server.environment
+    done = subprocess.run(command, cwd=server.directory, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode or server.directory not in Path(done.stdout.strip()).parents:
+        reason = done.stdout.strip() or done.stderr.strip()[-500:]
+        raise ServerFailedError(f"vitserve is not imported from {server.directory}: {reason}")
 
 
 def post_classify(image: EncodedImage) -> bytes:

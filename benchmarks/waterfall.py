@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from benchmarks import document_sections
@@ -70,12 +71,10 @@ class Step:
 def calibration_images(checkpoint: Checkpoint, images: Path | None) -> Pixels:
     if images is not None:
         return read_images(images, checkpoint.preprocessing, checkpoint.labels, 300, 1)[0].pixels
-    return make_golden(
-        ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval(),
-        checkpoint.preprocessing.image_size,
-        count=32,
-        seed=1,
-    ).pixels
+    network = ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval()
+    parts = [make_golden(network, checkpoint.preprocessing.image_size, seed=seed).pixels for seed in (1, 2)]
+    pixels: Pixels = np.concatenate(parts)
+    return pixels
 
 
 def write_fused_graph(checkpoint: Checkpoint, directory: Path) -> Path:

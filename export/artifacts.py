@@ -34,7 +34,7 @@ def float32_artifacts(workspace: Workspace) -> list[Artifact]:
     """
     artifacts, reasons = list[Artifact](), list[str]()
     for search in float32_searches(workspace):
-        outcome = best_artifact(search, workspace.golden, None, workspace.progress)
+        outcome = best_artifact(search, workspace.golden, None, workspace.progress, workspace.activation)
         if isinstance(outcome, Artifact):
             artifacts.append(outcome)
         elif outcome.cause == "unavailable":
@@ -67,7 +67,7 @@ def reduced_artifacts(workspace: Workspace, precisions: Sequence[Precision] | No
         if precision == "fp32":
             continue
         search = reduced_search(precision, workspace)
-        outcome = best_artifact(search, workspace.golden, workspace.limit, workspace.progress)
+        outcome = best_artifact(search, workspace.golden, workspace.limit, workspace.progress, workspace.activation)
         if isinstance(outcome, Artifact):
             artifacts.append(outcome)
         elif precisions is not None:

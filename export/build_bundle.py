@@ -15,6 +15,7 @@ from vitserve.export.artifacts import (
     remove_unused_files,
     with_limit,
 )
+from vitserve.export.checkpoint.labels import checked_labels
 from vitserve.export.checkpoint.load import Checkpoint
 from vitserve.export.golden_images import make_golden
 from vitserve.export.graph.onnxruntime_attention import write_onnxruntime_graph
@@ -30,11 +31,13 @@ from vitserve.model.bundle.bundle import (
     WEIGHTS,
     Bundle,
     Manifest,
+    check_destination,
     save_golden,
     sha256,
     write_bundle,
 )
 from vitserve.model.bundle.evaluation import Images
+from vitserve.model.bundle.labels import write_labels
 from vitserve.model.config import variant_of
 
 MAX_LOSS = 0.5  # percentage points of accuracy
@@ -47,6 +50,7 @@ def build_bundle(
     name: str,
     version: str | None = None,
     training: dict[str, Any] | None = None,
+    golden_images: int = 0,
     precisions: Sequence[Precision] | None = None,
     calibration_images: Images | None = None,
     evaluation_images: Images | None = None,
@@ -59,10 +63,14 @@ def build_bundle(
     ``calibration_images`` calibrate int8 and fp8. A reduced precision may lose ``max_loss`` percentage points of
     accuracy on the ``evaluation_images``, or on the golden images if there are none. Without labels, half of the
     changed predictions count as lost.
+    ``golden_images`` of the evaluation images become golden images too, so that the bundle contains them.
 
-    Raises ExportError if float32 or a required precision fails. ``path`` is then unchanged.
+    Raises ExportError if float32 or a required precision fails, BundleError if a bundle cannot be written to ``path``.
+    ``path`` is then unchanged.
     """
+    check_destination(path)
     check_precisions(precisions or (), calibration_images)
+    checked_labels(checkpoint.labels, checkpoint.network.config.classes, "the checkpoint")
     network = ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval()
     variant, image_size = variant_of(checkpoint.network.config), checkpoint.preprocessing.image_size
     with tempfile.TemporaryDirectory() as temporary:
@@ -73,19 +81,21 @@ def build_bundle(
         write_onnxruntime_graph(graph, directory / ONNXRUNTIME_GRAPH)
 
         progress("running the source network on golden images")
-        golden = make_golden(network, image_size)
+        domain = evaluation_images.pixels[:golden_images] if evaluation_images is not None else None
+        golden = make_golden(network, image_size, domain)
 
-        workspace = Workspace(directory, network, golden, calibration_images, None, progress)
+        workspace = Workspace(directory, network, golden, calibration_images, None, progress, checkpoint.activation)
         float32 = float32_artifacts(workspace)
         workspace = with_limit(workspace, float32[0], evaluation_images, max_loss)
         artifacts = (*float32, *reduced_artifacts(workspace, precisions))
         remove_unused_files(workspace, artifacts)
 
         progress("writing the bundle")
-        save_golden(directory / "golden.npz", golden.pixels, golden.reference)
-        (directory / "labels.txt").write_text("".join(f"{label}\n" for label in checkpoint.labels), encoding="utf-8")
+        save_golden(directory / "golden.npz", golden)
+        labels = write_labels(directory, checkpoint.labels)
         if training is not None:
-            (directory / "MODEL_CARD.md").write_text(model_card(name, variant, training), encoding="utf-8")
+            card = model_card(name, variant, training, artifacts)
+            (directory / "MODEL_CARD.md").write_text(card, encoding="utf-8")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=name,
@@ -95,5 +105,7 @@ def build_bundle(
             preprocessing=checkpoint.preprocessing,
             artifacts=artifacts,
             training=training,
+            activation=checkpoint.activation,
+            labels=labels,
         )
         return write_bundle(path, manifest, directory)

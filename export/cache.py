@@ -38,7 +38,10 @@ def _export(source: str, path: Path, name: str, progress: Callable[[str], None])
     from vitserve.export.build_bundle import build_bundle
     from vitserve.export.checkpoint.load import load_checkpoint
 
-    build_bundle(load_checkpoint(source), path, name=name, progress=progress)
+    checkpoint = load_checkpoint(source)
+    for note in checkpoint.notes:
+        progress(f"note: {note}")
+    build_bundle(checkpoint, path, name=name, progress=progress)
 
 
 def _identity(source: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Golden images: synthetic images from a fixed seed, so that a bundle contains no real images."""
+"""Golden images: synthetic images from a fixed seed, and real ones only if the owner of the images provides them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,27 @@ from vitserve.export.graph.reference import ReferenceNetwork
 from vitserve.model.arrays import Outputs, Pixels
 from vitserve.model.bundle.bundle import Golden
 
+COUNT = 16
 
-def make_golden(network: ReferenceNetwork, image_size: int, count: int = 16, seed: int = 0) -> Golden:
-    """Pixels [count, image size, image size, 3] with many kinds of texture, and the network's outputs for them."""
-    pixels = _textures(image_size, count, seed)
+
+class GoldenError(ValueError):
+    """The source network has no outputs to compare with."""
+
+
+def make_golden(network: ReferenceNetwork, image_size: int, domain: Pixels | None = None, seed: int = 0) -> Golden:
+    """Pixels [16 + k, image size, image size, 3]: many kinds of texture, then the k images of the model's domain.
+
+    With the network's outputs for them. Raises GoldenError if these are NaN or infinite.
+    """
+    pixels = _textures(image_size, COUNT, seed)
+    if domain is not None:
+        pixels = np.concatenate([pixels, domain])
     with torch.inference_mode():
         logits, embedding = network(torch.from_numpy(pixels))
-    return Golden(pixels, Outputs(logits.numpy(), embedding.numpy()))
+    outputs = Outputs(logits.numpy(), embedding.numpy())
+    if not all(np.isfinite(each).all() for each in outputs):
+        raise GoldenError("the source network itself computes NaN or infinity: its weights are damaged or too large")
+    return Golden(pixels, outputs, len(pixels) - COUNT)
 
 
 def _textures(side: int, count: int, seed: int) -> Pixels:

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
+from vitserve.model.bundle.bundle import Artifact
 from vitserve.model.config import ResNetConfig, ViTConfig
 
 
-def model_card(name: str, variant: str, training: dict[str, Any]) -> str:
-    """Markdown with accuracy, data, training command, confusion matrix, history and recipe.
+def model_card(name: str, variant: str, training: dict[str, Any], artifacts: Iterable[Artifact] = ()) -> str:
+    """Markdown with accuracy, data, training command, artifacts, confusion matrix, history and recipe.
 
     ``training`` is the content of training.json, which `vitserve train` writes.
     """
@@ -26,6 +27,15 @@ The test images were used once, after the last epoch, with the weights as they a
 - **Training**: `{command}`, {training["seconds"]:,} seconds on {training["machine"]}.
 - **Limits**: the model knows only the {len(labels)} classes below, from small, centered images.
   It assigns one of these classes to every image, whatever the image shows.
+
+## Artifacts
+
+Compared with the float32 network on the evaluation images of the export, if it had any.
+Layers are those with weights.
+
+| engine | precision | quantized layers | same prediction | accuracy |
+|---|---|---|---|---|
+{_rows(_artifact_row(artifact) for artifact in artifacts)}
 
 ## Confusion matrix
 
@@ -55,6 +65,14 @@ def _architecture(config: dict[str, Any]) -> str:
     defaults = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
     settings = [f"{key} {value}" for key, value in config.items() if value != defaults.get(key)]
     return f"{name} with {', '.join(settings)}"
+
+
+def _artifact_row(artifact: Artifact) -> list[str]:
+    quantization, evaluation = artifact.quantization, artifact.evaluation
+    quantized = "" if quantization is None else f"{quantization.layers} of {quantization.of} ({quantization.share:.0%})"
+    agreement = "" if evaluation is None else f"{evaluation.top1_agreement:.2%} of {evaluation.images:,}"
+    accuracy = "" if evaluation is None or evaluation.accuracy is None else f"{evaluation.accuracy:.2%}"
+    return [artifact.engine, artifact.precision, quantized, agreement, accuracy]
 
 
 def _history_row(row: dict[str, float]) -> list[str]:

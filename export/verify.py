@@ -7,8 +7,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
-from vitserve.model.arrays import Outputs, Pixels, Precision
-from vitserve.model.bundle.bundle import Artifact, AttentionKernels, Golden
+from vitserve.model.arrays import Activation, Outputs, Pixels, Precision
+from vitserve.model.bundle.bundle import Artifact, AttentionKernels, Golden, Quantization
 from vitserve.model.bundle.evaluation import Images, evaluate
 from vitserve.model.bundle.parity import compare
 from vitserve.service.engines.engine import EngineUnavailableError
@@ -25,6 +25,7 @@ class Candidate:
     run: Callable[[Pixels], Outputs]  # any number of images
     attention: AttentionKernels | None = None
     simulated: bool = False  # ``run`` simulates arithmetic that this machine does not have
+    quantization: Quantization | None = None  # of a calibrated precision
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Rejection:
     """Why there is no artifact."""
 
     reason: str
-    cause: Literal["unavailable", "parity", "accuracy"]
+    cause: Literal["unavailable", "not_quantized", "parity", "accuracy"]
     loss: float | None = None  # percentage points, if they were measured
 
     def __str__(self) -> str:
@@ -59,19 +60,25 @@ class AccuracyLimit:
 Search = Generator[Candidate, Artifact | Rejection, None]
 
 
-def verify(candidate: Candidate, golden: Golden, limit: AccuracyLimit | None) -> Artifact | Rejection:
+def verify(
+    candidate: Candidate, golden: Golden, limit: AccuracyLimit | None, activation: Activation = "softmax"
+) -> Artifact | Rejection:
     """Compares the candidate's outputs with the source network's, and its accuracy with the float32 model's.
 
-    ``limit`` is None for float32, for which numerical parity is enough.
+    ``limit`` is None for float32, for which numerical parity is enough. A quantized candidate in which no layer is
+    quantized is rejected: it would be float32 under another name.
     """
     name = f"{candidate.engine} in {candidate.precision}"
-    parity = compare(candidate.run(golden.pixels), golden.reference)
+    if candidate.quantization is not None and not candidate.quantization.layers:
+        reason = f"{name} has none of its {candidate.quantization.of} layers with weights quantized"
+        return Rejection(f"{reason}; --max-loss allows a larger loss of accuracy", "not_quantized")
+    parity = compare(candidate.run(golden.pixels), golden.reference, activation, golden.domain_images)
     failure = parity.failure(candidate.precision)
     if failure is not None:
         return Rejection(f"{name} does not match the source network: {failure}", "parity")
     evaluation = None
     if limit is not None and limit.evaluation is not None:
-        evaluation = evaluate(candidate.run, limit.evaluation.float32_outputs, limit.evaluation.images)
+        evaluation = evaluate(candidate.run, limit.evaluation.float32_outputs, limit.evaluation.images, activation)
     artifact = Artifact(
         candidate.engine,
         candidate.precision,
@@ -81,6 +88,7 @@ def verify(candidate: Candidate, golden: Golden, limit: AccuracyLimit | None) ->
         candidate.attention,
         evaluation,
         candidate.simulated,
+        candidate.quantization,
     )
     loss = loss_of(artifact)
     if limit is not None and loss > limit.max_loss:
@@ -97,7 +105,11 @@ def loss_of(artifact: Artifact) -> float:
 
 
 def best_artifact(
-    search: Search, golden: Golden, limit: AccuracyLimit | None, progress: Callable[[str], None]
+    search: Search,
+    golden: Golden,
+    limit: AccuracyLimit | None,
+    progress: Callable[[str], None],
+    activation: Activation = "softmax",
 ) -> Artifact | Rejection:
     """Verifies every candidate of the search. Returns the artifact with the smallest loss, or the closest rejection."""
     artifacts, rejections = list[Artifact](), list[Rejection]()
@@ -106,7 +118,7 @@ def best_artifact(
             candidate = next(search)
             while True:
                 progress(f"verifying {candidate.engine} in {candidate.precision}")
-                outcome = verify(candidate, golden, limit)
+                outcome = verify(candidate, golden, limit, activation)
                 if isinstance(outcome, Artifact):
                     artifacts.append(outcome)
                 else:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from vitserve.export.attention_report import attention_kernels
 from vitserve.export.graph.reference import ReferenceNetwork
+from vitserve.export.quantize.coverage import quantization
 from vitserve.export.verify import AccuracyLimit, Candidate
-from vitserve.model.arrays import Precision
+from vitserve.model.arrays import Activation, Precision
 from vitserve.model.bundle.bundle import WEIGHTS, Golden
 from vitserve.model.bundle.evaluation import Images, in_batches
+from vitserve.model.bundle.parity import CALIBRATED
 from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions
 
@@ -28,6 +30,7 @@ class Workspace:
     calibration_images: Images | None
     limit: AccuracyLimit | None  # None while float32 is verified
     progress: Callable[[str], None]
+    activation: Activation = "softmax"
 
     @property
     def batch_size(self) -> int:
@@ -46,6 +49,7 @@ def opened(
     runtime = construct_engine(engine, precision, graph, EngineOptions(max_batch=workspace.batch_size))
     try:
         run = in_batches(lambda pixels: runtime.run(0, pixels), workspace.batch_size)
-        yield Candidate(engine, precision, path, weights, run, attention_kernels(runtime, graph))
+        counted = quantization(runtime, graph) if precision in CALIBRATED else None
+        yield Candidate(engine, precision, path, weights, run, attention_kernels(runtime, graph), quantization=counted)
     finally:
         runtime.close()

@@ -1,4 +1,4 @@
-"""Array types shared by all stages, the names of the precisions, and softmax. Imports numpy only."""
+"""Array types shared by all stages, the names of the precisions, and how logits become probabilities. numpy only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+# softmax: one of the classes applies. sigmoid: each class applies or not (multi-label), and one logit is one class.
+Activation = Literal["softmax", "sigmoid"]
 Pixels = npt.NDArray[np.uint8]  # [H, W, 3], or a batch [n, H, W, 3]
 Floats = npt.NDArray[np.float32]
 
@@ -25,3 +27,39 @@ def softmax(logits: Floats) -> Floats:
     total: Floats = np.add.reduce(exponentials, axis=-1, keepdims=True)
     probabilities: Floats = exponentials / total
     return probabilities
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Logits [n, classes] → probabilities, float32, of each class on its own.
+
+    exp() gets no positive number, so that it cannot overflow.
+    """
+    exponentials = np.exp(-np.abs(logits))
+    probabilities: Floats = np.where(logits >= 0, np.float32(1), exponentials) / (1 + exponentials)
+    return probabilities
+
+
+def to_probabilities(logits: Floats, activation: Activation) -> Floats:
+    """Logits [n, classes] → probabilities [n, classes]. They add up to 1 only with softmax."""
+    return softmax(logits) if activation == "softmax" else sigmoid(logits)
+
+
+def to_predictions(logits: Floats, activation: Activation) -> npt.NDArray[np.bool_]:
+    """Logits [n, classes] → the predicted classes, bool [n, classes].
+
+    With softmax it is the most probable class, with sigmoid all classes with a probability above one half.
+    """
+    predicted: npt.NDArray[np.bool_] = logits > 0
+    if activation == "softmax":
+        predicted = logits.argmax(1)[:, None] == np.arange(logits.shape[1])
+    return predicted
+
+
+def agreement(predicted: npt.NDArray[np.bool_], expected: npt.NDArray[np.bool_]) -> float:
+    """Predicted classes, both bool [n, classes] → the mean share of classes in common, from 0 to 1.
+
+    It is the Jaccard index of each image's two sets of classes, and 1 if both are empty. With one class for each image,
+    it is the share of images with the same class.
+    """
+    common, either = (predicted & expected).sum(1), (predicted | expected).sum(1)
+    return float(np.where(either, common / np.maximum(either, 1), 1.0).mean())

@@ -8,7 +8,9 @@ ServiceError 500 internal                    an unexpected failure; the log has 
 ├── ImageTooLargeError 413                   more pixels than the limit, according to the image header
 ├── UnsupportedMediaTypeError 415
 ├── NotAnImageError 422                      the bytes match no accepted image format
+├── UnsupportedImageError 422                an accepted format, but of a kind that is not read
 ├── DamagedImageError 422                    truncated or corrupt image data
+├── ImageTooComplexError 422                 more scans, chunks, directories or frames than the limit
 ├── OverloadedError 429                      the deadline cannot be met; Retry-After says when to try again
 ├── EngineFailedError 500                    the engine raised an exception, or crashed twice with this image
 ├── NotReadyError 503                        starting, or no engine is running
@@ -17,6 +19,7 @@ ServiceError 500 internal                    an unexpected failure; the log has 
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, ClassVar
 
@@ -31,6 +34,16 @@ class ServiceError(Exception):
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
         self.detail = detail
+        self._body: bytes | None = None
+
+    def body(self) -> bytes:
+        """problem() in JSON, encoded once: a rejection is sent to many clients.
+
+        In ASCII, so that any text from the client can be part of the message.
+        """
+        if self._body is None:
+            self._body = json.dumps(self.problem()).encode()
+        return self._body
 
     def problem(self) -> dict[str, Any]:
         return {
@@ -77,6 +90,14 @@ class DamagedImageError(ServiceError):
     status, code, title = 422, "damaged_image", "The image is truncated or damaged"
 
 
+class UnsupportedImageError(ServiceError):
+    status, code, title = 422, "unsupported_image", "An image of a kind that is not read"
+
+
+class ImageTooComplexError(ServiceError):
+    status, code, title = 422, "image_too_complex", "The image has too many parts"
+
+
 class OverloadedError(ServiceError):
     status, code, title = 429, "overloaded", "Overloaded"
 
@@ -109,9 +130,13 @@ def error_types(root: type[ServiceError] = ServiceError) -> list[type[ServiceErr
     return [root, *(error for child in root.__subclasses__() for error in error_types(child))]
 
 
+_OF_IMAGES: dict[type[preprocess.ImageError], type[ServiceError]] = {
+    preprocess.TooManyPixelsError: ImageTooLargeError,
+    preprocess.TooComplexError: ImageTooComplexError,
+    preprocess.UnsupportedImageError: UnsupportedImageError,
+    preprocess.NotAnImageError: NotAnImageError,
+}
+
+
 def from_image_error(error: preprocess.ImageError) -> ServiceError:
-    if isinstance(error, preprocess.TooManyPixelsError):
-        return ImageTooLargeError(str(error))
-    if isinstance(error, preprocess.NotAnImageError):
-        return NotAnImageError(str(error))
-    return DamagedImageError(str(error))
+    return _OF_IMAGES.get(type(error), DamagedImageError)(str(error))

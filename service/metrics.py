@@ -46,6 +46,7 @@ class Metrics:
         self.inference_seconds = histogram("vitserve_inference_seconds", "Duration of a batch in the engine.")
         self.batch_size = histogram("vitserve_batch_size", "Number of images in a batch.", buckets=_SIZES)
         self.images = counter("vitserve_images", "Images by outcome: ok, or the code of the error.", "outcome")
+        self.images_ok = self.images.labels("ok")
         self.images_shed = counter(
             "vitserve_images_shed", "Images rejected by admission control, by reason: deadline or full.", "reason"
         )
@@ -63,10 +64,9 @@ class Metrics:
         # Prometheus misses the first increase of a series that did not exist before, and alerts may depend on it.
         for status in ("200", "429", "500", "503", "504"):
             self.requests.labels("/v1/classify", status)
-        for outcome in ("ok", "overloaded"):
-            self.images.labels(outcome)
-        for reason in ("deadline", "full"):
-            self.images_shed.labels(reason)
+        # Looking up labels takes longer than counting, so those of rejections are looked up once.
+        self.images_overloaded = self.images.labels("overloaded")
+        self.images_shed_by_reason = {reason: self.images_shed.labels(reason) for reason in ("deadline", "full")}
 
 
 def in_files(process: str) -> Metrics:

@@ -8,16 +8,18 @@ once, where B is the preferred batch size: the smallest size that reaches 95% of
 waits for a batch to fill.
 
 **Admission.** Streams take full batches in turn, so the completion time of the request at position p (from 1) of the
-queue can be estimated. With T the conservative duration of a batch of B, and free(s) the times at which the streams
-become free, in ascending order:
+queue can be estimated. With T the duration of a batch of B, and free(s) the times at which the streams become free, in
+ascending order:
 
     turn, s = divmod((p - 1) // B, streams)
     wait    = max(0, free(s) - now) + turn * T
     done    = now + wait / (1 - reserved) + T
 
 A request is rejected on arrival if its own estimate exceeds its deadline, or if it would make a request that is already
-admitted miss its deadline. T is the measured duration times a safety factor, which grows with the variation of the
-measurements and with the share of admitted requests that missed their deadline:
+admitted miss its deadline. This happens twice. The HTTP worker rejects before it decodes an image, and is conservative:
+T is the measured duration times a safety factor, which grows with the variation of the measurements and with the share
+of admitted requests that missed their deadline. The engine worker then uses the measured duration alone, so that an
+image is rejected after its decoding only if it would be late.
 
     safety factor = 1 + 2 * mean deviation + safety margin
 
@@ -34,19 +36,17 @@ Problems", 1954). If all requests have the same priority, nothing is reserved.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from math import exp
 from typing import Literal, NamedTuple
 
+from vitserve.service.reserved_time import ReservedTime
+
 PREFERRED_BATCH_THROUGHPUT = 0.95  # share of the best throughput; batches larger than needed for it only add latency
-PRIORITY_LEVELS = 10
 _NEWEST_WEIGHT = 0.1  # of the newest measurement in the measured seconds and in their deviation
 _OUTLIER_FACTOR = 4.0  # a batch counts as at most this multiple of its expected duration
 _SAFETY_DEVIATIONS = 2.0  # mean deviations that the safety factor adds
-_MAX_RESERVED = 0.95  # so that a burst of urgent requests does not block all others for good
-_RECENT_SECONDS = 5.0  # time constant of the average arrival rate per priority level
 TOLERATED_MISSES = 0.003  # share of admitted requests that may miss their deadline; above it, the safety margin grows
 _MARGIN_STEP = 0.02  # by which one missed deadline increases the safety margin
 _MAX_MISSES_COUNTED = 3  # per batch, because requests that are late together have one cause
@@ -94,6 +94,24 @@ def done_at(
     return now + wait / (1 - reserved) + seconds
 
 
+def delay_of_others(
+    deadlines: Sequence[float], ahead: int, preferred_batch_size: int, done_at: Callable[[int], float]
+) -> float:
+    """Seconds by which a new request would make one that is already admitted miss its deadline. 0 if it makes none.
+
+    ``deadlines`` are those of the requests behind it in the queue, in order; ``ahead`` requests are before it.
+    ``done_at`` estimates the completion time for a position (from 1). All requests behind it move back by one position.
+    Only the last one of each batch moves into a later batch.
+    """
+    first = (ahead // preferred_batch_size + 1) * preferred_batch_size
+    for position in range(first, ahead + len(deadlines) + 1, preferred_batch_size):
+        deadline = deadlines[position - ahead - 1]
+        lateness = done_at(position + 1) - deadline
+        if lateness > 0 and done_at(position) <= deadline:  # only this request makes it late
+            return lateness
+    return 0.0
+
+
 def safety_factor_at(position: int, now: float, free_at: Sequence[float], safety_factor: float) -> float:
     """1 if the request finds a free stream: it runs at once, and its duration corrects a factor that is too large."""
     return 1.0 if position == 1 and min(free_at) <= now else safety_factor
@@ -109,12 +127,9 @@ class Scheduler:
     safety_margin: float = 0.0  # part of the safety factor that is learned from missed deadlines
     free_at: list[float] = field(init=False)  # per stream: when it becomes free; in the past if it is free
     measured: list[float] = field(init=False)  # seconds per batch size from 1, corrected by every batch
-    reserved: list[float] = field(init=False)  # per priority level: share of time reserved for more urgent requests
     _waiting: list[Request] = field(default_factory=list, init=False)
     _busy: list[bool] = field(init=False)  # per stream
-    _arrivals: list[float] = field(init=False)  # per priority level, exponentially weighted
-    _arrived: list[int] = field(init=False)  # per priority level, since the last update of _arrivals
-    _counted_at: float = field(default=0.0, init=False)  # time of that update
+    _reserved: ReservedTime = field(default_factory=ReservedTime, init=False)
     _deviation: float = field(default=0.0, init=False)  # mean of |taken / expected - 1|
 
     def __post_init__(self) -> None:
@@ -124,35 +139,41 @@ class Scheduler:
         self.measured = [self.seconds[size] for size in sizes]
         self.free_at = [0.0] * self.streams
         self._busy = [False] * self.streams
-        self.reserved = [0.0] * PRIORITY_LEVELS
-        self._arrivals, self._arrived = [0.0] * PRIORITY_LEVELS, [0] * PRIORITY_LEVELS
         self.preferred_batch_size = _preferred_batch_size(self.measured)
         self._update_estimates()
 
-    def admit(self, request: Request, now: float) -> Rejection | None:
+    def admit(self, request: Request, now: float, conservative: bool = True) -> Rejection | None:
         """Queues the request and returns None, or rejects it.
 
-        An admitted request ends in exactly one batch, or it expires or is withdrawn.
+        An admitted request ends in exactly one batch, or it expires or is withdrawn. ``conservative`` applies the
+        safety factor and the reserved time. Without it, only a request that would be late as things stand is rejected.
         """
-        self._count_arrival(request.priority_level, now)
+        factor = self.safety_factor if conservative else 1.0
         if len(self._waiting) >= self.capacity:
-            return Rejection("full", max(0.0, self._done_at(1, now) - now))
+            return Rejection("full", max(0.0, self._done_at(1, now, factor) - now))
         index = bisect_left(self._waiting, request)
-        reserved = self.reserved[request.priority_level]
-        lateness = self._done_at(index + 1, now, reserved) - request.deadline
+        reserved = self.reserved[request.priority_level] if conservative else 0.0
+        lateness = self._done_at(index + 1, now, factor, reserved) - request.deadline
         if lateness > 0:
             # The estimate includes the safety factor and reserved time, so it improves faster than time passes.
-            safety_factor = safety_factor_at(index + 1, now, self.free_at, self.safety_factor)
+            safety_factor = safety_factor_at(index + 1, now, self.free_at, factor)
             return Rejection("deadline", lateness * (1 - reserved) / safety_factor)
-        # All requests behind it move back by one position. Only the last one of each batch moves into a later batch.
-        first = (index // self.preferred_batch_size + 1) * self.preferred_batch_size - 1
-        for position in range(first, len(self._waiting), self.preferred_batch_size):
-            deadline = self._waiting[position].deadline
-            lateness = self._done_at(position + 2, now) - deadline
-            if lateness > 0 and self._done_at(position + 1, now) <= deadline:  # only this request makes it late
-                return Rejection("deadline", lateness / self.safety_factor)
+        deadlines = [waiting.deadline for waiting in self._waiting[index:]]
+        delay = delay_of_others(deadlines, index, self.preferred_batch_size, lambda at: self._done_at(at, now, factor))
+        if delay:
+            return Rejection("deadline", delay / factor)
         self._waiting.insert(index, request)
         return None
+
+    def count_arrivals(self, counts: Callable[[], Sequence[float]], now: float) -> None:
+        """Updates the reserved time. ``counts`` returns the requests of each level since the start, admitted or not.
+
+        Requests that were rejected elsewhere count too. If only admitted ones did, a level that is always rejected
+        would never get time reserved.
+        """
+        if self._reserved.is_due(now):
+            batch_seconds = self.conservative_seconds(self.preferred_batch_size)
+            self._reserved.update(counts(), now, batch_seconds / (self.preferred_batch_size * self.streams))
 
     def restore(self, request: Request) -> None:
         """Queues a request that was admitted by an engine worker that has exited. It is never rejected."""
@@ -216,6 +237,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def reserved(self) -> list[float]:
+        """Per priority level: the share of time that is reserved for more urgent requests."""
+        return self._reserved.shares
+
+    @property
     def safety_factor(self) -> float:
         return 1 + _SAFETY_DEVIATIONS * self._deviation + self.safety_margin
 
@@ -227,26 +253,10 @@ class Scheduler:
         """Measured duration of a batch of this size, at least that of any smaller size."""
         return self._monotone[size - 1]
 
-    def _done_at(self, position: int, now: float, reserved: float = 0.0) -> float:
-        seconds = self.estimated_seconds(self.preferred_batch_size) * safety_factor_at(
-            position, now, self.free_at, self.safety_factor
-        )
+    def _done_at(self, position: int, now: float, factor: float, reserved: float = 0.0) -> float:
+        seconds = self.estimated_seconds(self.preferred_batch_size)
+        seconds *= safety_factor_at(position, now, self.free_at, factor)
         return done_at(position, now, self.free_at, self.preferred_batch_size, seconds, reserved)
-
-    def _count_arrival(self, priority_level: int, now: float) -> None:
-        """Updates the reserved shares at most fifty times per time constant, so most arrivals cost almost nothing."""
-        self._arrived[priority_level] += 1
-        if now - self._counted_at < _RECENT_SECONDS / 50:
-            return
-        decay = exp((self._counted_at - now) / _RECENT_SECONDS)
-        self._counted_at = now
-        self._arrivals = [count * decay + new for count, new in zip(self._arrivals, self._arrived, strict=True)]
-        self._arrived = [0] * PRIORITY_LEVELS
-        # Share of the time that one request takes, if it arrives once per time constant.
-        share = self.conservative_seconds(self.preferred_batch_size) / (
-            self.preferred_batch_size * self.streams * _RECENT_SECONDS
-        )
-        self.reserved = [min(_MAX_RESERVED, before * share) for before in accumulate(self._arrivals[:-1], initial=0.0)]
 
     def _adjust_safety_margin(self, finished: Sequence[Request], now: float) -> None:
         """Grows with missed deadlines and shrinks otherwise, so that their share approaches TOLERATED_MISSES.

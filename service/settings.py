@@ -46,18 +46,21 @@ class Settings:
         ("auto", *PRECISIONS),
     )
     workers: int = _setting(
-        0, "HTTP workers, which handle requests and decode images. 0: one per four cores, at most eight."
+        0,
+        "HTTP workers, which handle requests and decode images. 0: one per four cores, or one per core if the network "
+        "takes less than a quarter of a millisecond per image; at most eight.",
     )
     engines: int = _setting(0, "Engine workers. 0: one per GPU, or one for the CPU.")
     streams: int = _setting(
         0,
-        "Batches that an engine worker runs at the same time. 0: the result of `vitserve tune`, otherwise 1. "
-        "More than one helps on CPUs with many cores.",
+        "Batches that an engine worker runs at the same time. 0: the result of `vitserve tune`, otherwise one per "
+        "core, at most eight, for a small network on a CPU, and 1 for others. More than one helps on CPUs "
+        "with many cores.",
     )
     threads: int = _setting(
         0,
-        "Threads per stream. 0: the result of `vitserve tune`, otherwise the machine's cores divided by the number of "
-        "streams.",
+        "Threads per stream. 0: the result of `vitserve tune`, otherwise 1 for a small network on a CPU, and the "
+        "machine's cores divided by the number of streams for others.",
     )
     max_batch: int = _setting(
         8,
@@ -72,8 +75,8 @@ class Settings:
     )
     decode_threads: int = _setting(
         0,
-        "Threads per HTTP worker that decode images. 0: the machine's cores divided by the number of HTTP workers; 32 "
-        "with decode gpu.",
+        "Threads per HTTP worker that decode images. 0: the machine's cores divided by the number of HTTP workers, "
+        "without those that are added for a light network; 32 with decode gpu.",
     )
     slots: int = _setting(
         256, "Maximum number of in-flight images across all HTTP workers. Further images are rejected with 429."

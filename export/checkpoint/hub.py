@@ -5,7 +5,6 @@ huggingface_hub does the transfer, so HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and its 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vitserve.export.checkpoint.errors import HubError
+from vitserve.export.checkpoint.configuration import shards_of
+from vitserve.export.checkpoint.errors import CheckpointError, HubError
+from vitserve.export.checkpoint.files import CONFIG, INDEX, PICKLED_INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-WEIGHTS, INDEX, PICKLED_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 # The revision becomes a path below the cache's refs/, so it must not lead out of that directory.
 _SOURCE = re.compile(r"([\w.-]+/[\w.-]+)(?:@(?![/.])(?!.*\.\.)([\w./+-]+))?", re.ASCII)
 _FORM = "a model on the hub: write owner/name or owner/name@revision"
-_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # a file in the same directory as the index
+_SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ def fetch(source: str) -> Snapshot:
     """Downloads the files that make up the model ``owner/name`` or ``owner/name@revision``.
 
     ``revision`` is a branch, tag or commit; the default is main.
-    The files are config.json, preprocessor_config.json if it exists, and the weights: model.safetensors,
-    else the index and its shards, else pytorch_model.bin. Cached files are not downloaded again.
+    The files are config.json, the preprocessor's configuration if it exists, and the weights: the first file of
+    files.WEIGHTS, with its shards if it is an index. Cached files are not downloaded again.
     If the hub cannot be reached, the cached commit of the revision is used.
 
     Raises HubError if the source is malformed, the repository or revision does not exist, access is not granted,
@@ -53,7 +52,7 @@ def fetch(source: str) -> Snapshot:
     if match is None:
         raise HubError(f"{source!r} is not {_FORM}")
     repository, revision = match.groups(default=constants.DEFAULT_REVISION)
-    path = _download(repository, revision, [CONFIG, PREPROCESSOR, INDEX])
+    path = _download(repository, revision, [CONFIG, PREPROCESSOR, PROCESSOR, INDEX, PICKLED_INDEX])
     files = _files(repository, path)
     if CONFIG not in files:
         raise HubError(f"{repository} has no {CONFIG}")
@@ -100,16 +99,16 @@ def _files(repository: str, snapshot: Path) -> set[str]:
 
 
 def _weights(repository: str, snapshot: Path, files: set[str]) -> list[str]:
-    weights = next((name for name in (WEIGHTS, INDEX, PICKLED_WEIGHTS) if name in files), None)
+    weights = next((name for name in WEIGHTS if name in files), None)
     if weights is None:
-        raise HubError(f"{repository} has no weights: none of {WEIGHTS}, {INDEX}, {PICKLED_WEIGHTS}")
-    if weights != INDEX:
+        raise HubError(f"{repository} has no weights: none of {', '.join(WEIGHTS)}")
+    if weights not in (INDEX, PICKLED_INDEX):
         return [weights]
     try:
-        shards = sorted(set(json.loads((snapshot / INDEX).read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HubError(f"{INDEX} of {repository} is not an index of shards: {error!r}") from error
+        shards = shards_of(snapshot / weights)
+    except CheckpointError as error:
+        raise HubError(f"{weights} of {repository} is not an index of shards: {error}") from error
     for shard in shards:
-        if not isinstance(shard, str) or not _SHARD.fullmatch(shard) or shard not in files:
-            raise HubError(f"{INDEX} of {repository} names {shard!r}, which is not a weights file of the repository")
+        if not _SHARD.fullmatch(shard) or shard not in files:
+            raise HubError(f"{weights} of {repository} names {shard!r}, which is not a weights file of the repository")
     return shards

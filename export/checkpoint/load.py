@@ -10,27 +10,31 @@ The source is one of locate.py's. Files may be:
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from vitserve.export.checkpoint.configuration import Configuration, read_json
+from vitserve.export.checkpoint.directory import preprocessor_of, read_directory
 from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.formats import google, huggingface, timm, torchvision
+from vitserve.export.checkpoint.files import CONFIG, PREPROCESSOR
+from vitserve.export.checkpoint.formats import google, huggingface, image_processor, timm, torchvision, trained
 from vitserve.export.checkpoint.formats.source import Source
+from vitserve.export.checkpoint.labels import checked_labels, default_labels, numbered_labels
 from vitserve.export.checkpoint.locate import check_source, fetch_snapshot, split_scheme
-from vitserve.export.checkpoint.position_embeddings import at_image_size
-from vitserve.export.checkpoint.state_dict import Tensors, fill, read_tensors
+from vitserve.export.checkpoint.overrides import Overrides
+from vitserve.export.checkpoint.position_embeddings import GREATEST_IMAGE_SIZE, at_image_size
+from vitserve.export.checkpoint.selection import find_network
+from vitserve.export.checkpoint.state_dict import Tensors, build_network, read_tensors
+from vitserve.model.arrays import Activation
 from vitserve.model.bundle.preprocess import Preprocessing
-from vitserve.model.config import ResNetConfig, ViTConfig, any_variant
+from vitserve.model.config import ResNetConfig, any_variant
 from vitserve.model.network.build import Network, network_of
 
-IMAGENET_LABELS = Path(__file__).parent / "imagenet_labels.txt"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
+_TORCHVISION = "torchvision:"
+_MARKS = (google.MARK, torchvision.MARK, timm.MARK, timm.BIT_MARK)
 
 
 @dataclass(frozen=True)
@@ -38,26 +42,26 @@ class Checkpoint:
     network: Network  # float32, in evaluation mode
     labels: tuple[str, ...]
     preprocessing: Preprocessing
+    activation: Activation = "softmax"  # from logits to probabilities
+    notes: tuple[str, ...] = ()  # decisions that the user should know of
 
 
-def load_checkpoint(
-    source: str | Path, *, image_size: int | None = None, labels: Sequence[str] | None = None, architecture: str = ""
-) -> Checkpoint:
-    """Reads the checkpoint, at another image size if one is given.
+def load_checkpoint(source: str | Path, overrides: Overrides | None = None, /, **fields: Any) -> Checkpoint:
+    """Reads the checkpoint. ``fields`` are those of Overrides, for a call without an instance.
 
-    ``labels`` replace the checkpoint's own. ``architecture`` is timm's name of the network, for a bare state dict.
-
-    Raises CheckpointError, naming each tensor that is missing, unexpected or of another shape;
-    ValueError if the image size is not a multiple of the patch size.
+    Raises CheckpointError naming each tensor that is missing, unexpected or of another shape, and each key that is not
+    known; ValueError if the image size is not a multiple of the patch size.
     """
+    overrides = replace(overrides or Overrides(), **fields)
     check_source(str(source))
     scheme, name = split_scheme(str(source))
     if scheme == "random":
         return random_checkpoint(name)
+    preprocessing = _stated_preprocessing(overrides)
     snapshot = fetch_snapshot(str(source))
     path = Path(source) if snapshot is None else snapshot.path
-    read = _read_directory(path) if path.is_dir() else _read_file(path, architecture)
-    return _checkpoint(read, image_size, labels)
+    read = read_directory(path, overrides, preprocessing) if path.is_dir() else _read_file(path, overrides)
+    return _checkpoint(read, overrides, preprocessing)
 
 
 def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
@@ -66,83 +70,96 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
     torch.manual_seed(seed)
     network = network_of(config).eval()
     torch.nn.init.trunc_normal_(network.head.weight, std=0.02)
-    return Checkpoint(network, _numbered_labels(config.classes), Preprocessing(config.image_size))
+    return Checkpoint(network, numbered_labels(config.classes), Preprocessing(config.image_size))
 
 
-def _checkpoint(source: Source, image_size: int | None, labels: Sequence[str] | None) -> Checkpoint:
-    config, weights, preprocessing = source.config, source.weights, source.preprocessing
-    side = image_size or preprocessing.image_size
+def _checkpoint(source: Source, overrides: Overrides, preprocessing: Preprocessing | None) -> Checkpoint:
+    config, weights, preprocessing = source.config, source.weights, preprocessing or source.preprocessing
+    side = overrides.image_size or preprocessing.image_size
+    if side > GREATEST_IMAGE_SIZE:
+        raise CheckpointError(f"unsupported image size {side}: at most {GREATEST_IMAGE_SIZE} pixels")
     if isinstance(config, ResNetConfig):
         config = replace(config, image_size=side)
     else:
-        config, weights = at_image_size(config, weights, side)
-    network = network_of(config)
-    fill(network, weights)
-    return Checkpoint(network.eval(), _labels(source, labels), replace(preprocessing, image_size=side))
+        config, weights = at_image_size(config, weights, side, source.interpolation)
+    network = build_network(config, weights)
+    labels = source.labels or default_labels(config.classes)
+    if overrides.labels is not None:
+        labels = checked_labels(overrides.labels, config.classes, "--labels")
+    activation = _activation(source.activation, overrides.activation, config.classes)
+    return Checkpoint(network, labels, replace(preprocessing, image_size=side), activation, source.notes)
 
 
-def _labels(source: Source, replacement: Sequence[str] | None) -> tuple[str, ...]:
-    classes = source.config.classes
-    if replacement is not None:
-        if len(replacement) != classes:
-            raise CheckpointError(f"the model has {classes} classes, but {len(replacement)} labels were given")
-        return tuple(replacement)
-    if source.labels is not None:
-        return source.labels
-    if classes == 1000:
-        return tuple(IMAGENET_LABELS.read_text(encoding="utf-8").splitlines())
-    return _numbered_labels(classes)
+def _activation(of_checkpoint: Activation | None, stated: Activation | None, classes: int) -> Activation:
+    """One logit is one class, which applies or not: its softmax would always be 1."""
+    if classes == 1 and stated == "softmax":
+        raise CheckpointError("the model has one logit, whose softmax is always 1: --activation must be sigmoid")
+    return stated or ("sigmoid" if classes == 1 else of_checkpoint or "softmax")
 
 
-def _numbered_labels(classes: int) -> tuple[str, ...]:
-    return tuple(f"class {index}" for index in range(classes))
+def _stated_preprocessing(overrides: Overrides) -> Preprocessing | None:
+    """That of --preprocessor: a file or directory in the format of transformers, or torchvision:WEIGHTS."""
+    stated = overrides.preprocessor
+    if not stated:
+        return None
+    if stated.startswith(_TORCHVISION):
+        return torchvision.preprocessing_of(stated.removeprefix(_TORCHVISION))
+    path = Path(stated)
+    keys = preprocessor_of(path) if path.is_dir() else Configuration(str(path), read_json(path))
+    if "architecture" in keys or "pretrained_cfg" in keys:
+        raise CheckpointError(f"{path} is a configuration of timm; --preprocessor takes transformers' {PREPROCESSOR}")
+    beside = (path if path.is_dir() else path.parent) / CONFIG
+    model = str(read_json(beside).get("model_type")) if beside.exists() else "vit"
+    return image_processor.preprocessing(keys, model, overrides.ignored_keys)[0]
 
 
-def _read_directory(directory: Path) -> Source:
-    config = _json(directory / "config.json")
-    tensors = Tensors(_directory_tensors(directory))
-    if "architecture" not in config:
-        return huggingface.read(tensors, config, _json(directory / "preprocessor_config.json"))
-    heads = config.get("model_args", {}).get("num_heads")
-    pretrained = config.get("pretrained_cfg", config)
-    return timm.read(tensors, config["architecture"], pretrained, config.get("global_pool"), heads)
-
-
-def _directory_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    for name in _WEIGHTS:
-        if (directory / name).exists():
-            return read_tensors(directory / name)
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        raise CheckpointError(f"{directory} has no weights: none of {', '.join(_WEIGHTS)}, {index.name}")
-    named: dict[str, torch.Tensor] = {}
-    for shard in sorted(set(_json(index).get("weight_map", {}).values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names a file outside its directory: {shard!r}")
-        named |= read_tensors(directory / shard)
-    return named
-
-
-def _read_file(path: Path, architecture: str) -> Source:
-    if path.suffix == ".safetensors" and not architecture:
-        trained = _read_trained(path)
-        if trained is not None:
-            return trained
-    tensors = Tensors(read_tensors(path))
+def _read_file(path: Path, overrides: Overrides) -> Source:
+    if path.suffix == ".safetensors" and not overrides.architecture:
+        of_training = trained.read(path)
+        if of_training is not None:
+            return of_training
+    file = read_tensors(path)
+    tensors = find_network(file.groups, _MARKS, overrides.weights, path)
+    if timm.MARK in tensors or timm.BIT_MARK in tensors:
+        return _read_timm(tensors, path, file.architecture, overrides)
+    if (overrides.architecture or overrides.model_args) and (google.MARK in tensors or torchvision.MARK in tensors):
+        raise CheckpointError(f"--architecture and --model-arg are for networks of timm; {path} is of another library")
     if google.MARK in tensors:
         return google.read(tensors)
     if torchvision.MARK in tensors:
-        return torchvision.read(tensors)
-    if timm.MARK in tensors or timm.BIT_MARK in tensors:
-        if not architecture:
-            raise CheckpointError(
-                f"{path} is a state dict in timm's layout; name its architecture"
-                " (--architecture vit_base_patch16_224), or export the directory that save_for_hf writes"
-            )
-        return timm.read(tensors, architecture, _pretrained_cfg(architecture))
+        return torchvision.read(tensors, path)
+    hint = f". It is in a directory with {CONFIG}: export the directory" if path.with_name(CONFIG).exists() else ""
+    if not hint and any(name.endswith(huggingface.MARK) for name in tensors.names("")):
+        hint = f". It is a state dict of transformers: export a directory that also has {CONFIG} and {PREPROCESSOR}"
     raise CheckpointError(
-        f"unrecognized checkpoint layout: {path}; supported are Google's, torchvision's, timm's and `vitserve train`'s"
+        f"unrecognized checkpoint layout: {path}; supported are Google's, torchvision's, timm's and"
+        f" `vitserve train`'s{hint}"
     )
+
+
+def _read_timm(tensors: Tensors, path: Path, recorded: str, overrides: Overrides) -> Source:
+    """A state dict. ``recorded`` is the architecture that the training script saved, if it did."""
+    architecture = overrides.architecture or recorded
+    if not architecture:
+        raise CheckpointError(
+            f"{path} is a state dict in timm's layout; name its architecture"
+            " (--architecture vit_base_patch16_224), or export the directory that save_for_hf writes"
+        )
+    if recorded and not overrides.architecture:
+        tensors.notes.append(f"the architecture is {recorded}, as the file records it")
+    pretrained = {} if overrides.preprocessor else _pretrained_cfg(architecture)
+    pretrained.pop("num_classes", None)  # of the published weights
+    keys = {"architecture": architecture, "pretrained_cfg": pretrained}
+    config = Configuration("timm's table", keys, null_is_default=True)
+    source = timm.read(tensors, config, overrides.model_args, overrides.ignored_keys, None)
+    size = source.config.image_size
+    if isinstance(source.config, ResNetConfig) or size == source.preprocessing.image_size or overrides.preprocessor:
+        return source
+    note = (
+        f"the position embeddings are for {size} pixels, so images are resized to {size} pixels"
+        f" ({architecture}: {source.preprocessing.image_size})"
+    )
+    return replace(source, preprocessing=replace(source.preprocessing, image_size=size), notes=(*source.notes, note))
 
 
 def _pretrained_cfg(architecture: str) -> dict[str, Any]:
@@ -152,44 +169,10 @@ def _pretrained_cfg(architecture: str) -> dict[str, Any]:
     except (ImportError, RuntimeError) as error:
         raise CheckpointError(
             f"timm is required to determine the preprocessing of {architecture}: pip install timm,"
-            " or export the directory that save_for_hf writes"
+            " or give --preprocessor, or export the directory that save_for_hf writes"
         ) from error
     pretrained = get_pretrained_cfg(architecture)
     if pretrained is None:
         raise CheckpointError(f"timm has no architecture {architecture!r}")
     settings: dict[str, Any] = pretrained.to_dict()  # type: ignore[no-untyped-call]  # untyped in timm
     return settings
-
-
-def _read_trained(path: Path) -> Source | None:
-    """A file that `vitserve train` wrote, with config, labels and normalization in its metadata; None for any other."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if not {"config", "labels", "mean", "std"} <= metadata.keys():
-        return None
-    config = _trained_config(json.loads(metadata["config"]))
-    mean, std = (tuple(json.loads(metadata[name])) for name in ("mean", "std"))
-    preprocessing = Preprocessing(config.image_size, mean=mean, std=std)
-    return Source(config, read_tensors(path), preprocessing, tuple(json.loads(metadata["labels"])))
-
-
-def _trained_config(fields: dict[str, Any]) -> ViTConfig | ResNetConfig:
-    if "blocks" in fields:
-        return ResNetConfig(**fields | {"blocks": tuple(fields["blocks"])})
-    stages = {name: tuple(fields[name]) if fields.get(name) else None for name in ("stem", "resnet")}
-    return ViTConfig(**fields | stages)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return loaded

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _SCHEMES = {"hf": "hf:owner/name", "timm": "timm:NAME", "random": "random:VARIANT"}
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+-]*")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
+_HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", re.ASCII)
+_TIMM_NAME = re.compile(r"(vit|deit3?)_\w+(\.\w+)?|resnetv2_\w+_bit(\.\w+)?")
 
 
 def split_scheme(source: str) -> tuple[str, str]:
@@ -38,10 +41,22 @@ def check_source(source: str) -> None:
     if scheme == "random":
         any_variant(name)
     elif not scheme and not Path(source).exists():
-        prefix, colon, _ = source.partition(":")
-        if colon and _SCHEME.fullmatch(prefix):
-            raise CheckpointError(f"unknown source {source!r}: use a path, {', '.join(_SCHEMES.values())}")
-        raise CheckpointError(f"{source}: no such file or directory; a model on the hub is written hf:owner/name")
+        raise CheckpointError(_missing(source))
+
+
+def _missing(source: str) -> str:
+    """What is wrong with a source that is no path, and what may be meant."""
+    if url := _HUB_URL.match(source):
+        return f"{source} is a URL; for the model on the Hugging Face hub, write hf:{url[1]}"
+    prefix, colon, name = source.partition(":")
+    if colon and _SCHEME.fullmatch(prefix):
+        hint = f"; for the model on the Hugging Face hub, write hf:{name}" if prefix in ("hf-hub", "hf_hub") else ""
+        return f"unknown source {source!r}: use a path, {', '.join(_SCHEMES.values())}{hint}"
+    if _HUB_NAME.fullmatch(source):
+        return f"{source}: no such file or directory; for the model on the Hugging Face hub, write hf:{source}"
+    if _TIMM_NAME.fullmatch(source):
+        return f"{source}: no such file or directory; for timm's model of that name on the hub, write timm:{source}"
+    return f"{source}: no such file or directory; a model on the hub is written hf:owner/name"
 
 
 def fetch_snapshot(source: str) -> Snapshot | None:

@@ -52,7 +52,7 @@ def _quantize_partially(
     images = evaluation.images
 
     def loss(outputs: Outputs) -> float:
-        return evaluate(lambda _: outputs, evaluation.float32_outputs, images).loss
+        return evaluate(lambda _: outputs, evaluation.float32_outputs, images, workspace.activation).loss
 
     graph = workspace.directory / GRAPH
     return int8.quantize_within_loss(graph, calibration.pixels, images.pixels, loss, max_loss, smooth=smooth)

@@ -1,7 +1,7 @@
 """The bundle: a directory with everything needed to serve one model. Reading it does not import torch.
 
 bundle.json      the manifest, see Manifest
-labels.txt       one label per line
+labels.txt       one label per line, see labels.py
 golden.npz       golden images and the source network's float32 outputs for them
 model.onnx       the optimized graph
 model.onnx.data  its weights, memory-mapped when read; runtime-specific graphs share them
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import numpy as np
 import pydantic
 from pydantic.dataclasses import dataclass as validated
 
-from vitserve.model.arrays import Outputs, Pixels, Precision
+from vitserve.model.arrays import Activation, Outputs, Pixels, Precision
+from vitserve.model.bundle.labels import LABELS, read_labels
 from vitserve.model.bundle.parity import Parity
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig
@@ -56,11 +58,23 @@ class AttentionKernels:
 
 
 @validated(frozen=True, config=_STRICT)
+class Quantization:
+    """How many layers with weights an artifact computes in its reduced precision, read from its graph."""
+
+    layers: int
+    of: int
+
+    @property
+    def share(self) -> float:
+        return self.layers / self.of if self.of else 0.0
+
+
+@validated(frozen=True, config=_STRICT)
 class Evaluation:
     """An artifact's results on real images, compared with the float32 network and, if given, with the labels."""
 
     images: int
-    top1_agreement: float  # share of images with the same most probable class as the float32 network
+    top1_agreement: float  # with the float32 network; share of images with the same class, or of classes in common
     probability: float  # largest difference of a class probability
     accuracy: float | None = None  # None for images without labels
     source_accuracy: float | None = None  # the float32 network's
@@ -85,6 +99,7 @@ class Artifact:
     attention: AttentionKernels | None = None
     evaluation: Evaluation | None = None
     simulated: bool = False  # verified by simulating the precision, on a machine that does not support it
+    quantization: Quantization | None = None  # of a calibrated precision
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -102,12 +117,15 @@ class Manifest:
     artifacts: tuple[Artifact, ...]
     files: dict[str, str] = field(default_factory=dict)  # name → sha256
     training: dict[str, Any] | None = None  # `vitserve train`'s report: recipe, seconds, machine, accuracy
+    activation: Activation = "softmax"  # from logits to probabilities
+    labels: tuple[str, ...] | None = None  # only if labels.txt cannot hold them
 
 
 @dataclass(frozen=True)
 class Golden:
-    pixels: Pixels  # [k, H, W, 3]
+    pixels: Pixels  # [k, H, W, 3]; textures, then images of the model's domain
     reference: Outputs
+    domain_images: int = 0  # how many of the last images are of the model's domain
 
 
 @dataclass(frozen=True)
@@ -119,12 +137,13 @@ class Bundle:
 
     def golden(self) -> Golden:
         with np.load(self.path / "golden.npz", allow_pickle=False) as arrays:
-            return Golden(arrays["pixels"], Outputs(arrays["logits"], arrays["embedding"]))
+            domain_images = int(arrays["domain_images"]) if "domain_images" in arrays else 0
+            return Golden(arrays["pixels"], Outputs(arrays["logits"], arrays["embedding"]), domain_images)
 
     def summary(self) -> dict[str, Any]:
-        """The manifest as JSON-compatible values, without the training report."""
+        """The manifest as JSON-compatible values, without the training report and the labels."""
         plain: dict[str, Any] = pydantic.TypeAdapter(Manifest).dump_python(
-            self.manifest, mode="json", exclude={"training"}
+            self.manifest, mode="json", exclude={"training", "labels"}
         )
         return plain
 
@@ -137,11 +156,9 @@ def open_bundle(path: Path) -> Bundle:
     """
     manifest = _read_manifest(path)
     damaged_files = _damaged_files(path, manifest)
-    labels = tuple((path / "labels.txt").read_text(encoding="utf-8").splitlines())
+    labels = read_labels(path) if manifest.labels is None else manifest.labels
     if len(labels) != manifest.config.classes:
-        raise BundleError(
-            f"{path}/labels.txt has {len(labels)} labels; the model has {manifest.config.classes} classes"
-        )
+        raise BundleError(f"{path}/{LABELS} has {len(labels)} labels; the model has {manifest.config.classes} classes")
     return Bundle(path, manifest, labels, damaged_files)
 
 
@@ -176,32 +193,52 @@ def _damaged_files(path: Path, manifest: Manifest) -> dict[str, str]:
     return damaged_files
 
 
+def check_destination(path: Path) -> None:
+    """Raises BundleError if write_bundle() cannot write to ``path``, before the minutes that an export takes."""
+    if path.is_dir():
+        if not (path / MANIFEST).exists() and any(path.iterdir()):
+            raise BundleError(f"{path} exists and is not a bundle; choose another directory")
+        if os.path.ismount(path):
+            raise BundleError(f"{path} is a mount point, which cannot be replaced; choose a directory in it")
+    elif path.exists():
+        raise BundleError(f"{path} exists and is not a directory; choose another path")
+    parent = next(each for each in path.absolute().parents if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise BundleError(f"{path} cannot be written: {parent} is not a directory in which you may create files")
+
+
 def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
     """Writes the files of the directory ``contents`` and the manifest, with their sha256, to ``path``, atomically.
 
-    Replaces a bundle at ``path``. Raises BundleError if anything else is there.
+    Replaces a bundle at ``path``, once the new one has been opened. Raises BundleError if anything else is there. If
+    anything fails, ``path`` is unchanged.
     """
-    if path.exists() and not (path / MANIFEST).exists():
-        raise BundleError(f"{path} exists and is not a bundle; choose another directory")
+    check_destination(path)
     files = {file.name: sha256(file) for file in sorted(contents.iterdir())}
     complete = pydantic.TypeAdapter(Manifest).dump_python(manifest, mode="json") | {"files": files}
     text = pydantic.TypeAdapter(dict[str, Any]).dump_json(complete, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
-        fresh = Path(beside) / "bundle"
+        fresh, old = Path(beside) / "bundle", Path(beside) / "old"
         fresh.mkdir()  # with the default permissions, because ``contents`` may be a private temporary directory
         for file in contents.iterdir():
             shutil.copy2(file, fresh)
         (fresh / MANIFEST).write_bytes(text)
+        bundle = open_bundle(fresh)
         if path.exists():
-            path.rename(Path(beside) / "old")
-        fresh.rename(path)
-    return open_bundle(path)
+            path.rename(old)
+        try:
+            fresh.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+    return replace(bundle, path=path)
 
 
-def save_golden(path: Path, pixels: Pixels, reference: Outputs) -> None:
-    arrays: Mapping[str, Any] = {"pixels": pixels, **reference._asdict()}
-    np.savez_compressed(path, **arrays)
+def save_golden(path: Path, golden: Golden) -> None:
+    arrays: Mapping[str, Any] = {"pixels": golden.pixels, **golden.reference._asdict()}
+    np.savez_compressed(path, **arrays, domain_images=np.array(golden.domain_images))
 
 
 def sha256(path: Path) -> str:

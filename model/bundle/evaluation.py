@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vitserve.model.arrays import Outputs, Pixels, softmax
+from vitserve.model.arrays import Activation, Outputs, Pixels, agreement, to_predictions, to_probabilities
 from vitserve.model.bundle.bundle import Evaluation
 from vitserve.model.bundle.preprocess import Decoder, ImageError, Preprocessing
 
 Classes = npt.NDArray[np.int64]
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_LISTED = 3  # files named in a message
 
 
 @dataclass(frozen=True)
@@ -24,72 +26,138 @@ class Images:
 
 
 def read_images(
-    source: Path, preprocessing: Preprocessing, labels: Sequence[str], calibration: int, evaluation: int
+    source: Path,
+    preprocessing: Preprocessing,
+    labels: Sequence[str],
+    calibration: int,
+    evaluation: int,
+    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Images, Images]:
     """Reads up to ``calibration`` images for calibration and up to ``evaluation`` other images for evaluation.
 
     ``source`` is an archive in the format of `vitserve train`, whose train split is for calibration and test split
     for evaluation, or a directory that is searched recursively. If every image lies in a directory named after a label,
-    that label is its class.
+    that label is its class. Hidden files are skipped. So are images that cannot be decoded; ``note`` receives their
+    number, names and reasons.
 
-    Raises ValueError if there are fewer than two images or one cannot be decoded.
+    Raises ValueError if there are fewer than two images that can be decoded, or the source is neither.
     """
     decoder = Decoder(preprocessing)
     if source.is_dir():
-        return _of_directory(source, decoder, labels, calibration, evaluation)
-    with np.load(source, allow_pickle=False) as arrays:
-        return _of_archive(arrays, "train", decoder, calibration), _of_archive(arrays, "test", decoder, evaluation)
+        return _of_directory(source, decoder, labels, (calibration, evaluation), note)
+    with _opened_archive(source) as arrays:
+        return (
+            _of_archive(source, arrays, "train", decoder, calibration, note),
+            _of_archive(source, arrays, "test", decoder, evaluation, note),
+        )
 
 
-def evaluate(run: Callable[[Pixels], Outputs], reference: Outputs, images: Images) -> Evaluation:
-    """Compares the outputs of ``run`` with the fp32 network's and, if the classes are known, with the classes."""
+def image_files(directory: Path) -> list[Path]:
+    """The images in the directory and below, by their suffixes, sorted.
+
+    Hidden files are not among them: macOS writes ._1.jpg for 1.jpg, and __MACOSX into archives.
+    """
+
+    def hidden(path: Path) -> bool:
+        return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(directory).parts)
+
+    return sorted(path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and not hidden(path))
+
+
+def evaluate(
+    run: Callable[[Pixels], Outputs], reference: Outputs, images: Images, activation: Activation = "softmax"
+) -> Evaluation:
+    """Compares the outputs of ``run`` with the fp32 network's and, if the classes are known, with the classes.
+
+    With sigmoid an image may have several classes, so the one that is known gives no accuracy.
+    """
     outputs = run(images.pixels)
-    predicted, expected = outputs.logits.argmax(1), reference.logits.argmax(1)
+    predicted, expected = (to_predictions(each.logits, activation) for each in (outputs, reference))
+    here, there = (to_probabilities(each.logits, activation) for each in (outputs, reference))
     accuracy = source_accuracy = None
-    if images.classes is not None:
-        accuracy, source_accuracy = (float((top1 == images.classes).mean()) for top1 in (predicted, expected))
+    if images.classes is not None and activation == "softmax":
+        rows = np.arange(len(images.classes))
+        accuracy, source_accuracy = (float(each[rows, images.classes].mean()) for each in (predicted, expected))
     return Evaluation(
         images=len(images.pixels),
-        top1_agreement=float((predicted == expected).mean()),
-        probability=float(np.abs(softmax(outputs.logits) - softmax(reference.logits)).max()),
+        top1_agreement=agreement(predicted, expected),
+        probability=float(np.abs(here - there).max()),
         accuracy=accuracy,
         source_accuracy=source_accuracy,
     )
 
 
-def _of_archive(arrays: np.lib.npyio.NpzFile, split: str, decoder: Decoder, count: int) -> Images:
+def _opened_archive(source: Path) -> Any:
+    """Raises ValueError."""
+    try:
+        arrays = np.load(source, allow_pickle=False)
+    except ValueError:
+        arrays = None
+    names = {f"{split}_{name}" for split in ("train", "test") for name in ("jpeg", "offsets", "labels")}
+    if not isinstance(arrays, np.lib.npyio.NpzFile) or not names <= set(arrays.files):
+        raise ValueError(f"{source} is neither a directory of images nor an archive for `vitserve train`")
+    return arrays
+
+
+def _of_archive(
+    source: Path, arrays: Any, split: str, decoder: Decoder, count: int, note: Callable[[str], None]
+) -> Images:
     encoded, offsets = arrays[f"{split}_jpeg"], arrays[f"{split}_offsets"]
     classes = arrays[f"{split}_labels"].astype(np.int64)
     chosen = np.sort(_random_indices(len(classes), count))
-    pixels = [decoder.decode(encoded[offsets[index] : offsets[index + 1]].tobytes()) for index in chosen]
-    return Images(np.stack(pixels), classes[chosen])
+    images = ((f"image {index}", encoded[offsets[index] : offsets[index + 1]].tobytes) for index in chosen)
+    pixels, decoded, faults = _decode(images, decoder, count)
+    _report(f"the {split} images of {source}", len(chosen), faults, note, 1)
+    return Images(np.stack(pixels), classes[chosen[decoded]])
 
 
 def _of_directory(
-    directory: Path, decoder: Decoder, labels: Sequence[str], calibration: int, evaluation: int
+    directory: Path, decoder: Decoder, labels: Sequence[str], counts: tuple[int, int], note: Callable[[str], None]
 ) -> tuple[Images, Images]:
-    files = sorted(path for path in directory.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = image_files(directory)
     if len(files) < 2:
         raise ValueError(
             f"{directory} contains {len(files)} images; at least 2 are needed, for calibration and evaluation"
         )
-    calibration = min(calibration, len(files) // 2)
-    order = _random_indices(len(files), calibration + evaluation)
+    calibration = min(counts[0], len(files) // 2)
+    order = _random_indices(len(files), len(files))
+    images = ((str(files[number].relative_to(directory)), files[number].read_bytes) for number in order)
+    pixels, decoded, faults = _decode(images, decoder, calibration + counts[1])
+    _report(str(directory), len(files), faults, note, 2)
+    calibration = min(calibration, len(pixels) // 2)
     index = {label: number for number, label in enumerate(labels)}
     classes = np.array([index.get(path.parent.name, -1) for path in files])
     known = bool((classes >= 0).all())
-    pixels = [_decode(files[number], decoder) for number in order]
-    parts = []
+    chosen, parts = order[decoded], []
     for part in (slice(calibration), slice(calibration, None)):
-        parts.append(Images(np.stack(pixels[part]), classes[order[part]] if known else None))
+        parts.append(Images(np.stack(pixels[part]), classes[chosen[part]] if known else None))
     return parts[0], parts[1]
 
 
-def _decode(file: Path, decoder: Decoder) -> Pixels:
-    try:
-        return decoder.decode(file.read_bytes())
-    except ImageError as error:
-        raise ValueError(f"{file}: {error}") from error
+def _decode(
+    images: Iterable[tuple[str, Callable[[], bytes]]], decoder: Decoder, count: int
+) -> tuple[list[Pixels], list[int], list[str]]:
+    """The pixels of the first ``count`` images that can be decoded, their places, and what is wrong with the others."""
+    pixels, decoded, faults = list[Pixels](), list[int](), list[str]()
+    for place, (name, read) in enumerate(images):
+        if len(pixels) == count:
+            break
+        try:
+            pixels.append(decoder.decode(read()))
+            decoded.append(place)
+        except (ImageError, OSError) as error:
+            faults.append(f"{name}: {getattr(error, 'strerror', None) or error}")
+    return pixels, decoded, faults
+
+
+def _report(source: str, images: int, faults: list[str], note: Callable[[str], None], least: int) -> None:
+    """Raises ValueError if fewer than ``least`` images are left."""
+    more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+    listed = "; ".join(faults[:_LISTED]) + more
+    if images - len(faults) < least:
+        raise ValueError(f"{source}: {images - len(faults)} of {images} images can be decoded: {listed}")
+    if faults:
+        note(f"skipped {len(faults)} images of {source} that cannot be decoded: {listed}")
 
 
 def _random_indices(total: int, count: int) -> npt.NDArray[np.int64]:

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitserve.model.arrays import Floats, Outputs, Precision, softmax
+from vitserve.model.arrays import (
+    Activation,
+    Floats,
+    Outputs,
+    Precision,
+    agreement,
+    to_predictions,
+    to_probabilities,
+)
 
 # Allowed difference relative to the largest magnitude in the reference. Mantissas have 23 (fp32), 10 (fp16) and
 # 7 (bf16) bits, and rounding errors accumulate over the depth. Export checks the accuracy of int8 and fp8; here they
@@ -17,7 +25,8 @@ from vitserve.model.arrays import Floats, Outputs, Precision, softmax
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 6e-2, "int8": 0.3, "fp8": 0.3}
 # Their ranges are calibrated on real images. Values of some golden images lie outside the ranges and are clipped, which
 # does not affect real images: a network that agreed with fp32 on 99.2% of 10,000 images differed by 0.73 on noise.
-# So these precisions are judged by the median image instead of the worst.
+# So these precisions are judged by the median image instead of the worst. It is the median of the golden images of the
+# model's domain, if there are any.
 CALIBRATED: tuple[Precision, ...] = ("int8", "fp8")
 
 
@@ -28,8 +37,10 @@ class Parity:
     logits: float  # largest difference, relative to the largest reference logit
     embedding: float  # largest difference, relative to the largest reference value
     probability: float  # largest difference of a class probability
-    top1_agreement: float  # share of images with the same most probable class
-    typical: float  # the larger of the median images' differences in logits and in embedding, relative as above
+    top1_agreement: float  # share of images with the same most probable class; with sigmoid, of classes in common
+    # The larger of the median images' differences in logits and in embedding, relative as above; over the images of the
+    # model's domain, if there are any.
+    typical: float
 
     def failure(self, precision: Precision) -> str | None:
         """Why the differences exceed the precision's tolerance, naming both numbers; None if they do not."""
@@ -45,18 +56,24 @@ class Parity:
         return None
 
 
-def compare(outputs: Outputs, reference: Outputs) -> Parity:
-    """Compares outputs with a reference. Raises ValueError if the shapes differ."""
+def compare(outputs: Outputs, reference: Outputs, activation: Activation = "softmax", domain_images: int = 0) -> Parity:
+    """Compares outputs with a reference. Raises ValueError if the shapes differ.
+
+    The last ``domain_images`` images are of the model's domain.
+    """
     for name, actual, expected in zip(Outputs._fields, outputs, reference, strict=True):
         if actual.shape != expected.shape:
             raise ValueError(f"{name} have shape {actual.shape}; the reference has {expected.shape}")
     logits, embedding = (_relative(actual, expected) for actual, expected in zip(outputs, reference, strict=True))
+    here, there = (to_probabilities(each.logits, activation) for each in (outputs, reference))
+    predicted, wanted = (to_predictions(each.logits, activation) for each in (outputs, reference))
+    of_domain = slice(len(logits) - domain_images if domain_images else 0, None)
     return Parity(
         logits=float(logits.max()),
         embedding=float(embedding.max()),
-        probability=float(np.abs(softmax(outputs.logits) - softmax(reference.logits)).max()),
-        top1_agreement=float((outputs.logits.argmax(1) == reference.logits.argmax(1)).mean()),
-        typical=float(max(np.median(logits), np.median(embedding))),
+        probability=float(np.abs(here - there).max()),
+        top1_agreement=agreement(predicted, wanted),
+        typical=float(max(np.median(logits[of_domain]), np.median(embedding[of_domain]))),
     )
 
 

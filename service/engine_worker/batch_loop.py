@@ -27,6 +27,7 @@ from vitserve.service.scheduler import Batch, Scheduler
 log = logging.getLogger("vitserve.engine_worker")
 
 INITIAL_SAFETY_MARGIN = 0.25  # of the completion estimates, until their error on this machine is known
+SHORT_BATCH_SECONDS = 0.001  # messages may wait so long while their reader runs a batch
 OVERDUE = 5  # a stream hangs when its batch takes this many times its estimate and longer than hang_seconds
 
 Work = tuple[Batch, list[int]]  # a batch, and the slots of its images
@@ -37,7 +38,8 @@ class BatchLoop:
 
     There is one thread more than streams, and all are alike. One of them reads messages; the others run batches or
     are idle. When the reader has a batch for a free stream, it runs that batch itself, and another thread becomes the
-    reader. Work is never handed from thread to thread, so a batch starts without a thread switch.
+    reader. Work is never handed from thread to thread, so a batch starts without a thread switch. If the batch is short
+    and there is one stream, the reader remains the reader: waking another thread would take longer than the batch.
     """
 
     def __init__(
@@ -86,8 +88,14 @@ class BatchLoop:
             while not self._finished:
                 with self._reading:
                     work = self._read_until_work()
+                    while work is not None and self._is_short(work[0]):
+                        self._run(*work)
+                        self._read(0.0)
+                        work = self._read_until_work()
                 while work is not None:
-                    work = self._run(*work)
+                    self._run(*work)
+                    with self._lock:
+                        work = self._next_work()
         except BaseException:  # if only this thread ended, clients would wait forever
             log.critical("unexpected error in a runner thread; exiting", exc_info=True)
             os._exit(os.EX_SOFTWARE)
@@ -106,13 +114,23 @@ class BatchLoop:
             if self._finished:
                 return None
             self._check_streams_and_send_heartbeat()
-            submissions, control = self._connections.receive(self._hang_seconds / HEARTBEATS)
-            if control:
-                self._handle_control_messages()
-            if submissions:
-                with self._lock:
-                    completions = self.pending.submit(submissions, time.monotonic())
-                self._connections.send(completions)
+            self._read(self._hang_seconds / HEARTBEATS)
+
+    def _read(self, timeout_seconds: float) -> None:
+        """Handles the messages that have arrived. Waits for the first one."""
+        submissions, control = self._connections.receive(timeout_seconds)
+        if control:
+            self._handle_control_messages()
+        if submissions:
+            with self._lock:
+                completions = self.pending.submit(submissions, time.monotonic())
+            self._connections.send(completions)
+
+    def _is_short(self, batch: Batch) -> bool:
+        if self.engine.streams > 1:
+            return False
+        with self._lock:
+            return self.pending.scheduler.estimated_seconds(len(batch.requests)) < SHORT_BATCH_SECONDS
 
     def _handle_control_messages(self) -> None:
         for message, descriptors in received_messages(self._channel):
@@ -143,8 +161,8 @@ class BatchLoop:
 
     # -- a runner
 
-    def _run(self, batch: Batch, slots: list[int]) -> Work | None:
-        """Runs the batch, sends the completions, and returns the stream's next batch."""
+    def _run(self, batch: Batch, slots: list[int]) -> None:
+        """Runs the batch and sends the completions."""
         failure = None
         try:
             outputs = self.engine.run(batch.stream, self.slot_table.pixels, slots)
@@ -167,7 +185,6 @@ class BatchLoop:
             else:
                 self.pending.scheduler.abandon(batch, now)
             self.slot_table.publish(self.index, self.pending.scheduler)
-            return self._next_work()
 
     def _next_work(self) -> Work | None:
         """The lock is held."""

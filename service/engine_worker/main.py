@@ -23,9 +23,9 @@ from vitserve.service.engine_worker.startup import (
     Progress,
     create_slot_table,
     describe,
+    is_light,
     open_model,
     startup_hints,
-    warm_up,
 )
 from vitserve.service.engines.selection import build_missing
 from vitserve.service.ipc.child_runtime import start_child
@@ -54,7 +54,7 @@ def main() -> None:
         channel.send(Rejected(error.result, str(error)[:10_000]))
         return
     loop.slot_table.publish_start(loop.index, time.monotonic() - began)
-    channel.send(Opened(), created)
+    channel.send(Opened(loop.slot_table.shape.workers), created)
     gc.freeze()  # as in the HTTP worker's main.py
     threading.Thread(target=_build, args=(build, channel), name="builder", daemon=True).start()
     loop.run(channel)
@@ -69,16 +69,15 @@ def _open(
     Raises BundleRejectedError.
     """
     settings = start.settings
-    if (
-        descriptors
-    ):  # the slot table of this generation fixes the number of streams, even if tuning has changed it since
+    # The slot table of this generation fixes the number of streams, even if tuning has changed it since.
+    if descriptors:
         settings = dataclasses.replace(settings, streams=SlotTable(descriptors[0]).shape.streams)
-    bundle, opened, options = open_model(settings, Progress(channel), start.skipped)
-    seconds = warm_up(opened.engine, bundle.manifest.preprocessing.image_size)
+    bundle, opened, options, seconds = open_model(settings, Progress(channel), start.skipped)
     model_info = describe(bundle, opened)
     created: list[int] = []
     if not descriptors:
-        created = [create_slot_table(bundle, opened, model_info, settings, start.workers, start.engines)]
+        workers = start.light_workers if is_light(seconds) else start.workers
+        created = [create_slot_table(bundle, opened, model_info, settings, workers, start.engines)]
         for hint in startup_hints(settings, bundle, opened.engine.name):
             log.info("%s", hint)
     slot_table = SlotTable((descriptors or created)[0])

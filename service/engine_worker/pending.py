@@ -47,6 +47,7 @@ class PendingRequests:
         socket was read first.
         """
         completions: Completions = []
+        self.scheduler.count_arrivals(self._arrivals, now)
         for worker, submission in sorted(
             submissions, key=lambda pair: (-pair[1].priority, pair[1].deadline, pair[1].sequence)
         ):
@@ -57,6 +58,10 @@ class PendingRequests:
             if completion is not None:
                 completions.append((worker, completion))
         return completions
+
+    def _arrivals(self) -> list[float]:
+        """This engine worker's part of all images, by priority level."""
+        return [count / self.slot_table.shape.engines for count in self.slot_table.arrivals()]
 
     def next_batch(self, stream: int, now: float) -> tuple[Batch, list[int]] | None:
         """The batch that the free stream runs now, with the slots of its images. None if no image is waiting."""
@@ -121,7 +126,8 @@ class PendingRequests:
         image = PendingImage(worker, slot, request)
         if retried:
             self.scheduler.restore(request)
-        elif (rejection := self.scheduler.admit(request, now)) is not None:
+        # The HTTP worker used a conservative estimate before it decoded the image. Now only a late image is rejected.
+        elif (rejection := self.scheduler.admit(request, now, conservative=False)) is not None:
             return image.completion(_REJECTED[rejection.reason], retry_after_seconds=rejection.retry_after_seconds)
         self._images[sequence] = image
         return None

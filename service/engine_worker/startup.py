@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vitserve.model.bundle.bundle import MANIFEST, Bundle, BundleError, open_bundle, sha256
+from vitserve.model.bundle.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, BundleError, open_bundle, sha256
 from vitserve.service import machine
 from vitserve.service.engine_worker.tuning_cache import TuningResult, load_tuning_result
 from vitserve.service.engines.catalog import ENGINES
@@ -25,6 +26,10 @@ from vitserve.service.settings import DEFAULT_BUNDLE, Settings
 
 log = logging.getLogger(__name__)
 
+SMALL_SECONDS = 0.003  # a network is small if one thread needs at most this for an image
+LIGHT_SECONDS = 0.00025  # a network is light if an image of a full batch takes less
+MAX_STREAMS = 8  # of a small network
+SMALL_BYTES = 32_000_000  # of the graph in float32, above which a network is not taken for small
 WARM_UP_SECONDS = 0.5  # after which only the batch sizes that are powers of two are still measured
 PROGRESS_SECONDS = 0.5  # between two progress messages
 
@@ -59,19 +64,31 @@ class Progress:
         self._channel.send(control_messages.Progress(step[:1000], self._trying))
 
 
-def open_model(settings: Settings, progress: Progress, skipped: Sequence[str]) -> tuple[Bundle, Opened, EngineOptions]:
-    """Raises BundleRejectedError."""
+class OpenedModel(NamedTuple):
+    bundle: Bundle
+    opened: Opened
+    options: EngineOptions
+    seconds: dict[int, float]  # see warm_up()
+
+
+def open_model(settings: Settings, progress: Progress, skipped: Sequence[str]) -> OpenedModel:
+    """Opens and warms up the engine. Raises BundleRejectedError."""
     try:
         bundle = open_bundle(Path(settings.bundle) if settings.bundle else DEFAULT_BUNDLE)
     except BundleError as error:
         raise BundleRejectedError("bad_bundle", str(error)) from error
     tuning_result = _applicable_tuning_result(settings, bundle)
     options = _engine_options(settings, tuning_result)
+    small = for_small_network(bundle, options, settings.streams or settings.slots // settings.max_batch)
     first = (tuning_result.engine, tuning_result.precision) if tuning_result else None
     try:
-        return bundle, open_engine(bundle, options, first, progress, progress.trying, skipped), options
+        opened = open_engine(bundle, small, first, progress, progress.trying, skipped)
+        seconds = warm_up(opened.engine, bundle.manifest.preprocessing.image_size)
+        if small is not options:
+            opened, seconds = with_measured_streams(bundle, opened, options, seconds)
     except NoEngineError as error:
         raise BundleRejectedError("no_engine", str(error)) from error
+    return OpenedModel(bundle, opened, options, seconds)
 
 
 def _applicable_tuning_result(settings: Settings, bundle: Bundle) -> TuningResult | None:
@@ -161,6 +178,46 @@ def warm_up(engine: Engine, image_size: int, patience_seconds: float = WARM_UP_S
     return dict(zip(sizes, np.interp(sizes, known, [seconds[size] for size in known]).tolist(), strict=True))
 
 
+def for_small_network(bundle: Bundle, options: EngineOptions, max_streams: int) -> EngineOptions:
+    """The options to open a network with that may be small: streams of one thread.
+
+    Threads that share a small batch wait for each other, and much longer if one of them waits for its core while HTTP
+    and decoding use it. Streams of one thread do not wait. Options with streams or threads, which are set or tuned, are
+    not changed.
+    """
+    automatic = not options.threads and options.streams == 1 and machine.cores() > 1 and not machine.gpus()
+    size = sum(file.stat().st_size for file in (bundle.path / GRAPH, bundle.path / WEIGHTS) if file.exists())
+    if not automatic or size > SMALL_BYTES:
+        return options
+    return dataclasses.replace(options, threads=1, streams=min(machine.cores(), MAX_STREAMS, max_streams))
+
+
+def with_measured_streams(
+    bundle: Bundle, opened: Opened, options: EngineOptions, seconds: dict[int, float]
+) -> tuple[Opened, dict[int, float]]:
+    """The engine and its warm_up() results. Opens it again if it was opened for_small_network() and is not small.
+
+    A light network needs one stream of one thread: its cores handle HTTP. ``options`` are those of other networks.
+    """
+    if is_light(seconds) and opened.engine.streams > 1:
+        options = dataclasses.replace(options, threads=1)
+    elif is_light(seconds) or seconds[1] <= SMALL_SECONDS:
+        log.info("the network is small: streams: %d, threads per stream: 1", opened.engine.streams)
+        return opened, seconds
+    opened.engine.close()
+    engine, precision = opened.engine.name, opened.engine.precision
+    if options.threads:
+        log.info("the network is light: streams: 1, threads per stream: 1")
+    again = open_engine(bundle, dataclasses.replace(options, engine=engine, precision=precision))
+    seconds = warm_up(again.engine, bundle.manifest.preprocessing.image_size)
+    return dataclasses.replace(opened, engine=again.engine), seconds
+
+
+def is_light(seconds: Mapping[int, float]) -> bool:
+    """Whether HTTP and decoding take most of the CPU time of a request. ``seconds``: see warm_up()."""
+    return min(duration / size for size, duration in seconds.items()) < LIGHT_SECONDS
+
+
 def describe(bundle: Bundle, opened: Opened) -> ModelInfo:
     manifest, engine = bundle.manifest, opened.engine
     serving = {
@@ -179,6 +236,7 @@ def describe(bundle: Bundle, opened: Opened) -> ModelInfo:
         engine.name,
         engine.precision,
         bundle.summary() | {"serving": serving},
+        manifest.activation,
     )
 
 

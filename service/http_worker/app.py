@@ -1,15 +1,14 @@
-"""The HTTP routes and their responses. classify.py has POST /v1/classify."""
+"""The HTTP routes and their responses. classify/ has POST /v1/classify."""
 
 from __future__ import annotations
 
-import asyncio
 import hmac
-import json
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -21,9 +20,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vitserve import __version__
 from vitserve.service import errors
 from vitserve.service.http_worker import openapi
-from vitserve.service.http_worker.classify import classify
+from vitserve.service.http_worker.classify.asgi import classify
+from vitserve.service.http_worker.classify.call import ROUTE
+from vitserve.service.http_worker.classify.request_parsing import reject_unknown
 from vitserve.service.http_worker.gauges import gauges
-from vitserve.service.http_worker.request_parsing import reject_query
 from vitserve.service.http_worker.state import State
 from vitserve.service.metrics import Exposition
 
@@ -39,10 +39,9 @@ def create_app(state: State) -> FastAPI:
         yield
         state.end()
 
-    exposition = Exposition(lambda: gauges(state), state.metrics)
+    exposition = Exposition(lambda: gauges(state), state.stored_metrics)
     app = FastAPI(title="vitserve", version=__version__, lifespan=lifespan, openapi_url="/openapi.json")
     handlers: dict[tuple[str, str], Handler] = {
-        ("POST", "/v1/classify"): lambda request: classify(state, request),
         ("GET", "/v1/model"): lambda request: _model(state),
         ("POST", "/v1/admin/reload"): lambda request: _reload(state, request),
         ("GET", "/livez"): lambda request: _livez(),
@@ -51,6 +50,7 @@ def create_app(state: State) -> FastAPI:
     }
     guarded = {(method, path): _guarded(state, path, handler) for (method, path), handler in handlers.items()}
     app.router.routes += [Route(path, handler, methods=[method]) for (method, path), handler in guarded.items()]
+    app.router.routes.append(Route(ROUTE, partial(classify, state), methods=["POST"]))
     openapi.describe(app)
     app.middleware_stack = _bypass(app.build_middleware_stack(), guarded)
     return app
@@ -91,21 +91,14 @@ def _guarded(state: State, path: str, handler: Handler) -> Handler:
         if state.draining.is_set():
             response.headers["Connection"] = "close"
         seconds = time.monotonic() - began
-        loop = asyncio.get_running_loop()
-        loop.call_soon(_count, state, path, str(response.status_code), seconds)  # runs after the response has been sent
+        state.count_request(path, str(response.status_code), seconds)
         return response
 
     return guarded
 
 
-def _count(state: State, path: str, status: str, seconds: float) -> None:
-    state.metrics.requests.labels(path, status).inc()
-    state.metrics.request_seconds.labels(path).observe(seconds)
-
-
 def problem_response(error: errors.ServiceError) -> Response:
-    """In ASCII, so that any text from the client can be part of the message."""
-    return Response(json.dumps(error.problem()), error.status, error.headers(), media_type="application/problem+json")
+    return Response(error.body(), error.status, error.headers(), media_type="application/problem+json")
 
 
 async def _model(state: State) -> Response:
@@ -123,7 +116,7 @@ async def _reload(state: State, request: Request) -> Response:
         raise errors.ForbiddenError("no admin_key is set, so this route is disabled; SIGHUP also reloads the bundle")
     if not hmac.compare_digest(authorization.encode(), f"Bearer {key}".encode()):
         raise errors.ForbiddenError("the bearer token is not the admin key")
-    reject_query(request)
+    reject_unknown("query parameter", request.query_params)
     reloaded = await state.reload()
     if reloaded.result != "ok":
         raise errors.ReloadRejectedError(f"{reloaded.result}: {reloaded.reason}")

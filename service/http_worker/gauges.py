@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from vitserve.service.http_worker.dispatcher import Dispatcher
+from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
+from vitserve.service.http_worker.dispatch.offered_load import Rates, saturation
 from vitserve.service.http_worker.gpu_gauges import gpu_gauges
-from vitserve.service.http_worker.offered_load import Rates, saturation
 from vitserve.service.http_worker.state import State
 from vitserve.service.ipc.control_messages import Status
 from vitserve.service.ipc.memory_layout import HELD, RUNNING, WAITING
@@ -39,7 +39,7 @@ def _load(state: State) -> Iterator[Metric]:
     model_info = GaugeMetricFamily("vitserve_model_info", "The model that is served, and its engine.", labels=labels)
     if state.current is not None:
         slot_table, model = state.current.slot_table, state.current.model_info
-        available = Rates(state.decode_threads * state.settings.workers, state.current.streams)
+        available = Rates(state.decode_threads * slot_table.shape.workers, state.current.streams)
         queue.add_metric([], slot_table.count(WAITING))
         in_flight.add_metric([], slot_table.count(HELD, WAITING, RUNNING))
         capacity.add_metric(["decode"], available.decode)

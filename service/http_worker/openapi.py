@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 from vitserve.model.bundle.parity import Parity
 from vitserve.service import errors
 from vitserve.service.errors import ServiceError
-from vitserve.service.http_worker.request_parsing import DEFAULT_PRIORITY, PRIORITY_HEADER
+from vitserve.service.http_worker.classify.request_parsing import DEFAULT_PRIORITY, PRIORITY_HEADER
 
 
 class Problem(BaseModel):
@@ -34,7 +34,9 @@ class Problem(BaseModel):
 class Prediction(BaseModel):
     label: str
     index: int
-    probability: float = Field(ge=0, le=1)
+    probability: float = Field(
+        ge=0, le=1, description="Softmax. Sigmoid for a model with independent labels: then they do not add up to 1."
+    )
 
 
 class Predictions(BaseModel):

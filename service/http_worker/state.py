@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vitserve.model.bundle.preprocess import prepare_pillow
 from vitserve.service import errors
-from vitserve.service.http_worker.dispatcher import Dispatcher
+from vitserve.service.http_worker.classify.request_parsing import ImageBytes
+from vitserve.service.http_worker.classify.response import ResponseEncoder
+from vitserve.service.http_worker.dispatch.decode_pool import DecodePool
+from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
+from vitserve.service.http_worker.metric_buffer import MetricBuffer
+from vitserve.service.http_worker.turn import Turns
 from vitserve.service.ipc.child_runtime import HEARTBEATS, received_messages, send_heartbeat
 from vitserve.service.ipc.control_channel import Channel
 from vitserve.service.ipc.control_messages import ConnectEngine, Drain, Reload, Reloaded, Status
@@ -29,13 +35,16 @@ log = logging.getLogger("vitserve.http_worker")
 class State:
     settings: Settings
     channel: Channel
-    metrics: Metrics
+    stored_metrics: Metrics
     worker: int
     incarnation: int
     decode_threads: int
     draining: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     current: Dispatcher | None = field(default=None, init=False)
     status: Status = field(default_factory=Status, init=False)  # the supervisor's latest
+    image_bytes: ImageBytes = field(default_factory=ImageBytes, init=False)
+    _encoders: WeakKeyDictionary[Dispatcher, ResponseEncoder] = field(default_factory=WeakKeyDictionary, init=False)
+    _use_slot_table: Callable[[SlotTable], None] | None = field(default=None, init=False)
     _generation: int = field(default=-1, init=False)
     _reloads: dict[int, asyncio.Future[Reloaded]] = field(default_factory=dict, init=False)
     _reload_ids: Iterator[int] = field(default_factory=itertools.count, init=False)
@@ -44,13 +53,18 @@ class State:
         """Starts to handle the supervisor's messages and to send heartbeats, on the running event loop."""
         prepare_pillow()
         self._loop = asyncio.get_running_loop()
-        self._decoders = ThreadPoolExecutor(self.decode_threads, "decode")
+        self.turns = Turns(self._loop)
+        self.metrics = MetricBuffer(self.stored_metrics, self.turns)
+        self._decoders = DecodePool(self.decode_threads)
+        # Looking up labels takes longer than counting.
+        self._request_counter = functools.cache(self.stored_metrics.requests.labels)
+        self._request_seconds = functools.cache(self.stored_metrics.request_seconds.labels)
         self.channel.setblocking(False)
         self._loop.add_reader(self.channel.fileno(), self._handle_messages)
         self._send_heartbeats()
 
     def end(self) -> None:
-        self._decoders.shutdown(wait=True)
+        self._decoders.close()
 
     def reasons(self) -> list[str]:
         """Why the service is not ready. Empty when it is."""
@@ -77,6 +91,19 @@ class State:
         if self.current is None or (self.status.failure is not None and not self.current.reachable):
             raise errors.NotReadyError("; ".join(self.reasons()))
         return self.current
+
+    def on_slot_table(self, use: Callable[[SlotTable], None]) -> None:
+        """Calls ``use`` with the slot table of each model, from the current one on."""
+        self._use_slot_table = use
+        if self.current is not None:
+            use(self.current.slot_table)
+
+    def encoder(self, dispatcher: Dispatcher) -> ResponseEncoder:
+        return self._encoders[dispatcher]
+
+    def count_request(self, route: str, status: str, seconds: float) -> None:
+        self.metrics.inc(self._request_counter(route, status))
+        self.metrics.observe(self._request_seconds(route), seconds)
 
     async def reload(self) -> Reloaded:
         """Requests that the supervisor load the bundle again, and waits for the result."""
@@ -126,8 +153,18 @@ class State:
     def _replace_model(self, slot_table: SlotTable) -> None:
         previous = self.current
         self.current = Dispatcher(
-            slot_table, self.worker, self.incarnation, self.settings, self.metrics, self._decoders, self._loop
+            slot_table,
+            self.worker,
+            self.incarnation,
+            self.settings,
+            self.metrics,
+            self._decoders,
+            self.turns,
+            self._loop,
         )
+        self._encoders[self.current] = ResponseEncoder(self.current.model_info)
+        if self._use_slot_table is not None:
+            self._use_slot_table(slot_table)
         if previous is not None:
             self.current.offered_load.continue_from(previous.offered_load)
             previous.retire()

@@ -95,6 +95,7 @@ class StartEngineWorker:
     settings: Settings
     engine: int
     workers: int  # number of HTTP workers
+    light_workers: int  # the same, if this engine worker creates the slot table and the network is light
     engines: int  # number of engine workers
     skipped: list[str]  # engines and precisions that crashed and must not be tried: "openvino in bf16"
 
@@ -126,6 +127,8 @@ class Progress:
 @dataclass(frozen=True)
 class Opened:
     """The engine is warmed up and verified. Descriptors: the slot table, if this engine worker created it."""
+
+    workers: int  # number of HTTP workers in the slot table
 
 
 @dataclass(frozen=True)

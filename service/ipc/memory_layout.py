@@ -1,6 +1,6 @@
 """Layout of the shared memory of one model: a table of image slots and the figures that the workers publish.
 
-    header | completion estimates, a row per engine worker | offered load, a row per HTTP worker |
+    header | completion estimates, a row per engine worker | offered load and arrivals, a row per HTTP worker |
     slot columns | pixels | logits | model description
 
 This module does not import numpy, so that the supervisor can clear the slots of a crashed HTTP worker.
@@ -32,6 +32,8 @@ START_SECONDS, PREFERRED_BATCH_SIZE, BATCH_SECONDS, SAFETY_FACTOR, RESERVED = ra
 FREE_AT = RESERVED + 10
 
 NO_ENGINE = 255  # entry of the engines column of a slot that no engine worker has
+
+NOT_RUNNING = 1 << 40  # entry of the connections of an HTTP worker that is not running
 
 _MAGIC = b"vitslots"
 _HEADER = struct.Struct("<8s8Q")
@@ -74,6 +76,8 @@ def regions(shape: Shape) -> dict[str, Region]:
     arrays: dict[str, tuple[str, tuple[int, ...]]] = {
         "completion_estimates": ("<f8", (shape.engines, FREE_AT + shape.streams + shape.max_batch)),
         "offered_load": ("<f8", (shape.workers, 3)),  # OfferedWork; survives a restart of the HTTP worker
+        "arrivals": ("<u8", (shape.workers, 10)),  # images by priority level, admitted or rejected, since the start
+        "connections": ("<u8", (shape.workers,)),  # open HTTP connections
         "states": ("u1", (slots,)),
         "engines": ("u1", (slots,)),  # index of the engine worker that has the image, or NO_ENGINE
         "sequences": ("<u8", (slots,)),
@@ -127,6 +131,8 @@ def clear_worker_slots(descriptor: int, worker: int) -> None:
     with mmap.mmap(descriptor, 0) as memory:
         shape, _ = read(memory)
         columns = regions(shape)
+        # A worker that is not running must not make others leave connections to it.
+        struct.pack_into("<Q", memory, columns["connections"].offset + 8 * worker, NOT_RUNNING)
         for name, value in (
             ("states", bytes([FREE])),
             ("sequences", bytes(8)),

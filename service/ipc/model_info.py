@@ -7,6 +7,7 @@ from typing import Any
 
 import pydantic
 
+from vitserve.model.arrays import Activation
 from vitserve.model.bundle.preprocess import Preprocessing
 
 
@@ -20,6 +21,7 @@ class ModelInfo:
     engine: str
     precision: str
     details: dict[str, Any]  # for GET /v1/model: the bundle's summary, with the engine under "serving"
+    activation: Activation = "softmax"  # of the logits; model.arrays.to_probabilities applies it
 
     def to_json(self) -> bytes:
         return _ADAPTER.dump_json(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from vitserve.service.ipc.memory_layout import (
     SAFETY_FACTOR,
     START_SECONDS,
 )
-from vitserve.service.scheduler import Scheduler, done_at, safety_factor_at
+from vitserve.service.scheduler import Scheduler, delay_of_others, done_at, safety_factor_at
 
 _OFFERED_LOAD = struct.Struct("<3d")
 
@@ -35,6 +35,24 @@ class CompletionEstimate(NamedTuple):
     engine: int
     done_at: float  # monotonic seconds
     safety_factor: float = 1.0  # by which the estimated duration of a batch was multiplied
+
+
+class _Queue(NamedTuple):
+    """The figures that an engine worker publishes about its queue."""
+
+    start: float  # now, or when the engine worker will be available
+    free_at: Sequence[float]
+    preferred_batch_size: int
+    batch_seconds: float
+    safety_factor: float
+    reserved: Sequence[float]
+
+    def safety_factor_at(self, position: int) -> float:
+        return safety_factor_at(position, self.start, self.free_at, self.safety_factor)
+
+    def done_at(self, position: int, reserved: float = 0.0) -> float:
+        seconds = self.batch_seconds * self.safety_factor_at(position)
+        return done_at(position, self.start, self.free_at, self.preferred_batch_size, seconds, reserved)
 
 
 class SlotTable:
@@ -51,6 +69,9 @@ class SlotTable:
         self.engines = self._column("engines", "B")
         self.sequences = self._column("sequences", "Q")
         self.sort_keys = self._column("sort_keys", "d")
+        self.connections = self._column("connections", "Q")
+        self._arrivals = self._column("arrivals", "Q")
+        self._all_arrivals = self._array("arrivals")
         self.pixels: Pixels = self._array("pixels")
         self.logits: Floats = self._array("logits")
         self._all_engines, self._all_sort_keys = self._array("engines"), self._array("sort_keys")
@@ -93,6 +114,17 @@ class SlotTable:
         """``values`` are the fields of offered_load.OfferedWork."""
         _OFFERED_LOAD.pack_into(self._memory, self._offered_load_offset(worker), *values)
 
+    def count_arrivals(self, worker: int, priority: int, images: int = 1) -> None:
+        """Of images that are admitted or rejected."""
+        self._arrivals[10 * worker + 9 - priority] += images
+
+    # -- read by engine workers
+
+    def arrivals(self) -> list[int]:
+        """Images that have arrived at all HTTP workers, by priority level."""
+        counts: list[int] = self._all_arrivals.sum(0).tolist()
+        return counts
+
     # -- read by HTTP workers
 
     def read_offered_load(self, worker: int) -> tuple[float, ...]:
@@ -130,21 +162,34 @@ class SlotTable:
         priority_level = max(0, int(sort_key // SECONDS_PER_PRIORITY)) if math.isfinite(sort_key) else 0
         best = CompletionEstimate(0, float("inf"))
         for engine, available_at in engines.items():
-            row = self._row.unpack_from(self._memory, self._row_offset(engine))
-            free_at = row[FREE_AT : FREE_AT + self.shape.streams]
-            position, start = ahead[engine] + share + 1, max(now, available_at)
-            safety_factor = safety_factor_at(position, start, free_at, row[SAFETY_FACTOR])
-            done = done_at(
-                position,
-                start,
-                free_at,
-                max(1, int(row[PREFERRED_BATCH_SIZE])),
-                row[BATCH_SECONDS] * safety_factor,
-                row[RESERVED + priority_level],
-            )
+            queue = self._queue(engine, max(now, available_at))
+            position = ahead[engine] + share + 1
+            done = queue.done_at(position, queue.reserved[priority_level])
             if done < best.done_at:
-                best = CompletionEstimate(engine, done, safety_factor)
+                best = CompletionEstimate(engine, done, queue.safety_factor_at(position))
         return best
+
+    def delay_of_others(self, sort_key: float, engine: int, start: float, engines: int) -> float:
+        """Seconds by which a new image would make an admitted one late on this engine worker: see the scheduler.
+
+        ``start`` is the time from which the engine worker is available. ``engines`` are available in all.
+        """
+        sort_keys = self._all_sort_keys.copy()  # engine workers write at the same time
+        waiting = sort_keys < math.inf
+        if np.count_nonzero(waiting) == np.count_nonzero(sort_keys <= sort_key):
+            return 0.0  # the image is the last one
+        unassigned = np.sort(sort_keys[waiting & (self._all_engines == NO_ENGINE)])
+        keys = np.sort(np.concatenate([sort_keys[waiting & (self._all_engines == engine)], unassigned[::engines]]))
+        ahead = int(np.searchsorted(keys, sort_key, "right"))
+        queue = self._queue(engine, start)
+        deadlines = (keys[ahead:] % SECONDS_PER_PRIORITY).tolist()
+        return delay_of_others(deadlines, ahead, queue.preferred_batch_size, queue.done_at)
+
+    def _queue(self, engine: int, start: float) -> _Queue:
+        row = self._row.unpack_from(self._memory, self._row_offset(engine))
+        free_at = row[FREE_AT : FREE_AT + self.shape.streams]
+        size = max(1, int(row[PREFERRED_BATCH_SIZE]))
+        return _Queue(start, free_at, size, row[BATCH_SECONDS], row[SAFETY_FACTOR], row[RESERVED:FREE_AT])
 
     def reserved(self, priority: int) -> float:
         """The share of the engine workers' time that is reserved for images more urgent than this priority."""

@@ -51,12 +51,21 @@ class Slots:
         """Number of slots that are taken."""
         return len(self._tickets)
 
-    def admit(self, deadline: float, priority: int, now: float, engines: Mapping[int, float]) -> Ticket | Rejection:
-        """Takes a slot for a new image if its deadline can be met. ``engines``: see SlotTable.estimate_completion().
+    @property
+    def free(self) -> int:
+        """Number of slots that are free."""
+        return len(self._free)
 
+    def check(
+        self, deadline: float, priority: int, now: float, engines: Mapping[int, float], decoded_at: float
+    ) -> Rejection | None:
+        """Why a new image is rejected. None if a slot is free and its deadline can be met: then take() succeeds.
+
+        ``engines``: see SlotTable.estimate_completion(). ``decoded_at`` is the earliest time at which it can run.
         The scheduler reserves a share of time for more urgent images; the same share of the slots is kept free.
         """
-        estimate = self.slot_table.estimate_completion(sort_key(priority, deadline), now, engines)
+        key = sort_key(priority, deadline)
+        estimate = self.slot_table.estimate_completion(key, now, engines)
         reserved = self.slot_table.reserved(priority)
         if estimate.done_at > deadline:
             lateness = estimate.done_at - deadline
@@ -64,16 +73,20 @@ class Slots:
             restart = min(lateness, max(0.0, engines[estimate.engine] - now))
             retry_after = restart + (lateness - restart) * (1 - reserved) / estimate.safety_factor
             return Rejection("deadline", retry_after)
-        has_room = len(self._free) > int(reserved * self.slot_table.shape.slots_per_worker)
-        ticket = self.take(deadline, priority) if has_room else None
-        if ticket is None:
+        if decoded_at > now:
+            lateness = decoded_at + self.slot_table.batch_seconds() - deadline
+            if lateness > 0:  # decoding is the bottleneck
+                return Rejection("deadline", lateness)
+        start = max(now, engines[estimate.engine])
+        delay = self.slot_table.delay_of_others(key, estimate.engine, start, len(engines))
+        if delay:
+            return Rejection("deadline", delay / estimate.safety_factor)
+        if len(self._free) <= int(reserved * self.slot_table.shape.slots_per_worker):
             return Rejection("full", self.slot_table.estimate_completion(-math.inf, now, engines).done_at - now)
-        return ticket
+        return None
 
-    def take(self, deadline: float, priority: int) -> Ticket | None:
-        """Takes a slot without admission control. None if every slot is taken."""
-        if not self._free:
-            return None
+    def take(self, deadline: float, priority: int) -> Ticket:
+        """Takes a slot without admission control. Raises IndexError if every slot is taken."""
         ticket = Ticket(self._free.pop(), next(self._sequences), deadline, priority)
         self._tickets[ticket.slot] = ticket
         self.slot_table.sequences[ticket.slot] = ticket.sequence

@@ -7,7 +7,7 @@ The sockets preserve message boundaries, so a wrong length is a bug in the sende
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 # Actions of a submission: run an image after admission · run an image that was admitted before · the same, in a batch
@@ -20,7 +20,6 @@ MAX_BYTES = 1 << 16
 _HEADER = struct.Struct("<II")
 _SUBMISSION = struct.Struct("<IBBxxQd")
 _COMPLETION = struct.Struct("<IB3xQddd")
-_MAX_COMPLETIONS = (MAX_BYTES - _HEADER.size) // _COMPLETION.size  # per message
 
 
 class WireFormatError(ValueError):
@@ -48,16 +47,23 @@ class Completion(NamedTuple):
     retry_after_seconds: float = 0.0
 
 
-def pack_submission(incarnation: int, submission: Submission) -> bytes:
-    return _HEADER.pack(incarnation, 1) + _SUBMISSION.pack(*submission)
-
-
-def pack_completions(incarnation: int, completions: list[Completion]) -> Iterable[bytes]:
+def pack_submissions(incarnation: int, submissions: Sequence[Submission]) -> Iterable[bytes]:
     """As few messages as possible, each at most ``MAX_BYTES`` long."""
-    for start in range(0, len(completions), _MAX_COMPLETIONS):
-        part = completions[start : start + _MAX_COMPLETIONS]
-        records = [_COMPLETION.pack(*completion) for completion in part]
-        yield b"".join([_HEADER.pack(incarnation, len(part)), *records])
+    return _pack(incarnation, submissions, _SUBMISSION)
+
+
+def pack_completions(incarnation: int, completions: Sequence[Completion]) -> Iterable[bytes]:
+    """As few messages as possible, each at most ``MAX_BYTES`` long."""
+    return _pack(incarnation, completions, _COMPLETION)
+
+
+def _pack(
+    incarnation: int, records: Sequence[Submission] | Sequence[Completion], kind: struct.Struct
+) -> Iterable[bytes]:
+    most = (MAX_BYTES - _HEADER.size) // kind.size
+    for start in range(0, len(records), most):
+        part = records[start : start + most]
+        yield b"".join([_HEADER.pack(incarnation, len(part)), *[kind.pack(*record) for record in part]])
 
 
 def unpack_submissions(message: bytes) -> tuple[int, list[Submission]]:

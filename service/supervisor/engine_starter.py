@@ -36,6 +36,8 @@ class EngineStarter:
     settings: Settings
     children: Children
     workers: HttpWorkers
+    light_workers: int
+    slot_table_workers: int = 0  # HTTP workers in the latest slot table; 0 before the first one
     _crashes: Counter[str] = field(default_factory=Counter)  # by engine and precision
 
     async def start(self, generation: int, index: int, slot_table: int | None) -> tuple[ChildProcess, int | None]:
@@ -63,6 +65,7 @@ class EngineStarter:
                         raise StartFailedError(message.result, message.reason)
                     case Opened():
                         self._crashes.pop(str(trying), None)
+                        self.slot_table_workers = message.workers
                         return child, descriptors[0] if descriptors else slot_table
         except TimeoutError:
             child.kill()
@@ -82,7 +85,8 @@ class EngineStarter:
             incarnation=self.children.next_incarnation(),
             settings=self.settings,
             engine=index,
-            workers=self.settings.workers,
+            workers=self.slot_table_workers or self.settings.workers,
+            light_workers=self.slot_table_workers or self.light_workers,
             engines=self.settings.engines,
             skipped=[engine for engine, crashes in self._crashes.items() if crashes >= CRASHES],
         )

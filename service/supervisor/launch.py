@@ -31,12 +31,13 @@ def serve(settings: Settings) -> int:
     Raises SettingsError, and OSError if it cannot listen on the address.
     """
     set_up_logging("supervisor", settings.log_level)
+    light_workers = settings.workers or _most_workers(settings, machine.cores())
     settings = for_this_machine(settings, machine.cores())
     directory = tempfile.mkdtemp(prefix="vitserve-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
     os.environ[METRICS_DIR] = directory  # inherited by the child processes
     try:
         with _listen(settings) as listener:
-            return asyncio.run(Supervisor(settings, listener).run())
+            return asyncio.run(Supervisor(settings, listener, light_workers).run())
     except SupervisorGaveUpError as error:
         log.critical("giving up: %s", error)
         return 1
@@ -46,10 +47,15 @@ def serve(settings: Settings) -> int:
 
 def for_this_machine(settings: Settings, cores: int) -> Settings:
     """Replaces the settings that are 0 (automatic) by values for this machine. Raises SettingsError."""
-    workers = settings.workers or max(1, min(8, cores // 4, settings.slots // settings.max_images))
+    workers = settings.workers or _most_workers(settings, cores // 4)
     engines = settings.engines or (max(1, len(machine.gpus())) if wants_gpu_workers(settings.engine) else 1)
     threads = settings.decode_threads or (GPU_DECODE_THREADS if settings.decode == "gpu" else max(1, cores // workers))
     return dataclasses.replace(settings, workers=workers, engines=engines, decode_threads=threads)
+
+
+def _most_workers(settings: Settings, cores: int) -> int:
+    """The number of HTTP workers if they may use so many cores."""
+    return max(1, min(8, cores, settings.slots // settings.max_images))
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -25,17 +25,19 @@ ENGINE_EXIT_SECONDS = 5.0  # for the engine workers to exit at the end of a drai
 
 
 class Supervisor:
-    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+    def __init__(self, settings: Settings, listener: socket.socket, light_workers: int) -> None:
+        """``light_workers``: number of HTTP workers if the network is light. Else it is settings.workers."""
         self._settings, self._listener = settings, listener
         self._stopping = asyncio.Event()
         self._children = Children(settings.hang_seconds, self._stopping)
         self._workers = HttpWorkers()
-        self._starter = EngineStarter(settings, self._children, self._workers)
+        self._starter = EngineStarter(settings, self._children, self._workers, light_workers)
         self._serving: Generation | None = None
         self._retired: Generation | None = None  # the one before; some of its engine workers may still be running
         self._generation_count = 0
         self._reload_wanted = asyncio.Event()
         self._reload_requests: list[tuple[ChildProcess, int]] = []  # HTTP workers that wait for a result; request id
+        self._worker_tasks: set[asyncio.Task[None]] = set()
         self._forced = False
 
     async def run(self) -> int:
@@ -47,8 +49,9 @@ class Supervisor:
         try:
             async with asyncio.TaskGroup() as group:
                 loader = group.create_task(self._run_model_loader(group))
-                workers = [group.create_task(self._run_worker(index)) for index in range(self._settings.workers)]
-                await asyncio.gather(*workers)
+                self._run_workers(group, self._settings.workers)
+                while self._worker_tasks:
+                    await asyncio.wait(self._worker_tasks)
                 loader.cancel()
                 await self._stop_engines()
         except* SupervisorGaveUpError as errors:
@@ -62,6 +65,13 @@ class Supervisor:
         return [generation for generation in (self._serving, self._retired) if generation is not None]
 
     # -- HTTP workers
+
+    def _run_workers(self, group: asyncio.TaskGroup, count: int) -> None:
+        """Starts HTTP workers until there are ``count``."""
+        for index in range(len(self._worker_tasks), count):
+            task = group.create_task(self._run_worker(index))
+            self._worker_tasks.add(task)
+            task.add_done_callback(self._worker_tasks.discard)
 
     async def _run_worker(self, index: int) -> None:
         attempts = 0
@@ -140,6 +150,8 @@ class Supervisor:
         first = await generation.open()
         previous, self._serving = self._serving, generation
         generation.serve(first, self._settings.engines)
+        if not self._stopping.is_set():
+            self._run_workers(group, self._starter.slot_table_workers)
         if previous is not None:
             self._retired = previous
             previous.retire(kill_after_seconds=self._settings.drain_seconds)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.before_after import Measurement, Pair, check_checkout, main, result_table
+from benchmarks.before_after import Measurement, Pair, main, result_table
 from benchmarks.processes import ServerFailedError
-from benchmarks.servers import vitserve_server
+from benchmarks.servers import check_checkout, vitserve_server
 from tests.support.paths import ROOT
 from vitserve.bench.report import stdout_console
 from vitserve.model.bundle.bundle import Bundle

@@ -40,7 +40,7 @@ def test_only_the_named_section_is_rewritten(tmp_path: Path) -> None:
 
 
 def test_the_document_has_the_sections_of_the_commands() -> None:
-    for name in ("b16", "one-block", "waterfall"):
+    for name in ("b16", "one-block", "http", "waterfall"):
         document_sections.check(ROOT / "docs" / "benchmarks.md", name)
 
 

@@ -47,6 +47,22 @@ def test_admitted_images_are_in_time_at_every_load(engines: int, streams: int, l
         assert len(simulation.rejected) < 0.1 * len(arrivals)
 
 
+@pytest.mark.parametrize("load", [0.9, 1.5, 3.0])
+@pytest.mark.parametrize("share", [0.3, 0.9, 3.0], ids=["rarely", "often", "always"])
+def test_images_that_wait_for_a_decode_thread_are_in_time(share: float, load: float) -> None:
+    """``share`` is the time that decoding needs, relative to the engines: above 1, decoding is the bottleneck."""
+    engines = capacity(1, 1)
+    arrivals = list(poisson(20_000, load * engines / max(1.0, share), 2, seed=6, priorities=(1, 5, 9), timeouts=(0.2,)))
+    decode_seconds = share * 4 / engines  # two HTTP workers with two threads each
+    simulation = Simulation(engines=1, streams=1, decode_seconds=decode_seconds)
+    simulation.run(arrivals)
+    assert_guarantees(simulation, arrivals)
+    possible = min(1.0, 1 / load) * len(arrivals)
+    assert len(simulation.finished) > 0.9 * possible
+    # An image that waits for a decode thread may be overtaken by more urgent ones than the rates of the past suggest.
+    assert len(simulation.rejected_decoded) <= (0.04 if share > 1 else 0.0002) * len(arrivals)
+
+
 def test_the_order_of_simultaneous_arrivals_does_not_matter() -> None:
     """Arrivals are on a grid of the duration of a batch, so that they coincide with each other and with batch ends."""
     grid = SECONDS[4]

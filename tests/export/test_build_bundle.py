@@ -26,6 +26,7 @@ from vitserve.export.artifacts import ExportError
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
+from vitserve.export.golden_images import GoldenError
 from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.trace import trace
 from vitserve.model.arrays import Outputs, Precision
@@ -35,7 +36,8 @@ from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig
 from vitserve.model.network.resnet import ResNet
 from vitserve.service.engines.construct import construct_engine
-from vitserve.service.engines.engine import Engine, EngineUnavailableError
+from vitserve.service.engines.engine import Engine, EngineOptions, EngineUnavailableError
+from vitserve.service.engines.selection import open_engine
 
 
 def test_reference_graph_has_the_documented_form(bundle: Bundle) -> None:
@@ -88,6 +90,43 @@ def test_golden_outputs_are_those_of_the_torch_network(bundle: Bundle) -> None:
     parity = compare(Outputs(logits.numpy(), embedding.numpy()), golden.reference)
     assert parity.failure("fp32") is None
     assert len(np.unique(golden.reference.logits.argmax(1))) > 1, "images of one class would verify little"
+
+
+def test_images_of_the_domain_become_golden_images_on_request(bundle: Bundle, tmp_path: Path) -> None:
+    """They are the owner's to give away. Calibrated precisions are judged on them."""
+    assert (len(bundle.golden().pixels), bundle.golden().domain_images) == (16, 0)
+    images = random_images(10, TINY.image_size)
+    with_images = build_bundle(
+        checkpoint(),
+        tmp_path / "with images",
+        name="tiny",
+        evaluation_images=images,
+        golden_images=3,
+        precisions=["int8"],
+        max_loss=50,
+    )
+    golden = open_bundle(with_images.path).golden()
+    assert golden.domain_images == 3
+    assert np.array_equal(golden.pixels[16:], images.pixels[:3])
+    reference, count = golden.reference, golden.domain_images
+    wrong = Outputs(reference.logits.copy(), reference.embedding.copy())
+    wrong.logits[:16] += 100
+    assert compare(wrong, reference, domain_images=count).typical == 0
+    wrong.logits[16:] += 100
+    assert compare(wrong, reference, domain_images=count).typical > 1
+    opened = open_engine(with_images, EngineOptions(precision="int8"))
+    opened.engine.close()
+    assert opened.parity.typical <= TOLERANCE["int8"]
+
+
+def test_a_network_that_overflows_is_named(tmp_path: Path) -> None:
+    """Its weights are finite, but not its outputs."""
+    source = checkpoint()
+    with torch.no_grad():
+        source.network.head.weight.fill_(3e38)
+    with pytest.raises(GoldenError, match="the source network itself computes NaN or infinity"):
+        build_bundle(source, tmp_path / "bundle", name="tiny")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mismatch_is_reported_and_no_bundle_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +219,7 @@ def test_invalid_checkpoint_is_rejected_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv\.weight"):
         load_checkpoint(save(tmp_path / "weights.safetensors", drop="blocks.0.attn.qkv.weight"))
     (tmp_path / "noise").write_bytes(b"\xff" * 100)
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
+    with pytest.raises(CheckpointError, match="neither a safetensors file nor a torch file"):
         load_checkpoint(tmp_path / "noise")
     save_file({"a": torch.zeros(1)}, tmp_path / "bare")
     with pytest.raises(CheckpointError, match=str(tmp_path / "bare")):

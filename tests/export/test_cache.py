@@ -63,7 +63,7 @@ def cached_bundle_without(modules: str, source: str) -> tuple[str, str]:
     [
         (
             "missing/model",
-            "CheckpointError: missing/model: no such file or directory; a model on the hub is written hf:",
+            "CheckpointError: missing/model: no such file or directory; for the model on the Hugging Face hub, write",
         ),
         ("hub:owner/name", "CheckpointError: unknown source 'hub:owner/name': use a path, hf:owner/name, timm:NAME, "),
         ("random:B/17", "ValueError: unknown variant 'B/17'; known: "),

@@ -22,7 +22,9 @@ from vitserve.export.build_bundle import build_bundle
 from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.trace import trace
 from vitserve.export.quantize import int8
+from vitserve.export.quantize.coverage import of_onnx, of_openvino
 from vitserve.model.arrays import Pixels
+from vitserve.model.bundle.bundle import Artifact, Bundle, Quantization
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.network.build import Network
 from vitserve.service.engines.engine import EngineOptions
@@ -39,10 +41,14 @@ def traced(source: Network, directory: Path) -> Path:
     return directory / "model.onnx"
 
 
-@pytest.mark.usefixtures("nncf")
-def test_calibrated_int8_is_quantized_and_evaluated(tmp_path: Path) -> None:
-    bundle = int8_bundle(tmp_path / "bundle")
-    artifact = artifact_in(bundle, "int8")
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    return int8_bundle(tmp_path_factory.mktemp("int8") / "bundle")
+
+
+def test_calibrated_int8_is_quantized_and_evaluated(calibrated: Bundle) -> None:
+    bundle, artifact = calibrated, artifact_in(calibrated, "int8")
     assert (artifact.engine, artifact.weights) == ("openvino", artifact.path.replace(".xml", ".bin"))
     assert artifact.evaluation is not None
     assert artifact.evaluation.images == 100
@@ -97,9 +103,49 @@ def test_int8_without_images_is_for_onnxruntime(tmp_path: Path) -> None:
     assert artifact.engine == "onnxruntime"
     kinds = Counter(node.op_type for node in onnx.load(bundle.path / artifact.path).graph.node)
     assert kinds["MatMulInteger"] + kinds["DynamicQuantizeMatMul"] >= 4 * SMALL.depth
+    layers = 4 * SMALL.depth + 3
+    assert artifact.quantization == Quantization(layers - 1, layers), "the convolution of the patches is not"
     opened = open_engine(bundle, EngineOptions(precision="int8"))
     opened.engine.close()
     assert opened.engine.precision == "int8"
+
+
+def test_quantized_layers_are_counted(calibrated: Bundle) -> None:
+    """The patch projection, four layers in each block, of which the last has one more, and the head."""
+    layers, bundle = 4 * SMALL.depth + 3, calibrated
+    assert artifact_in(bundle, "int8").quantization == Quantization(layers, layers)
+    assert {artifact.quantization for artifact in bundle.manifest.artifacts if artifact.precision == "fp32"} == {None}
+    compiled = openvino.compile_model(bundle.path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert of_openvino(compiled) == Quantization(0, layers)
+    assert of_onnx(bundle.path / "model.onnx") == Quantization(0, layers)
+
+
+@pytest.mark.usefixtures("nncf")
+def test_an_artifact_without_a_quantized_layer_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the search for an allowed loss keeps every layer in float32. It would be float32 under another name."""
+    monkeypatch.setattr(int8, "quantize", lambda graph, images, smooth: openvino.Core().read_model(graph))
+    message = rf"openvino in int8 has none of its {4 * SMALL.depth + 3} layers with weights quantized"
+    with pytest.raises(ExportError, match=message):
+        int8_bundle(tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nncf")
+def test_a_search_that_keeps_every_layer_in_float32_is_rejected(tmp_path: Path) -> None:
+    steps: list[str] = []
+    with pytest.raises(ExportError, match="openvino in int8"):
+        build_bundle(
+            confident_checkpoint(),
+            tmp_path / "bundle",
+            name="small",
+            precisions=["int8"],
+            calibration_images=random_images(32),
+            evaluation_images=random_images(300, seed=1000),
+            max_loss=0,
+            progress=steps.append,
+        )
+    assert any("none of its 15 layers with weights quantized" in step for step in steps)
 
 
 def test_required_precision_that_loses_too_much_is_an_error(tmp_path: Path) -> None:
@@ -118,7 +164,7 @@ def test_default_precision_that_loses_too_much_is_skipped(tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.usefixtures("nncf")
 def test_layers_that_lose_most_stay_in_float32(tmp_path: Path) -> None:
-    def int8_within(max_loss: float) -> tuple[str, float]:
+    def int8_within(max_loss: float) -> Artifact:
         bundle = build_bundle(
             confident_checkpoint(),
             tmp_path / str(max_loss),
@@ -128,15 +174,17 @@ def test_layers_that_lose_most_stay_in_float32(tmp_path: Path) -> None:
             evaluation_images=random_images(1000, seed=1000),
             max_loss=max_loss,
         )
-        artifact = artifact_in(bundle, "int8")
-        assert artifact.evaluation is not None
-        return artifact.path, artifact.evaluation.loss
+        return artifact_in(bundle, "int8")
 
-    _, loss = int8_within(100)
-    assert loss > 0
-    path, smaller_loss = int8_within(loss / 2)
-    assert path == "int8-partial.xml"
-    assert smaller_loss <= loss / 2
+    complete = int8_within(100)
+    assert complete.evaluation is not None
+    limit = 0.9 * complete.evaluation.loss
+    partial = int8_within(limit)
+    assert partial.path == "int8-partial.xml"
+    assert partial.evaluation is not None
+    assert 0 < partial.evaluation.loss <= limit
+    assert partial.quantization is not None
+    assert 0 < partial.quantization.layers < partial.quantization.of
 
 
 @pytest.mark.usefixtures("nncf")

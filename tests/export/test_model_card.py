@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from tests.support.networks import TINY
 from vitserve.export.model_card import model_card
+from vitserve.model.bundle.bundle import Artifact, Evaluation, Quantization
+from vitserve.model.bundle.parity import Parity
 from vitserve.model.config import ResNetConfig
 
 RECORD: dict[str, Any] = {
@@ -50,3 +52,14 @@ def test_card_shows_the_training_record() -> None:
 )
 def test_card_names_the_kind_of_network(config: dict[str, Any], described: str) -> None:
     assert described in model_card("pets", "tiny", RECORD | {"config": config})
+
+
+def test_card_shows_the_share_of_quantized_layers() -> None:
+    parity = Parity(0.1, 0.1, 0.1, 1.0, 0.1)
+    int8 = Artifact("openvino", "int8", "int8.xml", parity, quantization=Quantization(11, 22))
+    int8 = replace(int8, evaluation=Evaluation(1000, 0.99, 0.1, 0.9, 0.91))
+    lines = model_card(
+        "pets", "tiny/8", RECORD, [Artifact("openvino", "fp32", "model.onnx", parity), int8]
+    ).splitlines()
+    assert "| openvino | fp32 |  |  |  |" in lines
+    assert "| openvino | int8 | 11 of 22 (50%) | 99.00% of 1,000 | 90.00% |" in lines

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vitserve.model.bundle.bundle import Bundle, BundleError, open_bundle, write_bundle
+from vitserve.model.bundle.bundle import Bundle, BundleError, check_destination, open_bundle, write_bundle
 
 
 @pytest.fixture
@@ -99,3 +99,58 @@ def test_another_directory_is_neither_opened_nor_overwritten(tmp_path: Path, bun
     with pytest.raises(BundleError, match="choose another directory"):
         write_bundle(tmp_path, bundle.manifest, bundle.path)
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_a_destination_that_cannot_be_written_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory" / "precious.txt").write_text("mine")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mounted")
+    for name, message in (
+        ("file", "exists and is not a directory; choose another path"),
+        ("directory", "exists and is not a bundle; choose another directory"),
+        ("mounted", "is a mount point, which cannot be replaced; choose a directory in it"),
+        ("file/bundle", "file is not a directory in which you may create files"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            check_destination(tmp_path / name)
+
+
+def test_an_empty_directory_and_a_bundle_are_destinations(bundle: Bundle, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "new" / "bundle", bundle.path):
+        check_destination(path)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("failing", ["copy", "open", "replace"])
+def test_a_failed_write_leaves_the_existing_bundle(
+    failing: str, bundle: Bundle, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever step fails: the disk is full, the new bundle cannot be opened, or it cannot take the place."""
+    contents = Path(shutil.copytree(bundle.path, tmp_path / "contents"))
+    (contents / "bundle.json").unlink()
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    manifest = bundle.manifest
+    if failing == "copy":
+        monkeypatch.setattr(shutil, "copy2", fail)
+    elif failing == "open":
+        (contents / "labels.txt").write_text("too\nfew\n")
+    else:
+        rename = Path.rename
+
+        def rename_old_only(path: Path, target: Path) -> Path:
+            return fail() if path.name == "bundle" else rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", rename_old_only)
+    with pytest.raises((OSError, BundleError)):
+        write_bundle(copy, manifest, contents)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert open_bundle(copy).labels == bundle.labels
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["contents", "copy"]
+
+
+def fail(*_: object) -> Path:
+    raise OSError(28, "No space left on device")

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from tests.support.images import encoded, png_header, random_image
-from vitserve.export.checkpoint.formats import huggingface
+from vitserve.export.checkpoint.configuration import Configuration
+from vitserve.export.checkpoint.formats import image_processor
 from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.preprocess import (
     DamagedImageError,
@@ -113,7 +114,8 @@ def test_photos_are_identical_to_transformers_processors(
     """The processors that use Pillow; those that use torch round differently."""
     theirs = getattr(transformers, processor)(do_rescale=False, do_normalize=False, **settings)
     full = settings | {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    decoder = Decoder(huggingface.preprocessing(full), jpeg_draft=False)
+    preprocessing, _ = image_processor.preprocessing(Configuration("the test's", full))
+    decoder = Decoder(preprocessing, jpeg_draft=False)
     for photo in photos:
         expected = theirs(Image.open(photo).convert("RGB"), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         assert np.array_equal(decoder.decode(photo.read_bytes()), expected), photo.name

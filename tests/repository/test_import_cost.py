@@ -49,7 +49,7 @@ def test_serving_imports_no_torch() -> None:
 
 
 def test_measuring_imports_no_torch() -> None:
-    tools = "vitserve.bench.command, benchmarks.overload, benchmarks.compare"
+    tools = "vitserve.bench.command, benchmarks.http.__main__, benchmarks.compare"
     loaded = modules_after(f"import {tools}, {ENGINES}")
     assert not loaded & {*TORCH, "vitserve.export", "matplotlib"}
 

@@ -18,7 +18,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/errors.py": {"model.bundle.preprocess"},
     "service/machine.py": set(),
     "service/python_process.py": set(),
-    "service/scheduler.py": set(),
+    "service/reserved_time.py": set(),
+    "service/decode_queue.py": {"service.reserved_time"},
+    "service/scheduler.py": {"service.reserved_time"},
     "service/metrics.py": {"service.ipc.control_channel"},
     "service/settings.py": {"service.engines.catalog"},
     "service/engines/catalog.py": {"model.arrays"},  # while type-checking only
@@ -46,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/http_worker": {
         "model.arrays",
         "model.bundle",
+        "service.decode_queue",
         "service.errors",
         "service.http_worker",
         "service.ipc",
@@ -71,6 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model.arrays",
         "model.bundle",
         "model.config",
+        "service.decode_queue",
         "service.engine_worker",
         "service.engines",
         "service.ipc",
@@ -87,7 +91,7 @@ MAY_USE_TORCH = (
     "model/network/",
     "model/training/",
     "service/engines/torch/",
-    "service/http_worker/gpu_decoder.py",
+    "service/http_worker/dispatch/gpu_decoder.py",
     "benchmarks/",
 )
 

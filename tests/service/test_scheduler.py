@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -179,10 +180,12 @@ def test_time_is_reserved_only_after_urgent_requests() -> None:
         """How many of 100 unimportant requests are admitted after a second with urgent ones. All could be in time."""
         scheduler = Scheduler({1: 0.01})
         for number in range(urgent):
+            scheduler.count_arrivals(partial(lambda count: [count] + [0] * 9, number + 1), number / urgent)
             assert scheduler.admit(request(number / urgent + 9, number, priority_level=0), number / urgent) is None
             batch = scheduler.next_batch(0, number / urgent)
             assert batch is not None
             scheduler.done(batch, number / urgent + 0.01)
+        scheduler.count_arrivals(lambda: [urgent] + [0] * 9, 1.0)
         return sum(
             scheduler.admit(request(2.0 + 1e-9, 1000 + number, priority_level=9), 1.0) is None for number in range(100)
         )

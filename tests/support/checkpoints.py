@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from tests.support.images import encoded
 from vitserve.export.checkpoint.load import Checkpoint
 from vitserve.export.graph.reference import ReferenceNetwork
 from vitserve.export.graph.trace import trace
 from vitserve.model.arrays import Pixels
+from vitserve.model.bundle.preprocess import Decoder
 from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions
 
@@ -34,6 +37,7 @@ SMALL_TRANSFORMERS: dict[str, Any] = {
     "num_labels": 5,
 }
 SQUASH: dict[str, Any] = {
+    "image_processor_type": "ViTImageProcessor",
     "size": {"height": 32, "width": 32},
     "resample": 2,
     "image_mean": [0.5, 0.4, 0.3],
@@ -86,6 +90,22 @@ def assert_same_logits(
     assert difference <= SERVED_TOLERANCE
 
 
+def logits_of_image(checkpoint: Checkpoint, image: Image.Image) -> np.ndarray:
+    """Our logits of an image, from its encoded bytes on: [classes]."""
+    pixels = Decoder(checkpoint.preprocessing, jpeg_draft=False).decode(encoded(image))
+    network = ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval()
+    with torch.inference_mode():
+        logits: np.ndarray = network(torch.from_numpy(pixels.copy())[None])[0][0].numpy()
+    return logits
+
+
+def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, relative to the largest expected value. Infinite for other shapes."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
 def _served_logits(checkpoint: Checkpoint, pixels: Pixels, directory: Path) -> np.ndarray:
     graph = directory / "model.onnx"
     trace(
@@ -110,9 +130,6 @@ def save_with_timm(timm: ModuleType, directory: Path, architecture: str, argumen
     from timm.models import save_for_hf
 
     save_for_hf(network, str(directory), safe_serialization=True)
-    settings = json.loads((directory / "config.json").read_text())
-    settings["model_args"] = {name: value for name, value in arguments.items() if name == "num_heads"}
-    (directory / "config.json").write_text(json.dumps(settings))
     return network
 
 

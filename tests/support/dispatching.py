@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -21,8 +20,11 @@ from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.service.engine_worker.batch_loop import BatchLoop
 from vitserve.service.engines.engine import select_rows
-from vitserve.service.http_worker.dispatcher import Dispatcher
-from vitserve.service.http_worker.image_job import ImageResult
+from vitserve.service.http_worker.dispatch.decode_pool import DecodePool
+from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
+from vitserve.service.http_worker.dispatch.image_job import ImageResult, Outcome
+from vitserve.service.http_worker.metric_buffer import MetricBuffer
+from vitserve.service.http_worker.turn import Turns
 from vitserve.service.ipc import memory_layout, wire_format
 from vitserve.service.ipc.control_channel import Channel
 from vitserve.service.ipc.control_messages import ConnectWorker, Retire
@@ -124,13 +126,28 @@ class Harness:
 
     def classify(self, image: bytes = IMAGE) -> asyncio.Task[ImageResult]:
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        return asyncio.create_task(self.dispatcher.classify(image, deadline, 5))
+        return asyncio.create_task(self.result(image, deadline))
+
+    async def result(self, image: bytes, deadline: float, admitted: bool = False) -> ImageResult:
+        """Raises the error that the client would get. Cancellation abandons the image, as a disconnect does."""
+        future: asyncio.Future[ImageResult] = asyncio.get_running_loop().create_future()
+
+        def on_done(outcome: Outcome) -> None:
+            if isinstance(outcome, ImageResult):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
+
+        job = self.dispatcher.submit(image, deadline, 5, on_done, admitted)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.dispatcher.abandon(job)
+            raise
 
     async def classify_all(self, images: Sequence[bytes], timeout_seconds: float = TIMEOUT_SECONDS) -> Results:
         deadline = time.monotonic() + timeout_seconds
-        return await asyncio.gather(
-            *(self.dispatcher.classify(image, deadline, 5) for image in images), return_exceptions=True
-        )
+        return await asyncio.gather(*(self.result(image, deadline) for image in images), return_exceptions=True)
 
     async def waiting(self, count: int) -> None:
         """Returns when exactly ``count`` images are assigned to engine workers and not running."""
@@ -151,7 +168,11 @@ def images(count: int) -> list[bytes]:
 def received(endpoint: socket.socket, count: int) -> list[wire_format.Submission]:
     """The next submissions that an engine worker receives. Blocks until they have arrived."""
     endpoint.settimeout(60)
-    return [wire_format.unpack_submissions(endpoint.recv(wire_format.MAX_BYTES))[1][0] for _ in range(count)]
+    submissions: list[wire_format.Submission] = []
+    while len(submissions) < count:
+        submissions += wire_format.unpack_submissions(endpoint.recv(wire_format.MAX_BYTES))[1]
+    assert len(submissions) == count
+    return submissions
 
 
 def run_dispatcher(
@@ -166,17 +187,19 @@ def run_dispatcher(
         memory = memory_layout.create(Shape(1, slots, 2, 1, 4, 16, 3), MODEL_INFO.to_json())
         metrics = Metrics(CollectorRegistry())
         loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(2) as decoders:
-            dispatcher = Dispatcher(SlotTable(memory), 0, 1, Settings(), metrics, decoders, loop)
-            harness = Harness(dispatcher, memory)
-            if engine is not None:
-                harness.start(engine, seconds)
-            result = await work(harness)
-            dispatcher.retire()
-            await harness.unreachable()
-            await harness.taken(0)
-            for thread in harness.threads:
-                await asyncio.to_thread(thread.join)
+        turns, decoders = Turns(loop), DecodePool(2)
+        buffer = MetricBuffer(metrics, turns)
+        dispatcher = Dispatcher(SlotTable(memory), 0, 1, Settings(), buffer, decoders, turns, loop)
+        harness = Harness(dispatcher, memory)
+        if engine is not None:
+            harness.start(engine, seconds)
+        result = await work(harness)
+        dispatcher.retire()
+        await harness.unreachable()
+        await harness.taken(0)
+        for thread in harness.threads:
+            await asyncio.to_thread(thread.join)
+        decoders.close()
         assert harness.slot_table.count(FREE) == slots
         for channel in harness.channels:
             channel.close()

@@ -70,7 +70,7 @@ def main() -> None:
     assert ticket is not None
     slots.submit(ticket, 0)
     submission = wire_format.Submission(ticket.slot, wire_format.SUBMIT, 5, ticket.sequence, ticket.deadline)
-    http_worker.send(wire_format.pack_submission(1, submission))
+    http_worker.send(next(iter(wire_format.pack_submissions(1, [submission]))))
     loop.run(Channel(channel))
 
 

@@ -71,8 +71,12 @@ def _command_line(process: psutil.Process) -> list[str]:
 def start_server(
     *arguments: str, until: str = "vitserve.http_worker: ready", environment: Mapping[str, str] | None = None
 ) -> Server:
-    """Returns once the log contains ``until``. If the server exits before that, the AssertionError shows its log."""
-    command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", *arguments]
+    """Returns once the log contains ``until``. If the server exits before that, the AssertionError shows its log.
+
+    The networks of the tests are light, so the default number of HTTP workers would be that of the cores.
+    """
+    workers = () if "--workers" in arguments else ("--workers", "1")
+    command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", *workers, *arguments]
     complete = os.environ | {"PYTHONWARNINGS": "default"} | dict(environment or {})
     process = subprocess.Popen(
         command, cwd=ROOT, env=complete, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

@@ -57,7 +57,7 @@ def print_artifacts(bundle: Bundle) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("engine", "precision", "Δ golden", "images", "agree", "Δ p", "accuracy", "loss"):
+    for title in ("engine", "precision", "quantized", "Δ golden", "images", "agree", "Δ p", "accuracy", "loss"):
         table.add_column(title, justify="left" if title in ("engine", "precision") else "right", no_wrap=True)
     for artifact in bundle.manifest.artifacts:
         table.add_row(*_row(artifact))
@@ -75,7 +75,9 @@ def print_artifacts(bundle: Bundle) -> None:
 
 def _row(artifact: Artifact) -> tuple[str, ...]:
     precision = artifact.precision + (" (simulated)" if artifact.simulated else "")
-    row = (artifact.engine, precision, f"{artifact.parity.logits:.1e}")
+    quantization = artifact.quantization
+    quantized = "" if quantization is None else f"{quantization.layers}/{quantization.of} layers"
+    row = (artifact.engine, precision, quantized, f"{artifact.parity.logits:.1e}")
     evaluation = artifact.evaluation
     if evaluation is None:
         return (*row, "", "", "", "", "")

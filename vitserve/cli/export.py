@@ -12,9 +12,17 @@ import typer
 from vitserve.cli.console import one_line_errors, print_artifacts
 
 
-class Precision(StrEnum):
-    """Precisions besides fp32, which every bundle has."""
+class Activation(StrEnum):
+    """How logits become probabilities."""
 
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class Precision(StrEnum):
+    """What a bundle may be required to have. Every bundle has fp32."""
+
+    fp32 = "fp32"
     bf16 = "bf16"
     int8 = "int8"
     fp8 = "fp8"
@@ -37,14 +45,55 @@ def export(
         int, typer.Option(help="Image size in pixels; position embeddings are resized to it. 0 keeps the checkpoint's.")
     ] = 0,
     labels: Annotated[
-        Path | None, typer.Option(help="Text file with one label a line. Default: the checkpoint's labels.")
+        Path | None,
+        typer.Option(
+            help="Text file with one label a line, or a .json file with a list of labels. Default: the checkpoint's."
+        ),
     ] = None,
+    labels_encoding: Annotated[
+        str, typer.Option(help="Encoding of --labels, such as cp1252. Default: UTF-8, or by its byte order mark.")
+    ] = "",
     architecture: Annotated[
         str, typer.Option(help="timm's name of the network, for a state dict that does not name it.")
     ] = "",
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Argument of timm.create_model() that the network was created with, such as num_heads=4. Repeatable.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
+    preprocessor: Annotated[
+        str,
+        typer.Option(
+            help="preprocessor_config.json, or a directory with one, for a checkpoint without preprocessing; or "
+            "torchvision:WEIGHTS, such as torchvision:ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1."
+        ),
+    ] = "",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Which weights to take from a file with several: a key or prefix, such as state_dict, or raw or "
+            "averaged. Default: averaged (EMA), if there are any."
+        ),
+    ] = "",
+    activation: Annotated[
+        Activation | None,
+        typer.Option(
+            help="From logits to probabilities: sigmoid if an image can have several classes. Default: what the "
+            "checkpoint states, otherwise softmax; sigmoid for a single logit."
+        ),
+    ] = None,
+    ignore_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Key of the checkpoint's configuration that has no effect on the outputs. Repeatable."),
+    ] = None,
     precision: Annotated[
         list[Precision] | None,
-        typer.Option(help="Precision that the bundle must have besides fp32. Repeatable. Default: bf16."),
+        typer.Option(
+            help="Precision that the bundle must have besides fp32. Repeatable. fp32 alone adds none. Default: bf16, "
+            "if it passes."
+        ),
     ] = None,
     images: Annotated[
         Path | None,
@@ -54,6 +103,14 @@ def export(
     ] = None,
     calibration_images: Annotated[int, typer.Option(min=1, help="Number of images to calibrate with.")] = 300,
     evaluation_images: Annotated[int, typer.Option(min=1, help="Number of other images to evaluate with.")] = 1000,
+    golden_images: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Number of the evaluation images to put into the bundle, for the check of every engine at start-up. "
+            "Everyone who has the bundle can see them.",
+        ),
+    ] = 0,
     max_loss: Annotated[
         float,
         typer.Option(
@@ -70,25 +127,42 @@ def export(
 
     console = Console(stderr=True)
     with one_line_errors("export"), console.status("exporting") as status:
+        from vitserve.model.bundle.bundle import check_destination
+
+        check_destination(output)
         from vitserve.export.build_bundle import build_bundle
+        from vitserve.export.checkpoint.labels import read_label_file
         from vitserve.export.checkpoint.load import load_checkpoint
+        from vitserve.export.checkpoint.overrides import Overrides, model_arguments
         from vitserve.model.bundle.evaluation import read_images
 
         def progress(step: str) -> None:
             status.update(step)
-            console.print(f"[dim]{step}[/dim]")
+            console.print(step, style="dim", markup=False, highlight=False)
 
-        checkpoint = load_checkpoint(
-            source,
+        def note(text: str) -> None:
+            console.print(f"note: {text}", style="yellow", markup=False, highlight=False)
+
+        if golden_images and images is None:
+            raise ValueError("--golden-images needs --images")
+        overrides = Overrides(
             image_size=image_size or None,
-            labels=labels.read_text(encoding="utf-8").splitlines() if labels else None,
+            labels=read_label_file(labels, labels_encoding) if labels else None,
             architecture=architecture,
+            model_args=model_arguments(model_arg or ()),
+            preprocessor=preprocessor,
+            weights=weights,
+            activation=activation.value if activation else None,
+            ignored_keys=tuple(ignore_key or ()),
         )
+        checkpoint = load_checkpoint(source, overrides)
+        for text in checkpoint.notes:
+            note(text)
         calibration = evaluation = None
         if images is not None:
             progress(f"reading images from {images}")
             calibration, evaluation = read_images(
-                images, checkpoint.preprocessing, checkpoint.labels, calibration_images, evaluation_images
+                images, checkpoint.preprocessing, checkpoint.labels, calibration_images, evaluation_images, note
             )
         bundle = build_bundle(
             checkpoint,
@@ -96,6 +170,7 @@ def export(
             name=name or _name_of(source),
             version=version or None,
             training=_training_record(source),
+            golden_images=golden_images,
             precisions=[choice.value for choice in precision] if precision else None,
             calibration_images=calibration,
             evaluation_images=evaluation,

@@ -37,7 +37,8 @@ def inspect(
         manifest, console = opened.manifest, Console()
         size, classes = manifest.preprocessing.image_size, manifest.config.classes
         title = f"[bold]{manifest.name}[/bold] {manifest.version}"
-        console.print(f"{title}: {manifest.variant}, {size} × {size} pixels, {classes} classes", highlight=False)
+        shape = f"{manifest.variant}, {size} × {size} pixels, classes: {classes}, {manifest.activation}"
+        console.print(f"{title}: {shape}", highlight=False)
         print_artifacts(opened)
         for plan in plans_of(machine.plan_dir(), opened):
             report = PlanReport.from_json(plan.with_suffix(".json").read_text())

@@ -18,8 +18,18 @@ def verify(
     precision: Annotated[str, typer.Option(help="As for `vitserve serve`.")] = "auto",
     images: Annotated[
         Path | None,
-        typer.Option(help="Directory of images, or a training archive (.npz), to compare with fp32 on the CPU."),
+        typer.Option(
+            help="Directory of images, or a training archive (.npz), to compare with fp32 on the CPU. Directories "
+            "named after the labels give the classes."
+        ),
     ] = None,
+    in_domain: Annotated[
+        bool,
+        typer.Option(
+            help="The images are of the model's domain, although they have no labels: judge the share of changed "
+            "predictions."
+        ),
+    ] = False,
     max_images: Annotated[int, typer.Option(min=1, help="Number of these images to use at most.")] = 1000,
     batch_sizes: Annotated[
         str, typer.Option(help="Batch sizes to measure. The engine is opened for the largest.")
@@ -53,11 +63,12 @@ def verify(
         opened, sizes = open_bundle(bundle or DEFAULT_BUNDLE), whole_numbers(batch_sizes, "--batch-sizes")
         evaluation: Images | None = None
         if images is not None:
-            _, evaluation = read_images(images, opened.manifest.preprocessing, opened.labels, 1, max_images)
+            preprocessing = opened.manifest.preprocessing
+            _, evaluation = read_images(images, preprocessing, opened.labels, 1, max_images, console.print)
         plans = str(machine.plan_dir())
         options = EngineOptions(engine, precision, streams, threads, max(sizes), plan_dir=plans)
         with console.status("opening") as status:
-            report = run(opened, options, evaluation, sizes, seconds, rounds, status.update)
+            report = run(opened, options, evaluation, sizes, seconds, rounds, status.update, in_domain)
         show(report)
         if as_json is not None:
             as_json.write_text(report.to_json())

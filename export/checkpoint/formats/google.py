@@ -15,8 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.formats.source import Source
-from vitserve.export.checkpoint.position_embeddings import square_side
+from vitserve.export.checkpoint.position_embeddings import GOOGLE, square_side
 from vitserve.export.checkpoint.state_dict import Tensors
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig
@@ -29,17 +30,19 @@ _BLOCK, _ATTENTION = "Transformer/encoderblock_{}", "MultiHeadDotProductAttentio
 def read(tensors: Tensors) -> Source:
     """Raises CheckpointError."""
     resnet = _stages(tensors)
-    side, _, _, width = tensors.shape("embedding/kernel")
+    side, _, _, width = tensors.shape_of("embedding/kernel", 4)
     patch = side * (4 * 2 ** (len(resnet) - 1) if resnet else 1)
-    _, heads, _ = tensors.shape(f"{_BLOCK.format(0)}/{_ATTENTION}/query/kernel")
+    _, heads, _ = tensors.shape_of(f"{_BLOCK.format(0)}/{_ATTENTION}/query/kernel", 3)
+    if "head/kernel" not in tensors:
+        raise CheckpointError("the checkpoint has no classification head (head/kernel): it is a base model")
     config = ViTConfig(
-        image_size=square_side(tensors.shape(MARK)[1] - 1) * patch,
+        image_size=square_side(tensors.shape_of(MARK, 3)[1] - 1) * patch,
         patch_size=patch,
         width=width,
         depth=tensors.count(_BLOCK + "/LayerNorm_0/scale"),
         heads=heads,
-        mlp_width=tensors.shape(f"{_BLOCK.format(0)}/MlpBlock_3/Dense_0/kernel")[1],
-        classes=tensors.shape("head/kernel")[1],
+        mlp_width=tensors.shape(f"{_BLOCK.format(0)}/MlpBlock_3/Dense_0/kernel")[-1],
+        classes=tensors.shape_of("head/kernel", 2)[1],
         representation_width=tensors.shape("pre_logits/kernel")[1] if "pre_logits/kernel" in tensors else None,
         resnet=resnet or None,
     )
@@ -63,7 +66,8 @@ def read(tensors: Tensors) -> Source:
         weights |= _norm(tensors, "gn_root", "patch_embed.backbone.stem.norm")
     tensors.expect_nothing_more()
     # The release's preprocessing: (pixels / 255 - 0.5) / 0.5, both sides resized to the image size, bilinear.
-    return Source(config, weights, Preprocessing(config.image_size, interpolation="bilinear", squash=True))
+    preprocessing = Preprocessing(config.image_size, interpolation="bilinear", squash=True)
+    return Source(config, weights, preprocessing, interpolation=GOOGLE, notes=tuple(tensors.notes))
 
 
 def _stages(tensors: Tensors) -> tuple[int, ...]:

@@ -3,89 +3,157 @@
 Tensors (optional ones in parentheses), with the prefix vit., deit., dinov2. or dinov2_with_registers.:
 
     embeddings: cls_token, position_embeddings, patch_embeddings.projection.*, (distillation_token), (register_tokens)
-    encoder.layer.N: attention.attention.{query,key,value}.*, attention.output.dense.*, norms and MLP
+    layers.N (encoder.layer.N in DINOv2): attention.{q,k,v,o}_proj.*, norms and MLP
     layernorm.*
 
 and without a prefix: classifier.*, or cls_classifier.* and distillation_classifier.*
+
+These are the names of transformers 5. It saves the older ones (huggingface_names.py), and reads both.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitserve.export.checkpoint.configuration import Configuration
 from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.formats.source import Source
+from vitserve.export.checkpoint.formats import huggingface_names as names
+from vitserve.export.checkpoint.formats.source import Source, rename_head
+from vitserve.export.checkpoint.labels import labels_of
+from vitserve.export.checkpoint.position_embeddings import TRANSFORMERS, TRANSFORMERS_REGISTERS
 from vitserve.export.checkpoint.state_dict import Tensors
-from vitserve.model.bundle.preprocess import Interpolation, Preprocessing
-from vitserve.model.config import Activation, ViTConfig
+from vitserve.model.arrays import Activation
+from vitserve.model.bundle.preprocess import Preprocessing
+from vitserve.model.config import Activation as MlpActivation
+from vitserve.model.config import ViTConfig
 
-_PREFIXES = {"vit": "vit", "deit": "deit", "dinov2": "dinov2", "dinov2_with_registers": "dinov2_with_registers"}
-_ACTIVATIONS: dict[str, Activation] = {
+KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers")
+_ACTIVATIONS: dict[str, MlpActivation] = {
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
+    "swish": "silu",
 }
-_RESAMPLE: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-
-_VIT_BLOCK = {
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-}
-_DINO_BLOCK = {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-_SWIGLU_BLOCK = {"norm1": "norm1", "norm2": "norm2", "mlp.weights_in": "mlp.fc1", "mlp.weights_out": "mlp.fc2"}
 
 
-def read(tensors: Tensors, config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Source:
-    """``config`` and ``preprocessor`` are config.json and preprocessor_config.json. Raises CheckpointError."""
-    kind = config.get("model_type")
-    if kind not in _PREFIXES:
-        raise CheckpointError(f"unsupported model_type {kind!r}; supported are {', '.join(_PREFIXES)}")
+MARK = "embeddings.cls_token"  # a tensor that every network of these kinds has, after model_type and a dot
+
+
+def read(
+    tensors: Tensors, config: Configuration, kind: str, preprocessing: Preprocessing, ignored: tuple[str, ...]
+) -> Source:
+    """``config`` is config.json without its model_type, ``kind``.
+
+    ``ignored`` are keys that the user states to have no effect.
+
+    Raises CheckpointError.
+    """
+    names.modernize(tensors, kind)
+    names.check_architecture(config.take("architectures"), names.has_teacher(tensors))
+    if not names.has_teacher(tensors):
+        rename_head(tensors, "classifier", "classifier")
     shape = _shape(tensors, config, kind)
-    return Source(shape, _weights(tensors, shape, kind), preprocessing(preprocessor), _labels(config, shape.classes))
+    labels, activation = _labels(config, shape.classes), activation_of(config)
+    config.ignore(*names.WITHOUT_EFFECT)
+    config.require(names.ONLY)
+    notes = config.reject_others(ignored)
+    weights = _weights(tensors, shape, kind)
+    interpolation = TRANSFORMERS_REGISTERS if kind == "dinov2_with_registers" else TRANSFORMERS
+    return Source(shape, weights, preprocessing, labels, activation, interpolation, (*tensors.notes, *notes))
 
 
-def _shape(tensors: Tensors, config: Mapping[str, Any], kind: str) -> ViTConfig:
-    dino, teacher = kind.startswith("dinov2"), "distillation_classifier.weight" in tensors
-    activation = config.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(f"unsupported hidden_act {activation!r}; supported are {', '.join(_ACTIVATIONS)}")
-    swiglu = bool(dino and config.get("use_swiglu_ffn", False))
-    block = f"{_PREFIXES[kind]}.encoder.layer.0"
-    second = "mlp.weights_out" if swiglu else "mlp.fc2" if dino else "output.dense"
+def kind_of(config: Configuration) -> str:
+    """Takes the model_type. Raises CheckpointError for an unsupported one."""
+    kind = config.text("model_type", "")
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"unsupported model_type {kind!r} in {config.name}; supported are {', '.join(KINDS)}, and timm_wrapper"
+        )
+    return kind
+
+
+def _shape(tensors: Tensors, config: Configuration, kind: str) -> ViTConfig:
+    dino, registers, teacher = kind.startswith("dinov2"), kind.endswith("registers"), names.has_teacher(tensors)
+    width, heads = config.integer("hidden_size", 768), config.integer("num_attention_heads", 12)
+    depth = config.integer("num_hidden_layers", 12)
+    found = tensors.count(f"{names.block(kind)}.attention.q_proj.weight")
+    if found != depth:
+        raise CheckpointError(f"num_hidden_layers in {config.name} is {depth}, but the weights have {found} layers")
+    swiglu = config.flag("use_swiglu_ffn", False) if dino else False
+    if swiglu is not names.is_gated(tensors):
+        raise CheckpointError(
+            f"use_swiglu_ffn in {config.name} is {str(swiglu).lower()}, but the weights are of another MLP"
+        )
+    config.require({"num_channels": 3, "head_dim": width // heads})
     return ViTConfig(
-        image_size=_side(config, "image_size"),
-        patch_size=_side(config, "patch_size"),
-        width=_number(config, "hidden_size"),
-        depth=_number(config, "num_hidden_layers"),
-        heads=_number(config, "num_attention_heads"),
-        mlp_width=tensors.shape(f"{block}.{second}.weight")[1],
-        classes=tensors.shape("cls_classifier.weight" if teacher else "classifier.weight")[0],
+        image_size=config.side("image_size", 224),
+        patch_size=config.side("patch_size", 14 if kind == "dinov2" else 16),
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_width=_mlp_width(config, width, dino, swiglu),
+        classes=tensors.shape_of("cls_classifier.weight" if teacher else "classifier.weight", 2)[0],
         pool="token+mean" if dino else "token",
         distillation_token=kind == "deit",
         distillation_head=teacher,
-        registers=_number(config, "num_register_tokens") if kind == "dinov2_with_registers" else 0,
+        registers=config.integer("num_register_tokens", 4) if registers else 0,
         prefix_positions=not dino,
-        norm_epsilon=float(config.get("layer_norm_eps", 1e-6 if dino else 1e-12)),
-        qkv_bias=bool(config.get("qkv_bias", True)),
+        norm_epsilon=config.number("layer_norm_eps", 1e-6 if dino else 1e-12),
+        qkv_bias=config.flag("qkv_bias", True),
         layer_scale=dino,
         swiglu=swiglu,
-        activation=_ACTIVATIONS[activation],
+        activation=_mlp_activation(config, swiglu),
     )
 
 
+def _mlp_width(config: Configuration, width: int, dino: bool, swiglu: bool) -> int:
+    if not dino:
+        return config.integer("intermediate_size", 3072)
+    hidden = int(width * config.number("mlp_ratio", 4))
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden  # as Dinov2SwiGLUFFN computes it
+
+
+def _mlp_activation(config: Configuration, swiglu: bool) -> MlpActivation:
+    named = config.text("hidden_act", "gelu")
+    if swiglu:  # which always has SiLU
+        return "gelu"
+    if named not in _ACTIVATIONS:
+        raise CheckpointError(f"unsupported hidden_act {named!r}; supported are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[named]
+
+
+def activation_of(config: Configuration) -> Activation | None:
+    """As in transformers' pipeline for image classification."""
+    kind = config.take("problem_type")
+    if kind not in (None, "single_label_classification", "multi_label_classification"):
+        raise CheckpointError(
+            f"unsupported problem_type {kind!r} in {config.name}: the outputs of such a model are not probabilities"
+            " of classes"
+        )
+    return None if kind is None else "sigmoid" if kind == "multi_label_classification" else "softmax"
+
+
+def _labels(config: Configuration, classes: int) -> tuple[str, ...] | None:
+    """id2label, unless it is the library's default for unnamed classes."""
+    named: Any = config.take("id2label")
+    if named == {str(index): f"LABEL_{index}" for index in range(classes)}:
+        return None
+    return labels_of(named, classes, f"id2label in {config.name}")
+
+
 def _weights(tensors: Tensors, shape: ViTConfig, kind: str) -> dict[str, Tensor]:
-    prefix, dino = _PREFIXES[kind], kind.startswith("dinov2")
-    embeddings = f"{prefix}.embeddings"
+    dino, embeddings = kind.startswith("dinov2"), f"{kind}.embeddings"
     weights = {
         "cls_token": tensors.take(f"{embeddings}.cls_token"),
         "pos_embed": tensors.take(f"{embeddings}.position_embeddings"),
@@ -97,26 +165,29 @@ def _weights(tensors: Tensors, shape: ViTConfig, kind: str) -> dict[str, Tensor]
         weights["dist_token"] = tensors.take(f"{embeddings}.distillation_token")
     if shape.registers:
         weights["reg_token"] = tensors.take(f"{embeddings}.register_tokens")
-    tensors.ignore(f"{embeddings}.mask_token")
-    names = {f"{embeddings}.patch_embeddings.projection": "patch_embed.proj", f"{prefix}.layernorm": "norm"}
-    if shape.distillation_head:
-        names |= {"cls_classifier": "head", "distillation_classifier": "head_dist"}
-    else:
-        names["classifier"] = "head"
-    weights |= _pairs(tensors, names)
-    block_names = _SWIGLU_BLOCK if shape.swiglu else _DINO_BLOCK if dino else _VIT_BLOCK
+    pairs = {f"{embeddings}.patch_embeddings.projection": "patch_embed.proj", f"{kind}.layernorm": "norm"}
+    pairs |= {"cls_classifier": "head", "distillation_classifier": "head_dist"}
+    if not shape.distillation_head:
+        pairs = {theirs: ours for theirs, ours in pairs.items() if "_classifier" not in theirs} | {"classifier": "head"}
+    weights |= _pairs(tensors, pairs)
     for index in range(shape.depth):
-        weights |= _block(tensors, shape, f"{prefix}.encoder.layer.{index}", f"blocks.{index}", block_names)
-    tensors.expect_nothing_more()
+        weights |= _block(tensors, shape, names.block(kind).format(index), f"blocks.{index}", names.PARTS[dino])
+    tensors.ignore(f"{embeddings}.mask_token")
+    tensors.ignore_others("the classifier has no such tensors, so transformers ignores them too")
     return weights
 
 
-def _block(tensors: Tensors, shape: ViTConfig, theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, Tensor]:
-    weights = _pairs(tensors, {f"{theirs}.{name}": f"{ours}.{our}" for name, our in names.items()})
-    weights |= _pairs(tensors, {f"{theirs}.attention.output.dense": f"{ours}.attn.proj"})
-    for part in ("weight", "bias") if shape.qkv_bias else ("weight",):
-        qkv = [tensors.take(f"{theirs}.attention.attention.{name}.{part}") for name in ("query", "key", "value")]
-        weights[f"{ours}.attn.qkv.{part}"] = torch.cat(qkv)
+def _block(tensors: Tensors, shape: ViTConfig, theirs: str, ours: str, parts: Mapping[str, str]) -> dict[str, Tensor]:
+    weights = _pairs(tensors, {f"{theirs}.{part}": f"{ours}.{our}" for part, our in parts.items()})
+    if shape.swiglu:
+        weights |= _pairs(tensors, {f"{theirs}.mlp.down_proj": f"{ours}.mlp.fc2"})
+        joined = f"{theirs}.mlp.weights_in" if f"{theirs}.mlp.weights_in.weight" in tensors else ""  # of older versions
+        parts_in = [joined] if joined else [f"{theirs}.mlp.{name}_proj" for name in ("gate", "up")]
+        weights |= _joined(tensors, parts_in, f"{ours}.mlp.fc1")
+    else:
+        weights |= _pairs(tensors, {f"{theirs}.mlp.fc{number}": f"{ours}.mlp.fc{number}" for number in (1, 2)})
+    qkv = [f"{theirs}.attention.{name}_proj" for name in ("q", "k", "v")]
+    weights |= _joined(tensors, qkv, f"{ours}.attn.qkv", bias=shape.qkv_bias)
     if shape.layer_scale:
         for number in (1, 2):
             weights[f"{ours}.ls{number}.gamma"] = tensors.take(f"{theirs}.layer_scale{number}.lambda1")
@@ -131,87 +202,12 @@ def _pairs(tensors: Tensors, names: Mapping[str, str]) -> dict[str, Tensor]:
     }
 
 
-def _labels(config: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
-    """id2label, unless it is the library's default for unnamed classes."""
-    named = config.get("id2label")
-    if not isinstance(named, dict) or named == {str(index): f"LABEL_{index}" for index in range(classes)}:
-        return None
-    try:
-        return tuple(str(named[str(index)]) for index in range(classes))
-    except KeyError as error:
-        raise CheckpointError(
-            f"id2label has {len(named)} labels and lacks {error}; the model has {classes} classes"
-        ) from error
-
-
-def preprocessing(preprocessor: Mapping[str, Any]) -> Preprocessing:
-    """``size`` is the size after the resize, of both sides or of the shorter one. ``crop_size`` is the center crop's.
-
-    Raises CheckpointError.
-    """
-    squash, resized, image_size = _sizes(preprocessor)
-    resample = preprocessor.get("resample", 2)
-    if resample not in _RESAMPLE:
-        raise CheckpointError(f"unsupported resample {resample!r}; supported are {_RESAMPLE}")
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if preprocessor.get("do_normalize", True):
-        mean, std = _triple(preprocessor, "image_mean"), _triple(preprocessor, "image_std")
-    crop = image_size / resized
-    if math.floor(image_size / crop) != resized:  # rounding; half a pixel more gives the same size
-        crop = image_size / (resized + 0.5)
-    return Preprocessing(image_size, crop, _RESAMPLE[resample], mean, std, squash=squash, floor_crop=True)
-
-
-def _sizes(preprocessor: Mapping[str, Any]) -> tuple[bool, int, int]:
-    """Whether both sides are resized alike, the size after the resize, and the image size after the crop."""
-    size = preprocessor.get("size")
-    if isinstance(size, dict) and "shortest_edge" in size:
-        squash, resized = False, int(size["shortest_edge"])
-    else:
-        squash, resized = True, _square(size, "size")
-    if not preprocessor.get("do_center_crop", False):
-        if not squash:
-            raise CheckpointError(
-                "the preprocessor resizes the shorter side without a center crop; only square images are supported"
-            )
-        return squash, resized, resized
-    crop_size = _square(preprocessor.get("crop_size"), "crop_size")
-    if crop_size > resized:
-        raise CheckpointError(f"crop_size is {crop_size}, but the image is resized to {resized} pixels")
-    return squash, resized, crop_size
-
-
-def _triple(preprocessor: Mapping[str, Any], name: str) -> tuple[float, float, float]:
-    values = preprocessor.get(name)
-    if not isinstance(values, list) or len(values) != 3:
-        raise CheckpointError(f"the preprocessor's {name} must be three numbers, not {values!r}")
-    red, green, blue = map(float, values)
-    return red, green, blue
-
-
-def _square(size: Any, name: str) -> int:
-    if isinstance(size, int):
-        return size
-    if not isinstance(size, dict) or not {"height", "width"} <= size.keys():
-        raise CheckpointError(f"the preprocessor's {name} must have height and width, not {size!r}")
-    if size["height"] != size["width"]:
-        raise CheckpointError(
-            f"unsupported {name} {size['width']} × {size['height']}: only square images are supported"
-        )
-    return int(size["height"])
-
-
-def _side(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if isinstance(value, list) and len(value) == 2:
-        if value[0] != value[1]:
-            raise CheckpointError(f"unsupported {name} {value[1]} × {value[0]}: only square images are supported")
-        return int(value[0])
-    return _number(config, name)
-
-
-def _number(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int):
-        raise CheckpointError(f"{name} in config.json must be an integer, not {value!r}")
-    return value
+def _joined(tensors: Tensors, theirs: list[str], ours: str, bias: bool = True) -> dict[str, Tensor]:
+    """Several linear layers with the same input as one."""
+    joined = {}
+    for part in ("weight", "bias") if bias else ("weight",):
+        parts = [tensors.take(f"{name}.{part}") for name in theirs]
+        if len({each.shape for each in parts}) > 1:
+            raise CheckpointError(f"the shapes of {', '.join(theirs)} differ: {[list(each.shape) for each in parts]}")
+        joined[f"{ours}.{part}"] = torch.cat(parts)
+    return joined

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.position_embeddings import TIMM, Interpolation
+from vitserve.export.checkpoint.state_dict import Tensors
+from vitserve.model.arrays import Activation
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig
 
@@ -20,6 +23,9 @@ class Source:
     weights: dict[str, Tensor]
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None = None  # None if the checkpoint has no labels
+    activation: Activation | None = None  # None if the checkpoint does not state it
+    interpolation: Interpolation = TIMM  # of position embeddings
+    notes: tuple[str, ...] = ()  # what was decided while reading, for the user
 
 
 def heads_of(width: int) -> int:
@@ -29,3 +35,27 @@ def heads_of(width: int) -> int:
             f"cannot determine the number of heads for width {width} from weights alone; known widths: {_HEADS}"
         )
     return _HEADS[width]
+
+
+def rename_head(tensors: Tensors, theirs: str, usual: str) -> None:
+    """Gives a head that was replaced the ``usual`` name of the linear layer, such as heads.head.
+
+    Before fine-tuning, the attribute ``theirs`` is often replaced by a linear layer, or by a sequence of dropout and a
+    linear layer. Raises CheckpointError if its tensors are not those of one linear layer.
+    """
+    if f"{usual}.weight" in tensors:
+        return
+    found = tensors.names(f"{theirs}.")
+    if not found:
+        raise CheckpointError(
+            f"the checkpoint has no classification head ({usual}.weight): it is a base model, which computes features."
+            " Export a network that was fine-tuned for classification"
+        )
+    layers = {name.rpartition(".")[0] for name in found}
+    (layer, *others) = sorted(layers)
+    parts = {name.rpartition(".")[2] for name in found}
+    if others or parts - {"weight", "bias"} or "weight" not in parts or len(tensors.shape(f"{layer}.weight")) != 2:
+        raise CheckpointError(f"unsupported head: {', '.join(found)}; supported is one linear layer")
+    tensors.rename(lambda name: usual + name.removeprefix(layer) if name.startswith(f"{layer}.") else name)
+    before = "; a layer before it has no weights and is taken for dropout" if layer != theirs else ""
+    tensors.notes.append(f"the head is the linear layer {layer}{before}")

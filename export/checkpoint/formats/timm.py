@@ -1,129 +1,195 @@
 """timm's ViT, DeiT and BiT ResNetV2: a state dict with the architecture's name and pretrained_cfg, as in config.json.
 
 Our parameters have timm's names, see model/network/vit.py and model/network/resnet.py, so that nothing is renamed.
-Tensor shapes determine most of the configuration. Heads, activation and pooling follow from the architecture's name.
-A name with an unknown part is rejected, because it may compute something else with the same tensors.
+The name and model_args say which network timm creates (timm_architecture.py). The tensors must be that network's.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
+from vitserve.export.checkpoint.configuration import Configuration
 from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.formats.source import Source
-from vitserve.export.checkpoint.position_embeddings import square_side
+from vitserve.export.checkpoint.formats import timm_architecture
+from vitserve.export.checkpoint.formats.source import Source, rename_head
+from vitserve.export.checkpoint.formats.timm_architecture import Architecture, Structure
+from vitserve.export.checkpoint.labels import timm_labels
+from vitserve.export.checkpoint.position_embeddings import TIMM, square_side
 from vitserve.export.checkpoint.state_dict import Tensors
+from vitserve.model.arrays import Activation
 from vitserve.model.bundle.preprocess import Preprocessing
-from vitserve.model.config import Pool, ResNetConfig, ViTConfig
+from vitserve.model.config import ResNetConfig, ViTConfig
 
 MARK = "patch_embed.proj.weight"  # a tensor that only timm's ViTs have
 BIT_MARK = "head.fc.weight"  # a tensor that only timm's BiT ResNets have
+WRAPPER_PREFIX = "timm_model."  # of the tensors of transformers' timm_wrapper
 
-_HEADS = {"tiny": 3, "xsmall": 4, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16, "giant": 16}
-_EXCEPTIONAL_HEADS = {"vit_base_patch16_gap_224": 16}  # I-JEPA's
-_NAME = re.compile(r"(?:vit|deit|deit3)_([a-z]+)(?:_distilled)?((?:_[a-z0-9]+)*)")
-_KNOWN_PARTS = re.compile(r"patch\d+|r\d+|s\d+|\d+|gap|reg\d|clip|quickgelu|dinov2|distilled|miil")
-_BIT = re.compile(r"resnetv2_\d+x(\d)_bit\w*")
+_BIT = re.compile(r"resnetv2_(\d+)x(\d)_bit\w*")
+_BIT_STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Keys of pretrained_cfg that have no effect on the outputs of the saved weights.
+_PRETRAINED_WITHOUT_EFFECT = (
+    # Where the original weights came from.
+    {"url", "file", "state_dict", "hf_hub_id", "source", "architecture", "tag", "custom_load"},
+    {"license", "description", "origin_url", "paper_name", "paper_ids", "notes"},
+    # Other image sizes that the network was measured with.
+    {"test_input_size", "min_input_size", "test_crop_pct", "pool_size", "test_pool_size"},
+    # Names of layers that timm changes for other numbers of channels or classes.
+    {"first_conv", "classifier", "num_features"},
+)
+# Keys at the root of config.json: those that timm writes for information, and those of transformers' timm_wrapper.
+_ROOT_WITHOUT_EFFECT = ({"num_features", "do_pooling"},)
 
 
 def read(
-    tensors: Tensors, architecture: str, pretrained: dict[str, Any], pool: str | None = None, heads: int | None = None
+    tensors: Tensors,
+    config: Configuration,
+    model_args: Mapping[str, Any],
+    ignored: tuple[str, ...],
+    activation: Activation | None,
 ) -> Source:
-    """``pretrained`` is timm's pretrained_cfg. Raises CheckpointError."""
-    name = architecture.partition(".")[0]
-    preprocessing = _preprocessing(pretrained)
+    """``config`` is config.json. ``model_args`` are added to its own, and ``ignored`` are keys to ignore.
+
+    ``activation`` is what the checkpoint states of it.
+
+    Raises CheckpointError.
+    """
+    name = config.text("architecture").partition(".")[0]
+    pretrained = config.section("pretrained_cfg") if "pretrained_cfg" in config else config
+    arguments = config.section("model_args")
+    arguments = Configuration(arguments.name, arguments.rest() | dict(model_args), null_is_default=True)
     bit = _BIT.fullmatch(name)
-    config: ViTConfig | ResNetConfig
+    rename_head(tensors, "head", "head.fc" if bit else "head")
+    classes = tensors.shape(BIT_MARK if bit else "head.weight")[0]
+    _check_classes(classes, config, pretrained, arguments)
+    own, fixed = _preprocessing(pretrained), pretrained.flag("fixed_input_size", False)
+    shape: ViTConfig | ResNetConfig
     if bit is not None:
-        config = _bit_config(tensors, int(bit[1]), preprocessing.image_size)
+        shape = _bit_config(tensors, int(bit[1]), int(bit[2]), own.image_size, classes)
+        arguments.require({"in_chans": 3, "global_pool": "avg"})
+        config.require({"global_pool": "avg"})
+        arguments.ignore({"drop_rate", "drop_path_rate", "zero_init_last"})
+        arguments.reject_others(ignored)
     else:
-        config = _vit_config(tensors, name, pool, heads)
-        if config.image_size != preprocessing.image_size:
-            raise CheckpointError(
-                f"the position embeddings are for images of {config.image_size} pixels;"
-                f" the configuration has {preprocessing.image_size}"
-            )
-    weights: dict[str, Tensor] = tensors.take_all()
-    labels = pretrained.get("label_names")
-    return Source(config, weights, preprocessing, tuple(labels) if labels else None)
+        architecture = timm_architecture.with_arguments(timm_architecture.named(name), arguments, ignored)
+        architecture = _with_root_pool(architecture, config, tensors)
+        shape = vit_config(tensors, architecture, classes)
+        if architecture.image_size is not None and fixed:  # as timm resolves it
+            own = replace(own, image_size=architecture.image_size)
+    labels = timm_labels(config, pretrained, classes, tensors.notes)
+    pretrained.ignore(*_PRETRAINED_WITHOUT_EFFECT)
+    config.ignore(*_ROOT_WITHOUT_EFFECT)
+    notes = pretrained.reject_others(ignored)
+    notes += config.reject_others(ignored) if config is not pretrained else []
+    weights = tensors.take_all()
+    return Source(shape, weights, own, labels, activation, TIMM, (*tensors.notes, *notes))
 
 
-def _vit_config(tensors: Tensors, name: str, pool: str | None, heads: int | None) -> ViTConfig:
-    size, options = _size_and_options(name)
-    width, _, patch_size, _ = tensors.shape(MARK)
+def _check_classes(classes: int, config: Configuration, pretrained: Configuration, arguments: Configuration) -> None:
+    """The number of classes in config.json, which the root gives or else pretrained_cfg, must be the head's.
+
+    timm initializes a head for another number.
+    """
+    at_root, original = config.take("num_classes"), pretrained.take("num_classes")
+    for stated in (original if at_root is None else at_root, arguments.take("num_classes")):
+        if stated is not None and stated != classes:
+            raise CheckpointError(f"num_classes in {config.name} is {stated}, but the head has {classes} classes")
+    if pretrained.take("label_offset"):
+        raise CheckpointError(f"unsupported label_offset in {pretrained.name}: timm cuts such classes off the head")
+
+
+def _with_root_pool(architecture: Architecture, config: Configuration, tensors: Tensors) -> Architecture:
+    """timm writes the pooling at the root of config.json too, for information.
+
+    Older versions did not write model_args. Then it is the only place, and the tensors must agree.
+    """
+    pool = config.text("global_pool", architecture.pool)
+    if pool == architecture.pool:
+        return architecture
+    if pool == "avg" and "fc_norm.weight" in tensors and "norm_after_pool" not in architecture.stated:
+        return replace(architecture, pool="avg", structure=replace(architecture.structure, norm_after_pool=True))
+    raise CheckpointError(
+        f"unsupported global_pool {pool!r} in {config.name}: {architecture.name} pools by {architecture.pool!r};"
+        " another pooling must be in model_args"
+    )
+
+
+def vit_config(tensors: Tensors, architecture: Architecture, classes: int) -> ViTConfig:
+    """Of the tensors, which must be those of the architecture. Raises CheckpointError."""
+    found = _structure(tensors, architecture.structure.prefix_positions)
+    tensors.notes += architecture.check(found)
+    prefix = found.class_token + found.distillation_token + found.registers
+    positions = tensors.shape_of("pos_embed", 3)[1]
+    representation = tensors.shape("pre_logits.fc.weight")[0] if "pre_logits.fc.weight" in tensors else None
+    return ViTConfig(
+        image_size=square_side(positions - prefix if found.prefix_positions else positions) * found.patch_size,
+        patch_size=found.patch_size,
+        width=found.width,
+        depth=found.depth,
+        heads=architecture.heads,
+        mlp_width=found.mlp_width,
+        classes=classes,
+        pool="mean" if architecture.pool == "avg" else "token",
+        representation_width=representation,
+        resnet=found.resnet or None,
+        class_token=found.class_token,
+        distillation_token=found.distillation_token,
+        distillation_head="head_dist.weight" in tensors,
+        registers=found.registers,
+        prefix_positions=found.prefix_positions and prefix > 0,
+        pre_norm=found.pre_norm,
+        norm_after_pool=found.norm_after_pool,
+        norm_epsilon=architecture.norm_epsilon,
+        qkv_bias=found.qkv_bias,
+        qk_norm=found.qk_norm,
+        layer_scale=found.layer_scale,
+        swiglu=found.swiglu,
+        activation=architecture.activation,
+    )
+
+
+def _structure(tensors: Tensors, prefix_positions: bool) -> Structure:
+    """``prefix_positions`` is what the name says, for a number of positions that allows both."""
+    width, _, patch_size, _ = tensors.shape_of(MARK, 4)
     resnet = _stages(tensors)
     if resnet:
         patch_size *= 4 * 2 ** (len(resnet) - 1)
     class_token, distilled = "cls_token" in tensors, "dist_token" in tensors
-    registers = tensors.shape("reg_token")[1] if "reg_token" in tensors else 0
-    prefix = class_token + distilled + registers
-    positions = tensors.shape("pos_embed")[1]
-    # In deit3 and DINOv2 with registers only patches have positions: then their number is a square.
-    prefix_positions = not _is_square(positions)
-    mlp_width = tensors.shape("blocks.0.mlp.fc2.weight")[1]
-    return ViTConfig(
-        image_size=square_side(positions - prefix if prefix_positions else positions) * patch_size,
-        patch_size=patch_size,
-        width=width,
-        depth=tensors.count("blocks.{}.norm1.weight"),
-        heads=heads or _heads(name, size, options),
-        mlp_width=mlp_width,
-        classes=_classes(tensors, "head.weight"),
-        pool=_pool(tensors, pool, options),
-        representation_width=tensors.shape("pre_logits.fc.weight")[0] if "pre_logits.fc.weight" in tensors else None,
-        resnet=resnet or None,
+    registers = tensors.shape_of("reg_token", 3)[1] if "reg_token" in tensors else 0
+    mlp_width = tensors.shape_of("blocks.0.mlp.fc2.weight", 2)[1]
+    positions, prefix = tensors.shape_of("pos_embed", 3)[1], class_token + distilled + registers
+    if _is_square(positions) is not _is_square(positions - prefix):
+        prefix_positions = not _is_square(positions)
+    return Structure(
+        width,
+        tensors.count("blocks.{}.norm1.weight"),
+        mlp_width,
+        patch_size,
         class_token=class_token,
         distillation_token=distilled,
-        distillation_head="head_dist.weight" in tensors,
         registers=registers,
-        prefix_positions=prefix_positions and prefix > 0,
+        prefix_positions=prefix_positions,  # otherwise only patches have positions, and their number is a square
         pre_norm="norm_pre.weight" in tensors,
         norm_after_pool="fc_norm.weight" in tensors,
-        norm_epsilon=1e-5 if "clip" in options else 1e-6,
+        layer_scale="blocks.0.ls1.gamma" in tensors,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         qk_norm="blocks.0.attn.q_norm.weight" in tensors,
-        layer_scale="blocks.0.ls1.gamma" in tensors,
         swiglu=tensors.shape("blocks.0.mlp.fc1.weight")[0] == 2 * mlp_width,
-        activation="quick_gelu" if "quickgelu" in options else "gelu",
+        resnet=resnet,
     )
 
 
-def _size_and_options(name: str) -> tuple[str, list[str]]:
-    """("base", ["patch16", "224"]) for vit_base_patch16_224. Raises CheckpointError for an unknown part."""
-    match = _NAME.fullmatch(name)
-    if match is None or match[1] not in _HEADS:
-        raise CheckpointError(f"unsupported architecture {name!r}: not a known size of ViT or DeiT")
-    options = match[2].split("_")[1:]
-    unknown = [option for option in options if not _KNOWN_PARTS.fullmatch(option)]
-    if unknown:
-        raise CheckpointError(f"unsupported architecture {name!r}: unknown part {', '.join(unknown)}")
-    return match[1], options
-
-
-def _pool(tensors: Tensors, pool: str | None, options: list[str]) -> Pool:
-    if pool not in (None, "avg", "token"):
-        raise CheckpointError(f"unsupported pooling {pool!r}; supported are token and avg")
-    by_default = pool is None and ("gap" in options or "fc_norm.weight" in tensors)
-    return "mean" if pool == "avg" or by_default else "token"
-
-
-def _heads(name: str, size: str, options: list[str]) -> int:
-    if name in _EXCEPTIONAL_HEADS:
-        return _EXCEPTIONAL_HEADS[name]
-    return 24 if size == "giant" and "dinov2" in options else _HEADS[size]
-
-
-def _bit_config(tensors: Tensors, width_factor: int, image_size: int) -> ResNetConfig:
-    return ResNetConfig(image_size, _stages(tensors, "stages"), width_factor, _classes(tensors, BIT_MARK))
-
-
-def _classes(tensors: Tensors, head: str) -> int:
-    if head not in tensors:
-        raise CheckpointError(f"missing tensor: {head}; a network without a head has no classes")
-    return tensors.shape(head)[0]
+def _bit_config(tensors: Tensors, layers: int, width_factor: int, image_size: int, classes: int) -> ResNetConfig:
+    stages = _stages(tensors, "stages")
+    if stages != _BIT_STAGES.get(layers):
+        raise CheckpointError(
+            f"the tensors have the stages {stages}, but a ResNet of {layers} layers has {_BIT_STAGES.get(layers)}"
+        )
+    return ResNetConfig(image_size, stages, width_factor, classes)
 
 
 def _stages(tensors: Tensors, prefix: str = "patch_embed.backbone.stages") -> tuple[int, ...]:
@@ -142,16 +208,21 @@ def _is_square(number: int) -> bool:
     return True
 
 
-def _preprocessing(pretrained: dict[str, Any]) -> Preprocessing:
-    try:
-        _, height, width = pretrained["input_size"]
-        crop, interpolation = pretrained["crop_pct"], pretrained["interpolation"]
-        mode = pretrained.get("crop_mode", "center")
-        mean, std = tuple(pretrained["mean"]), tuple(pretrained["std"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"pretrained_cfg in config.json lacks {error}") from error
-    if height != width:
-        raise CheckpointError(f"unsupported image size {width} × {height}: only square images are supported")
+def _preprocessing(pretrained: Configuration) -> Preprocessing:
+    """As timm.data.resolve_data_config() reads it, with its defaults for keys that are absent or null."""
+    size = pretrained.take("input_size", (3, 224, 224))
+    if not isinstance(size, list | tuple) or len(size) != 3 or size[0] != 3:
+        raise pretrained.fault("input_size", size, "3 channels, height and width")
+    sides = list(size[1:])
+    side = Configuration(pretrained.name, {"input_size": sides}).side("input_size", None)
+    crop, mode = pretrained.number("crop_pct", 0.875) or 0.875, pretrained.text("crop_mode", "center") or "center"
     if mode not in ("center", "squash"):
-        raise CheckpointError(f"unsupported crop mode {mode!r}; supported are center and squash")
-    return Preprocessing(height, crop, interpolation, mean, std, squash=mode == "squash")
+        raise CheckpointError(f"unsupported crop_mode {mode!r} in {pretrained.name}; supported are center and squash")
+    interpolation: Any = pretrained.text("interpolation", "bicubic") or "bicubic"
+    mean, std = pretrained.numbers("mean", _IMAGENET_MEAN), pretrained.numbers("std", _IMAGENET_STD)
+    if not all(std):
+        raise CheckpointError(f"std in {pretrained.name} must not be zero")
+    try:
+        return Preprocessing(side, crop, interpolation, mean, std, squash=mode == "squash")
+    except ValueError as error:
+        raise CheckpointError(f"unsupported crop_pct or interpolation in {pretrained.name}: {error}") from error

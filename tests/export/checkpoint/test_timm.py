@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from tests.support.checkpoints import SMALL_TIMM, assert_same_logits, randomized, save_with_timm
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.formats import timm as timm_format
+from vitserve.export.checkpoint.formats import timm_architecture
 from vitserve.export.checkpoint.load import load_checkpoint
+from vitserve.export.checkpoint.overrides import model_arguments
 from vitserve.export.checkpoint.state_dict import Tensors
-from vitserve.model.config import ViTConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # timm's own
 
@@ -75,18 +76,22 @@ def test_a_full_size_timm_directory_has_the_same_logits(architecture: str, timm:
 
 @pytest.mark.slow
 def test_accepted_architectures_have_timms_configuration(timm: ModuleType) -> None:
-    """What only the architecture's name shows: heads, epsilon, activation, pooling and the kind of block."""
+    """What only the architecture's name shows: heads, epsilon, activation, pooling and the kind of block.
+
+    What the tensors show too is compared with the name, and must be equal.
+    """
     accepted = 0
     for name in timm.list_models(["vit_*", "deit*"]):
         with torch.device("meta"):
             theirs = timm.create_model(name, num_classes=10)
         tensors = Tensors(theirs.state_dict())
         try:
-            ours = timm_format.read(tensors, name, theirs.pretrained_cfg, theirs.global_pool).config
+            architecture = timm_architecture.named(name)
         except CheckpointError:
             continue
         accepted += 1
-        assert isinstance(ours, ViTConfig)
+        ours = timm_format.vit_config(tensors, architecture, 10)
+        assert not tensors.notes, name
         block = theirs.blocks[0]
         kinds = (type(block).__name__, type(block.attn).__name__, type(block.norm1).__name__)
         assert kinds == ("Block", "Attention", "LayerNorm"), name
@@ -134,13 +139,66 @@ def test_an_unknown_architecture_is_rejected(architecture: str, timm: ModuleType
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("size", [16, 48])
-def test_positions_are_interpolated_like_timms(size: int, timm: ModuleType, tmp_path: Path) -> None:
-    source: Any = save_with_timm(timm, tmp_path, "vit_base_patch16_224", SMALL_TIMM | {"num_heads": 12})
-    source.set_input_size((size, size))
-    checkpoint = load_checkpoint(tmp_path, image_size=size)
-    assert checkpoint.preprocessing.image_size == checkpoint.network.config.image_size == size
+# (created with, read as, what the message names)
+MISNAMED = [
+    ("vit_tiny_patch16_224", {}, "vit_small_patch16_224", "width is 192 instead of 384"),
+    ("vit_small_patch16_224", {}, "vit_base_patch16_224", "width is 384 instead of 768"),
+    ("vit_base_patch16_224", {}, "vit_large_patch16_224", "width is 768 instead of 1024"),
+    ("vit_xsmall_patch16_clip_224", {}, "vit_tiny_patch16_224", "width is 256 instead of 192"),
+    ("vit_tiny_patch16_224", {}, "vit_xsmall_patch16_clip_224", "pre_norm is False instead of True"),
+    ("vit_base_patch16_224", {}, "vit_base_patch16_clip_224", "pre_norm is False instead of True"),
+    ("vit_base_patch16_clip_224", {}, "vit_base_patch16_224", "pre_norm is True instead of False"),
+    ("vit_base_patch16_224", {}, "deit3_base_patch16_224", "prefix_positions is True instead of False"),
+    ("vit_base_patch16_224", {}, "vit_base_patch14_dinov2", "layer_scale is False instead of True"),
+    ("vit_base_patch16_224", {}, "vit_base_patch16_gap_224", "class_token is True instead of False"),
+    ("vit_base_patch16_224", {}, "vit_base_patch16_224_miil", "qkv_bias is True instead of False"),
+    ("deit_tiny_distilled_patch16_224", {}, "deit_tiny_patch16_224", "distillation_token is True instead of False"),
+    ("vit_base_patch16_224", {"embed_dim": 96, "qk_norm": True}, "vit_base_patch16_224", "qk_norm is True instead"),
+    (
+        "vit_base_patch16_224",
+        {"embed_dim": 96, "global_pool": "avg"},
+        "vit_base_patch16_224",
+        "norm_after_pool is True",
+    ),
+]
+
+
+@pytest.mark.parametrize(("created", "arguments", "name", "difference"), MISNAMED)
+def test_a_name_that_does_not_fit_the_tensors_is_rejected(
+    created: str, arguments: dict[str, Any], name: str, difference: str, timm: ModuleType, tmp_path: Path
+) -> None:
+    """Heads, epsilon, activation, and preprocessing would be those of another network."""
+    small = {"depth": 1, "num_classes": 5, "mlp_ratio": 0.25, "img_size": 64}
+    torch.save(timm.create_model(created, **small | arguments).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=rf"the tensors are not those of {name}: .*{difference}"):
+        load_checkpoint(tmp_path / "weights.pth", architecture=name)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"qk_norm": True}, {"global_pool": "avg"}, {"act_layer": "relu"}, {"num_heads": 4}, {"reg_tokens": 2}]
+)
+def test_arguments_of_a_state_dict_can_be_given(arguments: dict[str, Any], timm: ModuleType, tmp_path: Path) -> None:
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
+    source = randomized(timm.create_model("vit_tiny_patch16_224", **sizes | arguments))
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    checkpoint = load_checkpoint(tmp_path / "weights.pth", architecture="vit_tiny_patch16_224", model_args=arguments)
     assert_same_logits(checkpoint, source)
+    assert any("width is 48 instead of 192" in note for note in checkpoint.notes)
+    heads = "heads are taken from the name (otherwise: --model-arg num_heads=N)"
+    assert any(heads in note for note in checkpoint.notes) is ("num_heads" not in arguments)
+
+
+def test_arguments_on_the_command_line_are_json_or_text() -> None:
+    assert model_arguments(["num_heads=4", "act_layer=relu", "qk_norm=true", "img_size=[24, 24]", "x=a=b"]) == {
+        "num_heads": 4,
+        "act_layer": "relu",
+        "qk_norm": True,
+        "img_size": [24, 24],
+        "x": "a=b",
+    }
+    for wrong in ("num_heads", "=4"):
+        with pytest.raises(CheckpointError, match=f"--model-arg '{wrong}' is not of the form NAME=VALUE"):
+            model_arguments([wrong])
 
 
 def test_an_image_size_that_does_not_fit_is_rejected(timm: ModuleType, tmp_path: Path) -> None:
@@ -150,7 +208,7 @@ def test_an_image_size_that_does_not_fit_is_rejected(timm: ModuleType, tmp_path:
     settings = json.loads((tmp_path / "config.json").read_text())
     settings["pretrained_cfg"]["input_size"] = [3, 32, 64]
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match="image size 64 × 32: only square images"):
+    with pytest.raises(CheckpointError, match=r"unsupported input_size 64 × 32 .*: only square images"):
         load_checkpoint(tmp_path)
 
 

@@ -24,7 +24,6 @@ def memory() -> Iterator[int]:
 
 def submitted(slots: Slots) -> tuple[Ticket, wire_format.Submission]:
     ticket = slots.take(9.0, 5)
-    assert ticket is not None
     slots.submit(ticket, 0)
     return ticket, wire_format.Submission(ticket.slot, wire_format.SUBMIT, 5, ticket.sequence, 9.0)
 

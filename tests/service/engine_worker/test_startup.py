@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import socket
 
 import pytest
@@ -89,3 +91,23 @@ def test_progress_is_limited_but_the_engine_is_always_reported() -> None:
     ]
     channel.close()
     supervisor.close()
+
+
+@pytest.mark.skipif(machine.cores() == 1, reason="more than one core is needed")
+def test_a_light_network_gets_an_http_worker_per_core_and_one_thread(bundle: Bundle) -> None:
+    """Also after its engine worker is restarted. The number of HTTP workers does not change any more."""
+    count = min(8, machine.cores(), Settings().slots // Settings().max_images)
+    with serving("--bundle", str(bundle.path), "--workers", "0", "--precision", "fp32") as running:
+        wait_for_lines(running, READY, count)
+        assert len(running.pids("vitserve.service.http_worker.main")) == count
+        (engine,) = running.pids("vitserve.service.engine_worker.main")
+        os.kill(engine, signal.SIGKILL)
+        wait_for_lines(running, READY, 2 * count)
+        assert line_count(running, "threads per stream: 1") == 2
+        assert running.stop() == 0
+
+
+def test_explicit_threads_and_streams_are_used(bundle: Bundle) -> None:
+    with serving("--bundle", str(bundle.path), "--threads", "1") as running:
+        assert line_count(running, "threads per stream") == 0
+        assert running.stop() == 0

@@ -51,13 +51,13 @@ def ends() -> Iterator[Ends]:
 
 def test_submissions_come_with_their_http_worker(ends: Ends) -> None:
     peer = ends.connect(4, incarnation=2)
-    peer.send(wire_format.pack_submission(2, SUBMISSION))
+    peer.send(next(iter(wire_format.pack_submissions(2, [SUBMISSION]))))
     assert ends.connections.receive(1.0) == ([(4, SUBMISSION)], False)
 
 
 def test_a_message_of_another_incarnation_is_dropped(ends: Ends, caplog: pytest.LogCaptureFixture) -> None:
     peer = ends.connect(4, incarnation=2)
-    peer.send(wire_format.pack_submission(1, SUBMISSION))
+    peer.send(next(iter(wire_format.pack_submissions(1, [SUBMISSION]))))
     assert ends.connections.receive(1.0) == ([], False)
     assert "dropping a message of incarnation 1 from HTTP worker 4" in caplog.text
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.support.http import classify, metric
 from tests.support.images import encoded, png_header, random_image
-from tests.support.networks import checkpoint
+from tests.support.networks import TINY, checkpoint
 from tests.support.server import start_server
 from vitserve.export.build_bundle import build_bundle
 from vitserve.model.arrays import Floats, softmax
@@ -27,7 +27,7 @@ from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.bundle.preprocess import Decoder
 from vitserve.service.engines.engine import EngineOptions
 from vitserve.service.engines.selection import open_engine
-from vitserve.service.http_worker.classify import most_probable
+from vitserve.service.http_worker.classify.response import most_probable
 
 IMAGE = encoded(random_image())
 GRAY_16_BIT = np.arange(0, 65536, 16).astype(np.uint16).reshape(64, 64)
@@ -190,3 +190,21 @@ def test_a_deadline_that_cannot_be_met_is_reported(client: httpx.Client) -> None
     codes = {result["error"]["code"] for result in results if "error" in result}
     assert codes
     assert codes <= {"overloaded", "deadline_exceeded"}
+
+
+@pytest.mark.parametrize("classes", [1, 3], ids=["one logit", "independent labels"])
+def test_a_model_with_a_sigmoid_is_served_with_it(tmp_path: Path, classes: int) -> None:
+    config = dataclasses.replace(TINY, classes=classes)
+    original = dataclasses.replace(checkpoint(config), activation="sigmoid")
+    bundle = build_bundle(original, tmp_path / "bundle", name="sigmoid", precisions=[])
+    running = start_server("--bundle", str(bundle.path), "--precision", "fp32")
+    try:
+        with httpx.Client(base_url=running.url, timeout=60) as client:
+            served = probabilities(classify(client, IMAGE, top_k=classes).json()["results"][0])
+            assert client.get("/v1/model").json()["activation"] == "sigmoid"
+        engine = open_engine(bundle, EngineOptions(precision="fp32")).engine
+        logits = engine.run(0, Decoder(bundle.manifest.preprocessing).decode(IMAGE)[None]).logits
+        engine.close()
+        np.testing.assert_allclose(served, 1 / (1 + np.exp(-logits[0])), atol=1e-5)
+    finally:
+        assert running.stop() == 0

@@ -21,10 +21,10 @@ from tests.support.dispatching import (
     run_dispatcher,
 )
 from vitserve.model.arrays import Floats, Pixels
-from vitserve.model.bundle.preprocess import Decoder, Preprocessing
+from vitserve.model.bundle.preprocess import DecodeCost, Decoder, Preprocessing
 from vitserve.service import errors
-from vitserve.service.http_worker.decoding import ImageDecoder
-from vitserve.service.http_worker.image_job import ImageResult, ModelReplacedError
+from vitserve.service.http_worker.dispatch.decoding import ImageDecoder
+from vitserve.service.http_worker.dispatch.image_job import ImageResult, ModelReplacedError
 from vitserve.service.ipc.memory_layout import WAITING
 from vitserve.service.scheduler import Scheduler
 
@@ -65,7 +65,7 @@ def test_a_missed_deadline_is_reported_while_the_engine_hangs() -> None:
 def test_an_image_that_cannot_meet_its_deadline_is_not_decoded() -> None:
     async def work(harness: Harness) -> None:
         with pytest.raises(errors.OverloadedError, match="the deadline cannot be met") as rejection:
-            await harness.dispatcher.classify(b"not an image", time.monotonic() + 1.0, 5)
+            await harness.result(b"not an image", time.monotonic() + 1.0)
         assert 8 < rejection.value.retry_after_seconds < 10
         assert rejection.value.headers() == {"Retry-After": "10"}
 
@@ -74,7 +74,7 @@ def test_an_image_that_cannot_meet_its_deadline_is_not_decoded() -> None:
 
 def test_a_worker_that_stalled_once_admits_images_again() -> None:
     async def work(harness: Harness) -> Results:
-        harness.dispatcher.delivery_time.seconds = 1e6  # as after a stall of days
+        harness.dispatcher.admission.delivery_time.seconds = 1e6  # as after a stall of days
         return await harness.classify_all(images(60))
 
     assert all_succeeded(run_dispatcher(work, FakeEngine()))
@@ -101,9 +101,9 @@ def test_an_admitted_image_waits_for_a_slot() -> None:
         first = asyncio.create_task(harness.classify_all(images(4)))
         await harness.taken(4)
         with pytest.raises(errors.DeadlineExceededError, match="before a slot was free"):
-            await harness.dispatcher.classify(IMAGE, time.monotonic() - 1, 5, admitted=True)
+            await harness.result(IMAGE, time.monotonic() - 1, admitted=True)
         deadline = time.monotonic() + 30
-        second = asyncio.create_task(harness.dispatcher.classify(IMAGE, deadline, 5, admitted=True))
+        second = asyncio.create_task(harness.result(IMAGE, deadline, admitted=True))
         await asyncio.sleep(0)  # starts the task, which then waits
         engine.release.set()
         return await second, await first
@@ -133,13 +133,19 @@ def test_a_disconnect_frees_the_slot_before_the_image_runs() -> None:
 class BlockingDecoder:
     """Sets ``decoding`` when decoding starts, and blocks until ``release`` is set."""
 
+    cost = DecodeCost(bytes=0, seconds=0.01)  # so that a decode thread decodes
+
     def __init__(self, decoder: ImageDecoder) -> None:
         self.decoder, self.decoding, self.release = decoder, threading.Event(), threading.Event()
 
-    def decode(self, encoded: bytes | memoryview) -> Pixels:
+    def open(self, encoded: bytes) -> BlockingDecoder:
+        self.image = self.decoder.open(encoded)
+        return self
+
+    def pixels(self) -> Pixels:
         self.decoding.set()
         assert self.release.wait(60)
-        return self.decoder.decode(encoded)
+        return self.image.pixels()
 
 
 def test_a_disconnect_during_decoding_frees_the_slot() -> None:

@@ -23,7 +23,7 @@ from tests.support.dispatching import (
 from tests.support.waiting import eventually_async
 from vitserve.model.arrays import Outputs, Pixels
 from vitserve.service import errors
-from vitserve.service.http_worker.image_job import ImageResult
+from vitserve.service.http_worker.dispatch.image_job import ImageResult
 from vitserve.service.ipc import wire_format
 from vitserve.service.ipc.memory_layout import RUNNING
 
@@ -95,7 +95,9 @@ def test_images_of_a_crashed_engine_are_retried() -> None:
         first.close()
         await harness.unreachable()
         second = harness.connect()
-        actions = {submission.sequence: submission.action for submission in received(second, 9)}
+        actions = {
+            submission.sequence: submission.action for submission in await asyncio.to_thread(received, second, 9)
+        }
         assert actions == {
             suspect.sequence: wire_format.RETRY_ALONE,
             other_suspect.sequence: wire_format.RETRY_ALONE,

@@ -27,12 +27,12 @@ from vitserve.model.bundle.preprocess import (
     Preprocessing,
     TooManyPixelsError,
 )
-from vitserve.service.http_worker.decoding import decoder_for
+from vitserve.service.http_worker.dispatch.decoding import decoder_for
 from vitserve.service.settings import Settings
 
 pytest.importorskip("nvidia.nvimgcodec", reason="nvidia-nvimgcodec is not installed")
 
-from vitserve.service.http_worker.gpu_decoder import MAX_DIFFERENCE, DecoderRejectedError, GpuDecoder
+from vitserve.service.http_worker.dispatch.gpu_decoder import MAX_DIFFERENCE, DecoderRejectedError, GpuDecoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 
@@ -125,7 +125,7 @@ def test_a_failing_device_loses_no_image(
 
 def test_chroma_is_interpolated_as_in_libjpeg(monkeypatch: pytest.MonkeyPatch) -> None:
     """nvJPEG does not by default. The option makes the CPU decoder behave in the same way, and the check notices."""
-    monkeypatch.setattr("vitserve.service.http_worker.gpu_decoder.OPTIONS", ":fancy_upsampling=0")
+    monkeypatch.setattr("vitserve.service.http_worker.dispatch.gpu_decoder.OPTIONS", ":fancy_upsampling=0")
     with pytest.raises(DecoderRejectedError, match="levels on average"):
         GpuDecoder(Decoder(Preprocessing(224), jpeg_draft=False), "cpu")
 
@@ -138,7 +138,7 @@ def test_large_images_are_decoded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_pixels_of_a_batch_are_limited(gpu: GpuDecoder) -> None:
-    from vitserve.service.http_worker.gpu_decoder import MAX_IMAGE_PIXELS, _Job
+    from vitserve.service.http_worker.dispatch.gpu_decoder import MAX_IMAGE_PIXELS, _Job
 
     header = gpu.decoder.header(encoded(random_image(60, 40), "JPEG"))
     gpu._waiting.extend(_Job(b"", replace(header, pixels=MAX_IMAGE_PIXELS)) for _ in range(20))
@@ -159,7 +159,7 @@ def test_without_its_packages_the_cpu_decodes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia", None)
-    monkeypatch.delitem(sys.modules, "vitserve.service.http_worker.gpu_decoder")
+    monkeypatch.delitem(sys.modules, "vitserve.service.http_worker.dispatch.gpu_decoder")
     assert isinstance(decoder_for(Preprocessing(33), Settings(decode="gpu")), Decoder)
     assert "pip install 'vitserve[gpu-decode]'" in caplog.text
 

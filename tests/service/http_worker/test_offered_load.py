@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry
 from tests.support.dispatching import IMAGE, BlockingEngine, FakeEngine, Harness, received, run_dispatcher
 from tests.support.waiting import eventually_async
 from vitserve.service import errors
-from vitserve.service.http_worker.image_job import ImageResult
-from vitserve.service.http_worker.offered_load import (
+from vitserve.service.http_worker.dispatch.image_job import ImageResult
+from vitserve.service.http_worker.dispatch.offered_load import (
     WINDOW_SECONDS,
     OfferedLoad,
     OfferedWork,
@@ -93,10 +93,13 @@ def test_every_worker_sees_the_total_and_a_restart_continues_it(slot_table: Slot
     first, second = (OfferedLoad(slot_table, worker, Metrics(CollectorRegistry())) for worker in range(2))
     first.record_decoded(0.25, inference=True)
     second.record_decoded(0.25, inference=True)
+    first.flush()
+    second.flush()
     total = 2 * 0.25 / WINDOW_SECONDS, 2 * slot_table.image_seconds() / WINDOW_SECONDS
     assert first.rates() == pytest.approx(total, rel=0.05)
     restarted = OfferedLoad(slot_table, 1, Metrics(CollectorRegistry()))
     restarted.record_decoded(0.25, inference=True)
+    restarted.flush()
     assert restarted.rates().decode == pytest.approx(3 * 0.25 / WINDOW_SECONDS, rel=0.05)
 
 
@@ -152,10 +155,12 @@ def test_fifty_batches_after_a_slow_one_its_effect_is_gone(slow: float, size: in
 
 
 def value(harness: Harness, name: str, **labels: str) -> float:
-    return harness.dispatcher.metrics.registry.get_sample_value(name, labels) or 0.0
+    return harness.dispatcher.metrics.all.registry.get_sample_value(name, labels) or 0.0
 
 
 def offered_seconds(harness: Harness) -> Rates:
+    harness.dispatcher.admission.flush_offered_load()
+    harness.dispatcher.metrics.flush()
     name = "vitserve_offered_load_seconds_total"
     return Rates(value(harness, name, stage="decode"), value(harness, name, stage="inference"))
 
@@ -201,7 +206,7 @@ def test_a_retried_image_counts_once() -> None:
         crashing.close()
         harness.start(FakeEngine(), index=1)
         assert isinstance(await task, ImageResult)
-        assert value(harness, "vitserve_images_retried_total") == 1
         assert offered_seconds(harness) == before
+        assert value(harness, "vitserve_images_retried_total") == 1
 
     run_dispatcher(work)

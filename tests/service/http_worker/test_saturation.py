@@ -19,13 +19,15 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.overload import ImageClient
+from benchmarks.http.retry_after import ImageClient
 from tests.support.images import encoded, random_image
 from tests.support.paths import ROOT
 from tests.support.prometheus import Prometheus, prometheus
 from tests.support.promql import COMPONENTS, Panel, as_truth, grouped_by, panels, read_yaml, rules, selectors
 from tests.support.server import start_server
 from vitserve.bench.client import Client
+from vitserve.bench.load import closed_loop
+from vitserve.bench.report import throughput
 from vitserve.bench.request import EncodedImage
 from vitserve.model.bundle.bundle import sha256
 from vitserve.service.engine_worker.tuning_cache import TuningResult, save_tuning_result
@@ -74,6 +76,11 @@ def observation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observatio
         yield asyncio.run(observe(target, watching))
 
 
+async def measured_capacity(client: ImageClient, seconds: float) -> float:
+    """Responses per second in a closed loop."""
+    return throughput(await closed_loop(client.client, [client.request(60_000)], 32, 1.0, seconds))
+
+
 @contextlib.asynccontextmanager
 async def offered(client: ImageClient, rate: float, timeout_ms: int) -> AsyncIterator[None]:
     """Sends ``rate`` images per second inside the ``with`` block, and waits for all responses afterwards."""
@@ -106,11 +113,11 @@ async def observe(target: str, watching: Prometheus | None) -> Observation:
             await asyncio.sleep(after_seconds)
             return (await reader.get("/metrics")).text
 
-        last, capacity = "", await client.capacity(1)
+        last, capacity = "", await measured_capacity(client, 1)
         async with offered(client, capacity / 5, 10_000):
             light = overloaded = value(await exposition(after_seconds=2), "vitserve_saturation")
         for _ in range(6):
-            capacity = await client.capacity(1)  # measured again, because other processes use the machine too
+            capacity = await measured_capacity(client, 1)  # measured again, because other processes use the machine too
             async with offered(client, 3 * capacity, 500):
                 for _ in range(50):
                     overloaded = value(await exposition(after_seconds=0.2), "vitserve_saturation")

@@ -71,7 +71,7 @@ def test_settings_are_checked_like_a_message() -> None:
 def test_the_channel_carries_messages_and_descriptors() -> None:
     near, far = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     near.setblocking(False)
-    start = StartEngineWorker("engine-worker-0-a", 3, Settings(), 0, 1, 1, ["openvino in bf16"])
+    start = StartEngineWorker("engine-worker-0-a", 3, Settings(), 0, 1, 2, 1, ["openvino in bf16"])
     with pytest.raises(BlockingIOError):
         near.receive()
     reader, writer = os.pipe()

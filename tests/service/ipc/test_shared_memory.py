@@ -32,7 +32,6 @@ def memory() -> Iterator[int]:
 
 def submit(slots: Slots, deadline: float, engine: int) -> Ticket:
     ticket = slots.take(deadline, 5)
-    assert ticket is not None
     slots.submit(ticket, engine)
     return ticket
 
@@ -112,7 +111,6 @@ def test_the_estimate_counts_images_that_run_before(two_engines: SlotTable) -> N
     tickets = [slots.take(deadline, 5) for deadline in (20.0, 90.0, 40.0)]
     assert estimate(two_engines, 5, 30.0, both) == (1, 12.0), "an earlier deadline, not assigned yet"
     for ticket in tickets:
-        assert ticket is not None
         slots.submit(ticket, 1)
     assert estimate(two_engines, 5, 30.0, both) == (1, 12.0)
     assert estimate(two_engines, 5, 95.0, both) == (1, 13.0)
@@ -144,7 +142,7 @@ def test_retry_after_includes_the_whole_restart(memory: int) -> None:
     slot_table = SlotTable(memory)
     scheduler = Scheduler(dict.fromkeys(SECONDS, 0.1), streams=2, safety_margin=0.5)
     slot_table.publish(0, scheduler)
-    rejection = Slots(slot_table, 0, 0).admit(1.0, 5, 0.0, {0: 8.0})
+    rejection = Slots(slot_table, 0, 0).check(1.0, 5, 0.0, {0: 8.0}, decoded_at=0.0)
     assert isinstance(rejection, Rejection)
     assert rejection.retry_after_seconds == pytest.approx(7.1, abs=0.1)
 

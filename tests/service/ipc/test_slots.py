@@ -76,11 +76,12 @@ class Machine(RuleBasedStateMachine):
     @rule(target=tickets, worker=st.integers(0, WORKERS - 1), timeout=st.floats(0.001, 0.2), priority=st.integers(0, 9))
     def take(self, worker: int, timeout: float, priority: int) -> object:
         slots = self.workers[worker].slots
-        full = len(slots) == SLOTS_PER_WORKER
-        ticket = slots.take(self.now + timeout, priority)
-        assert (ticket is None) is full
-        if ticket is None:
+        assert slots.free == SLOTS_PER_WORKER - len(slots)
+        if not slots.free:
+            with pytest.raises(IndexError):
+                slots.take(self.now + timeout, priority)
             return multiple()
+        ticket = slots.take(self.now + timeout, priority)
         assert ticket.slot // SLOTS_PER_WORKER == worker
         assert self.slot_table.states[ticket.slot] == HELD
         self.workers[worker].tickets[ticket.sequence] = ticket
@@ -260,7 +261,6 @@ def test_a_stale_completion_frees_no_slot() -> None:
     slots = Slots(SlotTable(memory), 0, 1)
     os.close(memory)
     ticket = slots.take(9.0, 5)
-    assert ticket is not None
     assert slots.complete(ticket.slot, ticket.sequence) is None, "no engine worker has the image"
     slots.submit(ticket, 0)
     assert slots.complete(ticket.slot, ticket.sequence - 1) is None

@@ -30,7 +30,7 @@ completions = st.builds(
 
 @given(st.integers(0, 2**32 - 1), submissions)
 def test_a_submission_survives_packing(incarnation: int, submission: wire_format.Submission) -> None:
-    message = wire_format.pack_submission(incarnation, submission)
+    message = next(iter(wire_format.pack_submissions(incarnation, [submission])))
     assert wire_format.unpack_submissions(message) == (incarnation, [submission])
 
 
@@ -48,7 +48,7 @@ def test_completions_survive_packing_into_bounded_messages(
 
 @given(submissions, st.integers(0, 100))
 def test_a_message_of_the_wrong_length_is_rejected(submission: wire_format.Submission, cut: int) -> None:
-    message = wire_format.pack_submission(1, submission)
+    message = next(iter(wire_format.pack_submissions(1, [submission])))
     for damaged in (message[: min(cut, len(message) - 1)], message + b"x" * (cut + 1)):
         with pytest.raises(wire_format.WireFormatError, match=f"a message has {len(damaged)} bytes"):
             wire_format.unpack_submissions(damaged)

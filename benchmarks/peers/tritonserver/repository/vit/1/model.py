@@ -1,9 +1,14 @@
 """Triton's Python backend with dynamic batching."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as triton
+
+sys.path.append(str(Path(__file__).parents[4]))  # Triton's interpreter ignores PYTHONPATH
+
 from pipeline import preprocess, session
 
 

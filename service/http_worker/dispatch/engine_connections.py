@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from vitserve.service.http_worker.turn import Turns
 from vitserve.service.ipc import wire_format
 from vitserve.service.ipc.connection import Connection
 from vitserve.service.ipc.shared_memory import SlotTable, sort_key
@@ -17,7 +18,7 @@ from vitserve.service.ipc.slots import Ticket
 
 log = logging.getLogger(__name__)
 
-Message = tuple[Connection, Ticket, int]  # a ticket to send, the connection to send it on, and the action
+Message = tuple[Connection, Ticket, int]  # the connection to send it on, the image, and the action
 
 # Messages are sent after the dispatcher's lock has been released, because sending releases the interpreter lock: other
 # threads would wait for both. If the engine worker has exited by then, the connection is closed and drops the message,
@@ -34,10 +35,12 @@ class EngineConnections:
     slot_table: SlotTable
     incarnation: int  # of the HTTP worker
     loop: asyncio.AbstractEventLoop
-    on_completion: Callable[[wire_format.Completion], None]
+    turns: Turns
+    on_completions: Callable[[list[wire_format.Completion]], None]
     on_lost: Callable[[int, Connection], None]
     connections: dict[int, Connection] = field(default_factory=dict, init=False)
     _lost_at: dict[int, float] = field(default_factory=dict, init=False)  # by engine worker that is not back yet
+    _posted: dict[Connection, list[wire_format.Submission]] = field(default_factory=dict, init=False)
 
     def open(self, engine: int, incarnation: int, endpoint: socket.socket) -> Connection:
         return Connection(endpoint, engine, incarnation, self._flush_later)
@@ -74,37 +77,46 @@ class EngineConnections:
 
     # -- without the lock
 
-    def send(self, connection: Connection, ticket: Ticket, action: int) -> None:
-        submission = wire_format.Submission(ticket.slot, action, ticket.priority, ticket.sequence, ticket.deadline)
-        connection.send(wire_format.pack_submission(self.incarnation, submission))
-
-    def send_all(self, messages: Iterable[Message | None]) -> None:
-        for message in messages:
-            if message is not None:
-                self.send(*message)
+    def send(self, message: Message | None) -> None:
+        """On any thread. None is ignored."""
+        if message is not None:
+            message[0].send(*wire_format.pack_submissions(self.incarnation, [_submission(message)]))
 
     # -- on the event loop
+
+    def post(self, message: Message | None) -> None:
+        """Sends all messages of a turn of the event loop together: they may then run in one batch. None is ignored."""
+        if message is not None:
+            self._posted.setdefault(message[0], []).append(_submission(message))
+            self.turns.at_end(self._send_posted)
+
+    def post_all(self, messages: Iterable[Message | None]) -> None:
+        for message in messages:
+            self.post(message)
+
+    def _send_posted(self) -> None:
+        posted, self._posted = self._posted, {}
+        for connection, submissions in posted.items():
+            for packed in wire_format.pack_submissions(self.incarnation, submissions):
+                connection.send(packed)
 
     def listen(self, connection: Connection) -> None:
         self.loop.add_reader(connection.fileno(), self._read, connection)
 
     def _read(self, connection: Connection) -> None:
-        """Reads one message, which is one batch. The event loop calls again if there are more."""
+        """Reads all messages: the event loop calls once per turn, and under overload a turn is longer than a batch."""
         try:
-            message = connection.receive()
-            if message is None:
-                return
-            incarnation, completions = wire_format.unpack_completions(message)
-            if incarnation == connection.peer_incarnation:
-                for completion in completions:
-                    self.on_completion(completion)
-            else:
-                log.error(
-                    "dropped a message of incarnation %d from engine %d, which is connected as incarnation %d",
-                    incarnation,
-                    connection.peer,
-                    connection.peer_incarnation,
-                )
+            while (message := connection.receive()) is not None:
+                incarnation, completions = wire_format.unpack_completions(message)
+                if incarnation == connection.peer_incarnation:
+                    self.on_completions(completions)
+                else:
+                    log.error(
+                        "dropped a message of incarnation %d from engine %d, which is connected as incarnation %d",
+                        incarnation,
+                        connection.peer,
+                        connection.peer_incarnation,
+                    )
         except EOFError:
             self.on_lost(connection.peer, connection)
         except wire_format.WireFormatError:  # a bug, and the images it affects are unknown
@@ -123,3 +135,8 @@ class EngineConnections:
     def _flush(self, connection: Connection) -> None:
         if connection.flush():
             self.loop.remove_writer(connection.fileno())
+
+
+def _submission(message: Message) -> wire_format.Submission:
+    _, ticket, action = message
+    return wire_format.Submission(ticket.slot, action, ticket.priority, ticket.sequence, ticket.deadline)

@@ -9,16 +9,28 @@ import logging
 from typing import Protocol
 
 from vitserve.model.arrays import Pixels
-from vitserve.model.bundle.preprocess import Decoder, ImageError, Preprocessing
+from vitserve.model.bundle.preprocess import DecodeCost, Decoder, ImageError, Preprocessing
 from vitserve.service import errors
 from vitserve.service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
-class ImageDecoder(Protocol):
-    def decode(self, encoded: bytes | memoryview) -> Pixels:
+class OpenedImage(Protocol):
+    """An image whose header was read."""
+
+    @property
+    def cost(self) -> DecodeCost:
+        """Estimates of what pixels() takes."""
+
+    def pixels(self) -> Pixels:
         """uint8 [image size, image size, 3]. Raises ImageError."""
+        ...
+
+
+class ImageDecoder(Protocol):
+    def open(self, encoded: bytes) -> OpenedImage:
+        """Reads the header. Raises ImageError."""
         ...
 
 
@@ -26,7 +38,7 @@ def preload(settings: Settings) -> None:
     """Imports the GPU decoder, which takes seconds, before the first request. decoder_for() reports any failure."""
     if settings.decode == "gpu":
         with contextlib.suppress(Exception):
-            importlib.import_module("vitserve.service.http_worker.gpu_decoder")
+            importlib.import_module("vitserve.service.http_worker.dispatch.gpu_decoder")
 
 
 def decoder_for(preprocessing: Preprocessing, settings: Settings) -> ImageDecoder:
@@ -34,23 +46,38 @@ def decoder_for(preprocessing: Preprocessing, settings: Settings) -> ImageDecode
     return _gpu_decoder(decoder) if settings.decode == "gpu" else decoder
 
 
-def decode_into(pixels: Pixels, slot: int, decoder: ImageDecoder, encoded: bytes) -> errors.ServiceError | None:
-    """Writes the decoded image to ``pixels[slot]``. Returns the error to respond with if that fails."""
+def open_image(decoder: ImageDecoder, encoded: bytes) -> OpenedImage | errors.ServiceError:
+    """The error to respond with if that fails."""
     try:
-        pixels[slot] = decoder.decode(encoded)
-    except ImageError as error:
-        return errors.from_image_error(error)
-    except Exception:  # reported to the client, which would otherwise wait until its deadline
-        log.exception("unexpected error while decoding an image")
-        return errors.ServiceError("the image could not be decoded")
+        return decoder.open(encoded)
+    except Exception as error:
+        return _response_error(error)
+
+
+def decode_into(pixels: Pixels, slot: int, image: OpenedImage | errors.ServiceError) -> errors.ServiceError | None:
+    """Writes the decoded image to ``pixels[slot]``. Returns the error to respond with if that fails."""
+    if isinstance(image, errors.ServiceError):
+        return image
+    try:
+        pixels[slot] = image.pixels()
+    except Exception as error:
+        return _response_error(error)
     return None
+
+
+def _response_error(error: Exception) -> errors.ServiceError:
+    """An unexpected error is reported too: the client would otherwise wait until its deadline."""
+    if isinstance(error, ImageError):
+        return errors.from_image_error(error)
+    log.error("unexpected error while decoding an image", exc_info=error)
+    return errors.ServiceError("the image could not be decoded")
 
 
 @functools.lru_cache(maxsize=2)  # a reload with the same preprocessing reuses the decoder
 def _gpu_decoder(decoder: Decoder) -> ImageDecoder:
     """The CPU decoder, with an error in the log, if the GPU decoder cannot be used."""
     try:
-        from vitserve.service.http_worker.gpu_decoder import GpuDecoder
+        from vitserve.service.http_worker.dispatch.gpu_decoder import GpuDecoder
 
         return GpuDecoder(decoder)
     except ImportError as error:

@@ -66,25 +66,46 @@ def saturation(offered: Rates, capacity: Rates) -> float:
 
 @dataclass
 class OfferedLoad:
-    """The offered load of one HTTP worker. Recording requires the dispatcher's lock."""
+    """The offered load of one HTTP worker. Recording requires the dispatcher's lock, and so does flush()."""
 
     slot_table: SlotTable
     worker: int
     metrics: Metrics
-    _decode_seconds: float = field(default=0.0, init=False)  # average per image
+    _average: float = field(default=0.0, init=False)  # decode seconds per image
+    _decode_seconds: float = field(default=0.0, init=False)  # since the last flush()
+    _inference_images: int = field(default=0, init=False)  # since the last flush()
 
-    def record_rejected(self) -> None:
-        """An image that was rejected or expired before it was decoded."""
-        self._add(self._decode_seconds, self.slot_table.image_seconds())
+    def record_rejected(self, images: int = 1) -> None:
+        """Images that were rejected or expired before they were decoded."""
+        self._decode_seconds += images * self._average
+        self._inference_images += images
+
+    def record(self, seconds: float, decoded: bool, inference: bool) -> None:
+        """An image after its turn on a decode thread, where it took ``seconds``. ``inference``: an engine runs it."""
+        if decoded:
+            self.record_decoded(seconds, inference)
+        else:
+            self.record_rejected()
 
     def record_decoded(self, seconds: float, inference: bool) -> None:
         """An image that took ``seconds`` to decode. ``inference`` is False if that failed."""
-        self._decode_seconds += _NEWEST_WEIGHT * (seconds - self._decode_seconds) if self._decode_seconds else seconds
-        self._add(seconds, self.slot_table.image_seconds() if inference else 0.0)
+        self._average += _NEWEST_WEIGHT * (seconds - self._average) if self._average else seconds
+        self._decode_seconds += seconds
+        self._inference_images += inference
+
+    def flush(self) -> None:
+        """Publishes the images that were recorded: once per turn of the event loop, because it takes microseconds."""
+        decode_seconds, self._decode_seconds = self._decode_seconds, 0.0
+        inference_seconds, self._inference_images = self._inference_images * self.slot_table.image_seconds(), 0
+        self.metrics.offered_decode_seconds.inc(decode_seconds)
+        self.metrics.offered_inference_seconds.inc(inference_seconds)
+        work = OfferedWork(*self.slot_table.read_offered_load(self.worker))
+        work = work.plus(decode_seconds, inference_seconds, time.monotonic())
+        self.slot_table.write_offered_load(self.worker, *work)
 
     def continue_from(self, previous: OfferedLoad) -> None:
         """Takes over the load of the previous model, because a reload does not change what clients send."""
-        self._decode_seconds = previous._decode_seconds
+        self._average = previous._average
         self.slot_table.write_offered_load(self.worker, *previous.slot_table.read_offered_load(self.worker))
 
     def rates(self) -> Rates:
@@ -92,10 +113,3 @@ class OfferedLoad:
         workers = range(self.slot_table.shape.workers)
         works = [OfferedWork(*self.slot_table.read_offered_load(worker)) for worker in workers]
         return rates(works, time.monotonic())
-
-    def _add(self, decode_seconds: float, inference_seconds: float) -> None:
-        self.metrics.offered_decode_seconds.inc(decode_seconds)
-        self.metrics.offered_inference_seconds.inc(inference_seconds)
-        work = OfferedWork(*self.slot_table.read_offered_load(self.worker))
-        work = work.plus(decode_seconds, inference_seconds, time.monotonic())
-        self.slot_table.write_offered_load(self.worker, *work)

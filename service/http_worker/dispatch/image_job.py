@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from vitserve.model.arrays import Floats, softmax
+from vitserve.model.arrays import Activation, Floats, to_probabilities
 from vitserve.service import errors
+from vitserve.service.http_worker.dispatch.decoding import OpenedImage
 from vitserve.service.ipc import wire_format
 from vitserve.service.ipc.slots import MAX_CRASHES, Ticket
 from vitserve.service.scheduler import Rejection, RejectionReason
@@ -45,27 +46,42 @@ Outcome = ImageResult | errors.ServiceError | ModelReplacedError
 
 @dataclass(slots=True, eq=False)
 class ImageJob:
-    ticket: Ticket
     encoded: bytes
-    future: asyncio.Future[ImageResult]
-    received: float  # monotonic seconds
+    deadline: float  # of the response, monotonic seconds
+    priority: int
     admitted: bool  # by an engine worker earlier, so it is not rejected again
+    on_done: Callable[[Outcome], None]  # called once, on the event loop, unless the image is abandoned
+    received: float = 0.0  # monotonic seconds
+    image: OpenedImage | errors.ServiceError | None = None  # None: not opened yet
+    ticket: Ticket | None = None  # None while it waits for a slot
     decoded: bool = False
     decode_seconds: float = 0.0
     abandoned: bool = False  # the client disconnected or its deadline passed
 
-    def resolve(self, outcome: Outcome) -> None:
-        """On the event loop. Does nothing if the future is done."""
-        if not self.future.done():
-            if isinstance(outcome, ImageResult):
-                self.future.set_result(outcome)
-            else:
-                self.future.set_exception(outcome)
+    def deliver(self, outcome: Outcome) -> None:
+        """On the event loop. Does nothing if the client no longer waits."""
+        if not self.abandoned:
+            self.on_done(outcome)
 
-    def outcome(self, completion: wire_format.Completion, logits: Floats) -> Outcome:
+    @property
+    def slot(self) -> Ticket:
+        """The ticket of an image that has a slot."""
+        assert self.ticket is not None
+        return self.ticket
+
+    @property
+    def action(self) -> int:
+        """Of its submission to an engine worker."""
+        if not self.admitted:
+            return wire_format.SUBMIT
+        return wire_format.RETRY_ALONE if self.slot.crashes else wire_format.RETRY
+
+    def outcome(self, completion: wire_format.Completion, logits: Floats, activation: Activation) -> Outcome:
         if completion.outcome == wire_format.DONE:
             queue_seconds = max(0.0, completion.started - self.received - self.decode_seconds)
-            return ImageResult(softmax(logits), self.decode_seconds, queue_seconds, completion.seconds)
+            return ImageResult(
+                to_probabilities(logits, activation), self.decode_seconds, queue_seconds, completion.seconds
+            )
         if completion.outcome == wire_format.REJECTED_DEADLINE:
             return overloaded(Rejection("deadline", completion.retry_after_seconds))
         if completion.outcome == wire_format.REJECTED_FULL:
@@ -74,11 +90,17 @@ class ImageJob:
             return errors.EngineFailedError("the engine failed while running this image")
         return errors.DeadlineExceededError("the deadline passed while the image was queued")
 
+    def late_error(self, now: float) -> errors.DeadlineExceededError | None:
+        """Why the image is not decoded any more. None if it is."""
+        if self.abandoned or self.slot.deadline <= now:
+            return errors.DeadlineExceededError("the deadline passed before the image could be decoded")
+        return None
+
     def retry_error(self) -> errors.EngineFailedError | None:
         """Why the image is not retried after its engine worker has exited. None if it is retried."""
-        crashes = self.ticket.crashes
+        crashes = self.slot.crashes
         if crashes >= MAX_CRASHES:
-            log.error("image %d was running in %d engine crashes; not retrying it", self.ticket.sequence, crashes)
+            log.error("image %d was running in %d engine crashes; not retrying it", self.slot.sequence, crashes)
             return errors.EngineFailedError(f"{crashes} engine workers crashed while running this image")
         return errors.EngineFailedError("client disconnected") if self.abandoned else None
 
@@ -93,9 +115,9 @@ class DeliveryTime:
         newest = time.monotonic() - completion.started - completion.seconds
         self.seconds += _NEWEST_WEIGHT * (newest - self.seconds)
 
-    def engine_deadline(self, deadline: float) -> float:
+    def engine_deadline(self, deadline: float, now: float) -> float:
         """When the engine worker must finish so that the result is delivered by the deadline."""
-        timeout_seconds = max(0.0, deadline - time.monotonic())
+        timeout_seconds = max(0.0, deadline - now)
         return deadline - min(_DELIVERY_FACTOR * self.seconds, _MAX_DELIVERY_SHARE * timeout_seconds)
 
 

@@ -1,0 +1,51 @@
+"""What `vitserve train` writes: a safetensors file with configuration, labels and normalization in its metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from vitserve.export.checkpoint.configuration import Configuration
+from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.formats.source import Source
+from vitserve.export.checkpoint.labels import labels_of
+from vitserve.export.checkpoint.state_dict import Tensors, read_tensors
+from vitserve.model.bundle.preprocess import Preprocessing
+from vitserve.model.config import ResNetConfig, ViTConfig
+
+_KEYS = {"config", "labels", "mean", "std"}
+
+
+def read(path: Path) -> Source | None:
+    """None for any other file. Raises CheckpointError."""
+    metadata = _metadata(path)
+    if not metadata.keys() >= _KEYS:
+        return None
+    try:
+        fields = {key: json.loads(metadata[key]) for key in _KEYS}
+        config = _config(fields["config"])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the metadata of {path} is not what `vitserve train` writes: {error}") from error
+    normalization = Configuration(f"the metadata of {path}", fields)
+    mean, std = normalization.numbers("mean", None), normalization.numbers("std", None)
+    labels = labels_of(fields["labels"], config.classes, f"the metadata of {path}")
+    tensors = Tensors(read_tensors(path).groups[""])
+    return Source(config, tensors.take_all(), Preprocessing(config.image_size, mean=mean, std=std), labels)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):  # read_tensors() reports it
+        return {}
+
+
+def _config(fields: dict[str, Any]) -> ViTConfig | ResNetConfig:
+    if "blocks" in fields:
+        return ResNetConfig(**fields | {"blocks": tuple(fields["blocks"])})
+    stages = {name: tuple(fields[name]) if fields.get(name) else None for name in ("stem", "resnet")}
+    return ViTConfig(**fields | stages)

@@ -1,0 +1,34 @@
+"""POST /v1/classify as a route of the ASGI application, for requests that the protocol does not handle itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from starlette import responses
+from starlette.requests import ClientDisconnect, Request
+
+from vitserve.service.http_worker.classify.call import ClassifyCall
+from vitserve.service.http_worker.classify.response import Response
+from vitserve.service.http_worker.state import State
+
+
+async def classify(state: State, request: Request) -> responses.Response:
+    result: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+    call = ClassifyCall(state, result.set_result)
+    call.begin(request.scope["query_string"], request.headers.raw, time.monotonic())
+    try:
+        async for chunk in request.stream():
+            if call.finished:
+                break
+            call.receive(chunk)
+        if not call.finished:
+            call.end()
+        response = await result
+    except (asyncio.CancelledError, ClientDisconnect):
+        call.cancel()
+        return responses.Response(status_code=499)  # no client receives it
+    headers = {name.decode(): value.decode() for name, value in response.headers}
+    if state.draining.is_set():
+        headers["connection"] = "close"
+    return responses.Response(response.body, response.status, headers)
