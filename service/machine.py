@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores, GPUs, cache directory."""
+"""What this process may use of the machine: cores, memory, GPUs, cache directory."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import os
 import platform
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup/cpu.max")
+from vitserve.service import cgroup
 
 
-def cores(quota_file: Path = _CGROUP) -> int:
-    """The number of cores, limited by CPU affinity and by the container's quota.
+def cores() -> int:
+    """The number of cores, limited by CPU affinity and by the CPU quota of the control groups.
 
-    ``quota_file`` is cgroup v2's cpu.max: "<microseconds or max> <period in microseconds>".
+    A fraction of a core is dropped, except that one core is left.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = quota_file.read_text().split()
-        return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return allowed
+    quota = cgroup.cpu_quota()
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def memory_limit() -> int:
+    """Bytes that this process and its children may use: the least of the control groups' limits and the memory."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = cgroup.memory_limit_bytes()
+    return physical if limit is None else min(physical, limit)
 
 
 def cpu() -> str:
