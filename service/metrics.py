@@ -48,7 +48,9 @@ class Metrics:
         self.images = counter("vitserve_images", "Images by outcome: ok, or the code of the error.", "outcome")
         self.images_ok = self.images.labels("ok")
         self.images_shed = counter(
-            "vitserve_images_shed", "Images rejected by admission control, by reason: deadline or full.", "reason"
+            "vitserve_images_shed",
+            "Images rejected by admission control, by reason: deadline, full, large (images), or memory.",
+            "reason",
         )
         self.images_retried = counter(
             "vitserve_images_retried", "Images submitted again after their engine worker exited."
@@ -66,7 +68,9 @@ class Metrics:
             self.requests.labels("/v1/classify", status)
         # Looking up labels takes longer than counting, so those of rejections are looked up once.
         self.images_overloaded = self.images.labels("overloaded")
-        self.images_shed_by_reason = {reason: self.images_shed.labels(reason) for reason in ("deadline", "full")}
+        self.images_shed_by_reason = {
+            reason: self.images_shed.labels(reason) for reason in ("deadline", "full", "large", "memory")
+        }
 
 
 def in_files(process: str) -> Metrics:

@@ -15,6 +15,9 @@ from vitserve.service.engines.catalog import ENGINES, PRECISIONS
 DEFAULT_BUNDLE = Path(__file__).parent / "default_bundle"  # of the default model
 
 
+THREAD_BYTES = 32 * 2**20  # that decoding an image on a decode thread may take; larger ones have processes
+
+
 class SettingsError(ValueError):
     """A setting is invalid, or settings contradict each other or the machine. The service does not start."""
 
@@ -90,6 +93,14 @@ class Settings:
     max_image_pixels: int = _setting(
         50_000_000, "Maximum number of pixels of an image, checked in its header before decoding."
     )
+    max_decode_seconds: float = _setting(
+        10.0, "Maximum time for decoding one large image. Afterwards it is rejected with 422, and its decoder is ended."
+    )
+    image_memory_bytes: int = _setting(
+        0,
+        "Memory for request bodies and for decoding, of all HTTP workers together. 0: half of the memory limit of the "
+        "container or machine, at most 4 GiB.",
+    )
     max_images: int = _setting(64, "Maximum number of images per request.")
     jpeg_draft: bool = _setting(
         True,
@@ -130,6 +141,17 @@ class Settings:
     )
     log_level: str = _setting("info", "debug, info, warning or error.", ("debug", "info", "warning", "error"))
 
+    @property
+    def body_memory_bytes(self) -> int:
+        """Of all HTTP workers together."""
+        return self.image_memory_bytes // 4
+
+    @property
+    def decode_memory_bytes(self) -> int:
+        """Of all decode processes together. The rest is for decode threads."""
+        threads = max(1, self.workers) * max(1, self.decode_threads)
+        return max(0, self.image_memory_bytes - self.body_memory_bytes - threads * THREAD_BYTES)
+
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_choices()
@@ -140,10 +162,10 @@ class Settings:
         for name in ("max_batch", "slots", "timeout_ms", "max_body_bytes", "max_image_pixels", "max_images"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("workers", "engines", "streams", "threads", "decode_threads"):
+        for name in ("workers", "engines", "streams", "threads", "decode_threads", "image_memory_bytes"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 0 (0: automatic)")
-        for name in ("hang_seconds", "drain_seconds"):
+        for name in ("hang_seconds", "drain_seconds", "max_decode_seconds"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be greater than 0")
         if not 0 <= self.port <= 65535:

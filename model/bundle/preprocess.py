@@ -145,6 +145,8 @@ class OpenedImage:
         # Without the traceback, whose frames would keep the pixels as long as the error lives.
         except ImageError as error:
             raise error.with_traceback(None) from None
+        except MemoryError:
+            raise TooManyPixelsError(f"decoding the image takes more than {self.cost.bytes:,} bytes") from None
         except Exception as error:  # Pillow's decoders may raise any exception for hostile bytes
             raise DamagedImageError("the image's data is truncated or damaged") from error.with_traceback(None)
         finally:
@@ -177,6 +179,10 @@ class Decoder:
         if self.jpeg_draft and isinstance(image, JpegImage):
             image = image.reduced(*(math.ceil(side * _DRAFT_GAP) for side in wanted))
         return OpenedImage(header, image, self.preprocessing)
+
+    @property
+    def on_cpu(self) -> Decoder:
+        return self
 
     def decode(self, encoded: bytes | memoryview) -> Pixels:
         """Raises ImageError."""

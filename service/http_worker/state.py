@@ -15,9 +15,10 @@ from weakref import WeakKeyDictionary
 
 from vitserve.model.bundle.preprocess import prepare_pillow
 from vitserve.service import errors
+from vitserve.service.http_worker.classify.body_memory import BodyMemory
 from vitserve.service.http_worker.classify.request_parsing import ImageBytes
 from vitserve.service.http_worker.classify.response import ResponseEncoder
-from vitserve.service.http_worker.dispatch.decode_pool import DecodePool
+from vitserve.service.http_worker.dispatch.decode_stage import DecodeWorkers
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.http_worker.metric_buffer import MetricBuffer
 from vitserve.service.http_worker.turn import Turns
@@ -43,6 +44,7 @@ class State:
     current: Dispatcher | None = field(default=None, init=False)
     status: Status = field(default_factory=Status, init=False)  # the supervisor's latest
     image_bytes: ImageBytes = field(default_factory=ImageBytes, init=False)
+    body_memory: BodyMemory = field(init=False)
     _encoders: WeakKeyDictionary[Dispatcher, ResponseEncoder] = field(default_factory=WeakKeyDictionary, init=False)
     _use_slot_table: Callable[[SlotTable], None] | None = field(default=None, init=False)
     _generation: int = field(default=-1, init=False)
@@ -53,9 +55,10 @@ class State:
         """Starts to handle the supervisor's messages and to send heartbeats, on the running event loop."""
         prepare_pillow()
         self._loop = asyncio.get_running_loop()
+        self.body_memory = BodyMemory(self.settings.body_memory_bytes // max(1, self.settings.workers))
         self.turns = Turns(self._loop)
         self.metrics = MetricBuffer(self.stored_metrics, self.turns)
-        self._decoders = DecodePool(self.decode_threads)
+        self._decoders = DecodeWorkers(self.decode_threads, self.worker, self.settings)
         # Looking up labels takes longer than counting.
         self._request_counter = functools.cache(self.stored_metrics.requests.labels)
         self._request_seconds = functools.cache(self.stored_metrics.request_seconds.labels)
@@ -152,6 +155,7 @@ class State:
 
     def _replace_model(self, slot_table: SlotTable) -> None:
         previous = self.current
+        self.body_memory.capacity = self.settings.body_memory_bytes // slot_table.shape.workers
         self.current = Dispatcher(
             slot_table,
             self.worker,

@@ -23,6 +23,7 @@ log = logging.getLogger("vitserve.supervisor")
 GPU_DECODE_THREADS = (
     32  # per HTTP worker; they wait for the GPU, which decodes the images of all waiting threads together
 )
+MOST_IMAGE_MEMORY_BYTES = 4 * 2**30  # unless a setting allows more
 
 
 def serve(settings: Settings) -> int:
@@ -50,7 +51,10 @@ def for_this_machine(settings: Settings, cores: int) -> Settings:
     workers = settings.workers or _most_workers(settings, cores // 4)
     engines = settings.engines or (max(1, len(machine.gpus())) if wants_gpu_workers(settings.engine) else 1)
     threads = settings.decode_threads or (GPU_DECODE_THREADS if settings.decode == "gpu" else max(1, cores // workers))
-    return dataclasses.replace(settings, workers=workers, engines=engines, decode_threads=threads)
+    memory = settings.image_memory_bytes or min(MOST_IMAGE_MEMORY_BYTES, machine.memory_limit() // 2)
+    return dataclasses.replace(
+        settings, workers=workers, engines=engines, decode_threads=threads, image_memory_bytes=memory
+    )
 
 
 def _most_workers(settings: Settings, cores: int) -> int:

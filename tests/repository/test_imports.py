@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "service.ipc",
         "service.machine",
         "service.metrics",
+        "service.python_process",
         "service.scheduler",
         "service.settings",
     },

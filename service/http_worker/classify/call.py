@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from vitserve.service import errors
+from vitserve.service.http_worker.classify.body_memory import memory_of
 from vitserve.service.http_worker.classify.request_parsing import (
     ClassifyRequest,
     Headers,
@@ -47,6 +48,7 @@ class ClassifyCall:
         self._head: RequestHead | None = None
         self._chunks: list[bytes] = []
         self._length = 0
+        self._reserved = 0  # bytes of memory
         self._dispatcher: Dispatcher | None = None
         self._request: ClassifyRequest | None = None
         self._jobs: list[ImageJob] = []
@@ -70,14 +72,33 @@ class ClassifyCall:
         images = self._state.image_bytes.expected_images(head)
         rejected = dispatcher.admission.reject_early(self._arrived, head.timeout_ms, head.priority, images, body_bytes)
         if rejected is not None:
-            self._state.metrics.inc(self._state.metrics.all.images_overloaded, images)
+            self._count_rejected(rejected, images)
             self.fail(rejected)
 
     def receive(self, chunk: bytes) -> None:
         self._length += len(chunk)
         with _Errors(self):
             check_length(self._length, self._state.settings)
+            self._reserve(len(chunk))
             self._chunks.append(chunk)
+
+    def _reserve(self, body_bytes: int) -> None:
+        """Raises OverloadedError or BodyTooLargeError."""
+        assert self._head is not None
+        memory, more = self._state.body_memory, memory_of(self._head.media_type, body_bytes)
+        if memory.reserve(self._reserved, more):
+            self._reserved += more
+        elif self._reserved + more > memory.largest():
+            raise errors.BodyTooLargeError(
+                f"the body takes {self._reserved + more:,} bytes of memory or more; the limit is {memory.largest():,}"
+            )
+        else:
+            assert self._dispatcher is not None
+            error = errors.OverloadedError("other request bodies take all of the memory for them", "memory", 1.0)
+            images = self._state.image_bytes.expected_images(self._head)
+            self._dispatcher.admission.record_rejected(self._head.priority, images)
+            self._count_rejected(error, images)
+            raise error
 
     def end(self) -> None:
         """The body is complete."""
@@ -147,7 +168,8 @@ class ClassifyCall:
         self._count_images(outcomes)
         first = outcomes[0]
         if isinstance(first, errors.ServiceError) and all(isinstance(outcome, type(first)) for outcome in outcomes):
-            if isinstance(first, errors.OverloadedError) and self._head is not None:
+            admitted = any(job.ticket is not None for job in self._jobs)
+            if isinstance(first, errors.OverloadedError) and self._head is not None and not admitted:
                 dispatcher.admission.remember(request.timeout_ms, self._head.priority, first)
             raise first
         encoder = self._state.encoder(dispatcher)
@@ -161,6 +183,7 @@ class ClassifyCall:
 
     def _finish(self, status: str) -> None:
         self.finished = True
+        self._state.body_memory.release(self._reserved)
         self._state.count_request(ROUTE, status, time.monotonic() - self._began)
 
     def _abandon(self) -> None:
@@ -181,10 +204,17 @@ class ClassifyCall:
         self._send(problem(error))
         self._abandon()
 
+    def _count_rejected(self, error: errors.OverloadedError, images: int) -> None:
+        metrics = self._state.metrics
+        metrics.inc(metrics.all.images_overloaded, images)
+        metrics.inc(metrics.all.images_shed_by_reason[error.reason], images)
+
     def _count_images(self, outcomes: list[Outcome]) -> None:
         metrics = self._state.metrics
         for outcome in outcomes:
-            if isinstance(outcome, errors.ServiceError):
+            if isinstance(outcome, errors.OverloadedError):
+                self._count_rejected(outcome, 1)
+            elif isinstance(outcome, errors.ServiceError):
                 metrics.inc(metrics.all.images.labels(outcome.code))
             else:
                 metrics.inc(metrics.all.images_ok)

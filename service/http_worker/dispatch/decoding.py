@@ -29,6 +29,10 @@ class OpenedImage(Protocol):
 
 
 class ImageDecoder(Protocol):
+    @property
+    def on_cpu(self) -> Decoder:
+        """Gives the same pixels, as far as they are defined."""
+
     def open(self, encoded: bytes) -> OpenedImage:
         """Reads the header. Raises ImageError."""
         ...

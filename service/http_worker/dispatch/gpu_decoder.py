@@ -35,7 +35,7 @@ OPTIONS = ":fancy_upsampling=1"
 # device once at the end.
 MAX_DIFFERENCE = (0.5, 16.0)
 _INTERPOLATION_MODES = {"bilinear": "bilinear", "bicubic": "bicubic"}
-_BATCH_SECONDS = 0.002  # that a thread waits at least; more than the event loop may
+_BATCH_SECONDS = 0.002  # that a thread waits for the device at least: too long for the event loop
 
 
 class DecoderRejectedError(RuntimeError):
@@ -59,8 +59,7 @@ class _DeviceImage(NamedTuple):
 
     @property
     def cost(self) -> DecodeCost:
-        cost = self.opened.cost
-        return DecodeCost(cost.bytes, max(cost.seconds, _BATCH_SECONDS))
+        return DecodeCost(len(self.encoded), _BATCH_SECONDS)  # the pixels are in the device's memory
 
     def pixels(self) -> Pixels:
         return self.decoder.run(self)
@@ -85,6 +84,10 @@ class GpuDecoder:
         self._device_lock = threading.Lock()
         self._failures = 0  # consecutive failed batches
         self._check()
+
+    @property
+    def on_cpu(self) -> Decoder:
+        return self.decoder
 
     def open(self, encoded: bytes) -> OpenedImage | _DeviceImage:
         """Reads the header. Raises ImageError."""

@@ -137,6 +137,7 @@ class BlockingDecoder:
 
     def __init__(self, decoder: ImageDecoder) -> None:
         self.decoder, self.decoding, self.release = decoder, threading.Event(), threading.Event()
+        self.on_cpu = decoder.on_cpu
 
     def open(self, encoded: bytes) -> BlockingDecoder:
         self.image = self.decoder.open(encoded)
@@ -152,7 +153,7 @@ def test_a_disconnect_during_decoding_frees_the_slot() -> None:
     engine = FakeEngine()
 
     async def work(harness: Harness) -> None:
-        decoder = harness.dispatcher.decoder = BlockingDecoder(harness.dispatcher.decoder)
+        decoder = harness.dispatcher.decoding.decoder = BlockingDecoder(harness.dispatcher.decoding.decoder)
         task = harness.classify()
         await asyncio.to_thread(decoder.decoding.wait)
         task.cancel()
