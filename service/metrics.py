@@ -68,9 +68,8 @@ class Metrics:
             self.requests.labels("/v1/classify", status)
         # Looking up labels takes longer than counting, so those of rejections are looked up once.
         self.images_overloaded = self.images.labels("overloaded")
-        self.images_shed_by_reason = {
-            reason: self.images_shed.labels(reason) for reason in ("deadline", "full", "large", "memory")
-        }
+        reasons = "deadline", "full", "large", "memory"
+        self.images_shed_by_reason = {reason: self.images_shed.labels(reason) for reason in reasons}
 
 
 def in_files(process: str) -> Metrics:

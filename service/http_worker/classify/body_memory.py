@@ -24,16 +24,10 @@ class BodyMemory:
     capacity: int  # bytes
     used: int = 0
 
-    def reserve(self, held: int, more: int) -> bool:
-        """``held``: bytes of this request that are reserved already. False if ``more`` do not fit."""
+    def fits(self, held: int, more: int) -> bool:
+        """Whether ``more`` bytes are free for a request that holds ``held`` bytes already."""
         limit = self.capacity if held + more <= SMALL_BYTES else self.capacity * _SHARE_OF_LARGE
-        if self.used + more > limit:
-            return False
-        self.used += more
-        return True
-
-    def release(self, held: int) -> None:
-        self.used -= held
+        return self.used + more <= limit
 
     def largest(self) -> int:
         """Bytes of a request that fits if no other is there."""

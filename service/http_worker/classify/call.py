@@ -65,6 +65,9 @@ class ClassifyCall:
         with _Errors(self):
             self._dispatcher = self._state.serving()
             self._head = parse_head(query, headers, self._state.settings)
+            self._check_memory(
+                self._dispatcher, self._head, memory_of(self._head.media_type, self._head.content_length or 0)
+            )
             self._reject_early(self._dispatcher, self._head, None if awaits_continue else self._head.content_length)
 
     def _reject_early(self, dispatcher: Dispatcher, head: RequestHead, body_bytes: int | None) -> None:
@@ -79,26 +82,28 @@ class ClassifyCall:
         self._length += len(chunk)
         with _Errors(self):
             check_length(self._length, self._state.settings)
-            self._reserve(len(chunk))
+            assert self._head is not None
+            assert self._dispatcher is not None
+            more = memory_of(self._head.media_type, len(chunk))
+            self._check_memory(self._dispatcher, self._head, more)
+            self._state.body_memory.used += more
+            self._reserved += more
             self._chunks.append(chunk)
 
-    def _reserve(self, body_bytes: int) -> None:
-        """Raises OverloadedError or BodyTooLargeError."""
-        assert self._head is not None
-        memory, more = self._state.body_memory, memory_of(self._head.media_type, body_bytes)
-        if memory.reserve(self._reserved, more):
-            self._reserved += more
-        elif self._reserved + more > memory.largest():
+    def _check_memory(self, dispatcher: Dispatcher, head: RequestHead, more: int) -> None:
+        """Raises OverloadedError or BodyTooLargeError if ``more`` bytes of memory are not free."""
+        memory = self._state.body_memory
+        if memory.fits(self._reserved, more):
+            return
+        if self._reserved + more > memory.largest():
             raise errors.BodyTooLargeError(
                 f"the body takes {self._reserved + more:,} bytes of memory or more; the limit is {memory.largest():,}"
             )
-        else:
-            assert self._dispatcher is not None
-            error = errors.OverloadedError("other request bodies take all of the memory for them", "memory", 1.0)
-            images = self._state.image_bytes.expected_images(self._head)
-            self._dispatcher.admission.record_rejected(self._head.priority, images)
-            self._count_rejected(error, images)
-            raise error
+        error = errors.OverloadedError("other request bodies take all of the memory for them", "memory", 1.0)
+        images = self._state.image_bytes.expected_images(head)
+        dispatcher.admission.record_rejected(head.priority, images)
+        self._count_rejected(error, images)
+        raise error
 
     def end(self) -> None:
         """The body is complete."""
@@ -183,7 +188,7 @@ class ClassifyCall:
 
     def _finish(self, status: str) -> None:
         self.finished = True
-        self._state.body_memory.release(self._reserved)
+        self._state.body_memory.used -= self._reserved
         self._state.count_request(ROUTE, status, time.monotonic() - self._began)
 
     def _abandon(self) -> None:

@@ -1,6 +1,6 @@
 """Decodes admitted images into their slots: on the event loop, on a decode thread, or in a decode process.
 
-The header of an image tells how much time and memory decoding takes at most:
+The header of an image gives an upper bound of the memory, and an estimate of the time, that decoding takes:
 
     event loop       small images, for which waking a thread would take as long as decoding
     decode thread    others
