@@ -17,6 +17,7 @@ import torch
 from tests.support.networks import checkpoint
 from tests.support.paths import PHOTOS
 from tests.support.server import Server, start_server
+from tests.support.traces import traces_in
 from vitserve.export.build_bundle import build_bundle
 from vitserve.model.bundle.bundle import Bundle
 
@@ -32,6 +33,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiled engines and exported bundles are cached in a directory of this run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No network is traced twice, not even by two processes of this run."""
+    own = tmp_path_factory.mktemp("traces")
+    shared = tmp_path_factory.getbasetemp().parent / "traces" if "PYTEST_XDIST_WORKER" in os.environ else own
+    shared.mkdir(exist_ok=True)
+    with traces_in(shared):
         yield
 
 

@@ -17,10 +17,9 @@ import torch
 
 from tests.support.bundles import SMALL, artifact_in, confident_checkpoint, int8_bundle, random_images
 from tests.support.networks import checkpoint, network
+from tests.support.traces import traced as traced_graph
 from vitserve.export.artifacts import ExportError
 from vitserve.export.build_bundle import build_bundle
-from vitserve.export.graph.optimize import OptimizedNetwork
-from vitserve.export.graph.trace import trace
 from vitserve.export.quantize import int8
 from vitserve.export.quantize.coverage import of_onnx, of_openvino
 from vitserve.model.arrays import Pixels
@@ -37,8 +36,7 @@ def nncf() -> None:
 
 
 def traced(source: Network, directory: Path) -> Path:
-    trace(OptimizedNetwork(source, Preprocessing(32)).eval(), 32, directory / "model.onnx")
-    return directory / "model.onnx"
+    return traced_graph(source, Preprocessing(32), directory / "model.onnx")
 
 
 @pytest.fixture(scope="module")
