@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from tests.support.images import random_image
 from tests.support.networks import TINY, checkpoint, network
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.load import Checkpoint
-from vitserve.model.bundle.bundle import Artifact, Bundle
+from vitserve.model.bundle.bundle import Artifact, Bundle, open_bundle
 from vitserve.model.bundle.evaluation import Images
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig
+from vitserve.model.network.vit import ViT
 
+SLOW = ViTConfig(image_size=448, patch_size=16, width=256, depth=2, heads=4, mlp_width=1024, classes=7)
 SMALL = ViTConfig(image_size=32, patch_size=8, width=64, depth=3, heads=2, mlp_width=128, classes=5)
 
 
@@ -32,6 +35,22 @@ def confident_checkpoint(config: ViTConfig = SMALL) -> Checkpoint:
         confident.head.weight.mul_(4)
     labels = tuple(f"class {index}" for index in range(config.classes))
     return Checkpoint(confident, labels, Preprocessing(config.image_size))
+
+
+def slow_checkpoint() -> Checkpoint:
+    """A network that takes tens of milliseconds per image on one core."""
+    torch.manual_seed(0)
+    labels = tuple(f"class {index}" for index in range(SLOW.classes))
+    return Checkpoint(ViT(SLOW).eval(), labels, Preprocessing(SLOW.image_size))
+
+
+def built_once(path: Path, source: Checkpoint) -> Bundle:
+    """In float32. Processes of one run that build the same bundle wait for the first of them."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            build_bundle(source, path, name=path.name, precisions=[])
+    return open_bundle(path)
 
 
 def int8_bundle(path: Path) -> Bundle:

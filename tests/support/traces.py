@@ -47,7 +47,7 @@ def traces_in(directory: Path) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build_module, "trace", kept_trace)
-        # The exporter reads its table of operators anew for each graph, which takes a fifth of the time.
+        # The exporter reads its table of operators again for each graph, which takes a fifth of the time.
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
 

@@ -29,7 +29,7 @@ from vitserve.model.bundle.bundle import Bundle
 Expected = dict[tuple[str, str], np.ndarray]
 
 
-@pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_reloads_under_load_lose_nothing(
     times: int, tmp_path: Path, bundle: Bundle, other: Bundle, expected: Expected
 ) -> None:
@@ -155,11 +155,14 @@ def test_a_crash_while_reloading_leaves_the_current_model_serving(
         assert running.stop() == 0
 
 
-def test_a_restart_during_a_reload_does_not_return_to_the_old_model(bundle: Bundle, expected: Expected) -> None:
+@pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_restart_during_a_reload_does_not_return_to_the_old_model(
+    times: int, bundle: Bundle, expected: Expected
+) -> None:
     """The restarted engine worker and the new one load the bundle at the same time, and either may be ready first."""
     with serving("--bundle", str(bundle.path), *LONG_TIMEOUT) as running:
         with Load(running.url, expected, connections=4) as load:
-            for number in range(4):
+            for number in range(times):
                 load.wait_for(20)
                 kill(running.pids(ENGINE_WORKER)[0])
                 running.process.send_signal(signal.SIGHUP)
