@@ -71,10 +71,26 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="session")
 def slow_bundle(shared_directory: Path) -> Bundle:
-    """Takes tens of milliseconds per image, so that a test can act while a batch runs. Built once in a run."""
-    from tests.support.bundles import built_once, slow_checkpoint
+    """Takes tens of milliseconds per image, so that a test can act while a batch runs."""
+    from tests.support import bundles
 
-    return built_once(shared_directory / "slow", slow_checkpoint())
+    return bundles.built_once(shared_directory / "slow", bundles.slow_bundle)
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(shared_directory: Path) -> Bundle:
+    """With calibrated int8."""
+    from tests.support import bundles
+
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    return bundles.built_once(shared_directory / "int8", bundles.int8_bundle)
+
+
+@pytest.fixture(scope="session")
+def fp8_bundle(shared_directory: Path) -> Bundle:
+    from tests.support import bundles
+
+    return bundles.built_once(shared_directory / "fp8", bundles.fp8_bundle)
 
 
 @pytest.fixture(scope="session")

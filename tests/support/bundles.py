@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +38,20 @@ def confident_checkpoint(config: ViTConfig = SMALL) -> Checkpoint:
     return Checkpoint(confident, labels, Preprocessing(config.image_size))
 
 
-def slow_checkpoint() -> Checkpoint:
-    """A network that takes tens of milliseconds per image on one core."""
+def slow_bundle(path: Path) -> Bundle:
+    """Only float32, of a network that takes tens of milliseconds per image on one core."""
     torch.manual_seed(0)
     labels = tuple(f"class {index}" for index in range(SLOW.classes))
-    return Checkpoint(ViT(SLOW).eval(), labels, Preprocessing(SLOW.image_size))
+    source = Checkpoint(ViT(SLOW).eval(), labels, Preprocessing(SLOW.image_size))
+    return build_bundle(source, path, name="slow", precisions=[])
 
 
-def built_once(path: Path, source: Checkpoint) -> Bundle:
-    """In float32. Processes of one run that build the same bundle wait for the first of them."""
+def built_once(path: Path, build: Callable[[Path], Bundle]) -> Bundle:
+    """Processes of one run that need the same bundle wait for the first of them to build it. Do not change it."""
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            build_bundle(source, path, name=path.name, precisions=[])
+            build(path)
     return open_bundle(path)
 
 
