@@ -33,20 +33,23 @@ _MODULE = vars(nn.Module())  # what every module has
 def traces_in(directory: Path) -> Iterator[None]:
     """Exports inside the ``with`` block keep their graphs in ``directory``. Several processes may use it at once."""
 
+    trace_now = trace
+
     def kept_trace(network: nn.Module, image_size: int, path: Path) -> None:
         kept = directory / identity(network, image_size)
         if not kept.exists():
             with tempfile.TemporaryDirectory(dir=directory) as temporary:
                 made = Path(temporary) / "made"
                 made.mkdir()
-                trace(network, image_size, made / path.name)
+                trace_now(network, image_size, made / path.name)
                 with suppress(OSError):  # another process was faster
                     os.rename(made, kept)
         for file in kept.iterdir():
             shutil.copy(file, path.with_name(file.name))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module, "trace", kept_trace)
+        for user in (build_module.__name__, __name__):
+            patch.setattr(f"{user}.trace", kept_trace)
         # The exporter reads its table of operators again for each graph, which takes a fifth of the time.
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
@@ -55,7 +58,7 @@ def traces_in(directory: Path) -> Iterator[None]:
 def traced(network: Network, preprocessing: Preprocessing, path: Path) -> Path:
     """Writes the graph that an export of the network would write to ``path``. Returns ``path``."""
     optimized = OptimizedNetwork(network, preprocessing).eval()
-    build_module.trace(optimized, preprocessing.image_size, path)
+    trace(optimized, preprocessing.image_size, path)
     return path
 
 
