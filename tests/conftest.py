@@ -5,6 +5,7 @@ torch is imported in the fixtures, because the process that distributes the test
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import warnings
@@ -25,6 +26,12 @@ pytest_plugins = ["tests.support.gpu.fixtures"]
 # Without a deadline: how long an example takes depends on how busy the machine is.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+
+def pytest_collection_finish() -> None:
+    """The imported modules stay until the end. From now on, the garbage collector does not visit their objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,8 +35,8 @@ def test_admitted_images_are_finished_once_and_in_time(count: int) -> None:
     assert 0.6 * len(arrivals) < len(simulation.finished) < 0.7 * len(arrivals), "only the excess load is rejected"
 
 
-@pytest.mark.parametrize("engines", [1, 2, 3])
-@pytest.mark.parametrize("streams", [1, 2, 3])
+@pytest.mark.parametrize("engines", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("streams", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("load", [0.3, 0.9, 3.0])
 def test_admitted_images_are_in_time_at_every_load(engines: int, streams: int, load: float) -> None:
     arrivals = list(poisson(2_500, load * capacity(engines, streams), workers=2, seed=streams, priorities=(1, 5, 9)))
@@ -47,7 +47,7 @@ def test_admitted_images_are_in_time_at_every_load(engines: int, streams: int, l
         assert len(simulation.rejected) < 0.1 * len(arrivals)
 
 
-@pytest.mark.parametrize("load", [0.9, 1.5, 3.0])
+@pytest.mark.parametrize("load", [0.9, pytest.param(1.5, marks=pytest.mark.slow), 3.0])
 @pytest.mark.parametrize("share", [0.3, 0.9, 3.0], ids=["rarely", "often", "always"])
 def test_images_that_wait_for_a_decode_thread_are_in_time(share: float, load: float) -> None:
     """``share`` is the time that decoding needs, relative to the engines: above 1, decoding is the bottleneck."""
