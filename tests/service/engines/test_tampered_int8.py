@@ -10,7 +10,7 @@ import httpx
 import openvino
 import pytest
 
-from tests.support.bundles import SMALL, artifact_in, int8_bundle
+from tests.support.bundles import SMALL, artifact_in
 from tests.support.images import encoded, random_image
 from tests.support.server import start_server
 from vitserve.model.bundle.bundle import MANIFEST, Bundle, open_bundle, sha256
@@ -19,16 +19,10 @@ from vitserve.service.engines.engine import EngineOptions
 from vitserve.service.engines.selection import open_engine
 
 
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    pytest.importorskip("nncf", reason="nncf is not installed")
-    return int8_bundle(tmp_path_factory.mktemp("int8") / "bundle")
-
-
-def tampered(quantized: Bundle, path: Path, layer: int) -> Path:
+def tampered(int8_bundle: Bundle, path: Path, layer: int) -> Path:
     """A copy of the bundle in which one layer's scales are doubled, with matching checksums."""
-    directory = Path(shutil.copytree(quantized.path, path))
-    artifact = artifact_in(quantized, "int8")
+    directory = Path(shutil.copytree(int8_bundle.path, path))
+    artifact = artifact_in(int8_bundle, "int8")
     model = openvino.Core().read_model(directory / artifact.path)
     products = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
     layers = [node for node in products if len(node.input_value(1).get_shape()) == 2]
@@ -47,15 +41,15 @@ def tampered(quantized: Bundle, path: Path, layer: int) -> Path:
     return directory
 
 
-def test_layer_with_doubled_scales_is_rejected(quantized: Bundle, tmp_path: Path) -> None:
+def test_layer_with_doubled_scales_is_rejected(int8_bundle: Bundle, tmp_path: Path) -> None:
     """First and last layers, attention and MLP.
 
     Not the last block's query: it serves one token, so that doubling it changes less than int8 itself does.
     """
-    opened = open_engine(quantized, EngineOptions(precision="int8"))
+    opened = open_engine(int8_bundle, EngineOptions(precision="int8"))
     opened.engine.close()
     for layer in (0, 3, 5, 4 * SMALL.depth - 3, 4 * SMALL.depth - 1):
-        broken = open_bundle(tampered(quantized, tmp_path / str(layer), layer))
+        broken = open_bundle(tampered(int8_bundle, tmp_path / str(layer), layer))
         opened = open_engine(broken, EngineOptions(), first=("openvino", "int8"))
         opened.engine.close()
         assert opened.engine.precision != "int8", f"layer {layer}"
@@ -63,10 +57,10 @@ def test_layer_with_doubled_scales_is_rejected(quantized: Bundle, tmp_path: Path
 
 
 def test_service_starts_with_the_next_engine_and_reports_why(
-    quantized: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    int8_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    broken = tampered(quantized, tmp_path / "broken", 5)
+    broken = tampered(int8_bundle, tmp_path / "broken", 5)
     save_tuning_result(sha256(broken / MANIFEST), TuningResult("openvino", "int8", 1, 1, 1.0))
     running = start_server("--bundle", str(broken))
     with httpx.Client(base_url=running.url) as client:

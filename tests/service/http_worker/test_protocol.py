@@ -12,25 +12,19 @@ import pytest
 
 from tests.support.http import connect, metric
 from tests.support.images import encoded, random_image
-from tests.support.networks import checkpoint
 from tests.support.server import Server, start_server
 from tests.support.waiting import eventually
-from vitserve.export.build_bundle import build_bundle
-from vitserve.model.config import ViTConfig
+from vitserve.model.bundle.bundle import Bundle
 
 IMAGE = encoded(random_image())
 REJECTED = "/v1/classify?timeout_ms=1"  # no image can be classified within a millisecond
 ALLOWED_BYTES = 1_048_576  # of a rejected body, after which the connection is kept
 
 
-SLOW = ViTConfig(image_size=224, patch_size=8, width=64, depth=4, heads=2, mlp_width=128, classes=7)
-
-
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def slow(slow_bundle: Bundle) -> Iterator[Server]:
     """A server whose network takes more than a millisecond for an image."""
-    bundle = build_bundle(checkpoint(SLOW), tmp_path_factory.mktemp("slow") / "bundle", name="slow", precisions=[])
-    running = start_server("--bundle", str(bundle.path))
+    running = start_server("--bundle", str(slow_bundle.path))
     yield running
     assert running.stop() == 0
 

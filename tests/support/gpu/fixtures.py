@@ -14,7 +14,6 @@ import pytest
 
 from tests.support.gpu.cuda import Device, cuda_modules
 from tests.support.gpu.tensorrt import tensorrt_of
-from tests.support.networks import TINY
 from tests.support.paths import ROOT
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.service.engines.gpu_artifacts import PlanOptions
@@ -57,6 +56,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 
 @pytest.fixture
 def plan(gpu: Gpu, bundle: Bundle, tmp_path: Path) -> Path:
+    from tests.support.networks import TINY
+
     path = tmp_path / "tiny.plan"
     gpu.build.plan_for(bundle.path / "model.onnx", path, TINY.depth, gpu.options)
     return path
