@@ -31,7 +31,6 @@ from vitserve.model.bundle.images.resample import Target, is_transposed, peak_by
 
 __all__ = [
     "DamagedImageError",
-    "DecodeCost",
     "Decoder",
     "Header",
     "ImageError",
@@ -112,31 +111,33 @@ class Header:
 
 
 @dataclass(frozen=True)
-class DecodeCost:
-    """Estimates from the header of an image."""
-
-    bytes: int  # upper bound of the memory, without the encoded image
-    seconds: float  # of one core
-
-
-@dataclass(frozen=True)
 class OpenedImage:
     """An image whose header was read and is within all limits. Nothing of it is decoded yet."""
 
-    header: Header
+    wanted: tuple[int, int]  # width and height after the resize, as stored
     _encoded: EncodedImage
     _preprocessing: Preprocessing
 
     @property
-    def cost(self) -> DecodeCost:
-        """What pixels() will take, estimated from the header."""
-        image, orientation = self._encoded, self.header.orientation
+    def header(self) -> Header:
+        image = self._encoded
+        return Header(image.format, image.mode, image.orientation, math.prod(image.size), self.wanted)
+
+    @property
+    def seconds(self) -> float:
+        """An estimate of the time that pixels() takes on one core, from the header."""
+        image = self._encoded
         footprint = image.footprint
-        bytes_ = peak_bytes(footprint, image.size, orientation, self._target(orientation))
-        pixels = self.header.pixels / footprint.scale**2
-        resizing = (pixels + math.prod(self.header.wanted)) * _RESIZE_SECONDS
+        pixels = math.prod(image.size) / footprint.scale**2
+        resizing = (pixels + math.prod(self.wanted)) * _RESIZE_SECONDS
         converting = pixels * footprint.converted * _CONVERT_SECONDS
-        return DecodeCost(bytes_, _OVERHEAD_SECONDS + image.seconds + converting + resizing)
+        return _OVERHEAD_SECONDS + image.seconds + converting + resizing
+
+    @property
+    def peak_bytes(self) -> int:
+        """An upper bound of the memory that pixels() takes, from the header. Without the encoded image."""
+        image = self._encoded
+        return peak_bytes(image.footprint, image.size, image.orientation, self._target(image.orientation))
 
     def pixels(self) -> Pixels:
         """uint8 [image size, image size, 3]. Raises ImageError."""
@@ -146,19 +147,25 @@ class OpenedImage:
         except ImageError as error:
             raise error.with_traceback(None) from None
         except MemoryError:
-            raise TooManyPixelsError(f"decoding the image takes more than {self.cost.bytes:,} bytes") from None
+            raise TooManyPixelsError(f"decoding the image takes more than {self.peak_bytes:,} bytes") from None
         except Exception as error:  # Pillow's decoders may raise any exception for hostile bytes
             raise DamagedImageError("the image's data is truncated or damaged") from error.with_traceback(None)
         finally:
-            if self.header.pixels >= _LARGE_PIXELS and self.cost.bytes >= _LARGE_BYTES:
+            if self.header.pixels >= _LARGE_PIXELS and self.peak_bytes >= _LARGE_BYTES:
                 _return_freed_memory()
 
     def _decoded(self) -> Pixels:
-        decoded = self._encoded.decode()
+        image, side = self._encoded, self._preprocessing.image_size
+        # Nothing is left to do after decoding.
+        if isinstance(image, JpegImage) and image.scaled == self.wanted == (side, side) and image.is_plain:
+            pixels = image.array()
+            if pixels is not None:
+                return pixels
+        decoded = image.decode()
         return np.asarray(square(decoded, self._target(decoded.orientation)))
 
     def _target(self, orientation: int) -> Target:
-        wanted = self.header.wanted[::-1] if is_transposed(orientation) else self.header.wanted
+        wanted = self.wanted[::-1] if is_transposed(orientation) else self.wanted
         left, top, side = self._preprocessing.cropped(*wanted)
         return Target(wanted, left, top, side, _RESAMPLING[self._preprocessing.interpolation])
 
@@ -175,10 +182,9 @@ class Decoder:
         """Reads the header and checks all limits. Raises ImageError. The data after the header is not checked."""
         image = _read_header(encoded if isinstance(encoded, bytes) else bytes(encoded))
         wanted = self._size_to_resize_to(*image.size)
-        header = Header(image.format, image.mode, image.orientation, image.size[0] * image.size[1], wanted)
         if self.jpeg_draft and isinstance(image, JpegImage):
             image = image.reduced(*(math.ceil(side * _DRAFT_GAP) for side in wanted))
-        return OpenedImage(header, image, self.preprocessing)
+        return OpenedImage(wanted, image, self.preprocessing)
 
     @property
     def on_cpu(self) -> Decoder:

@@ -29,7 +29,7 @@ def measure(decoder: Decoder, image: bytes) -> dict[str, object]:
     estimate, error = 0, ""
     try:
         opened = decoder.open(image)
-        estimate = opened.cost.bytes
+        estimate = opened.peak_bytes
         opened.pixels()
     except ImageError as raised:
         error = type(raised).__name__

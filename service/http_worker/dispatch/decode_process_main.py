@@ -49,7 +49,7 @@ def decode(description: dict[str, object], encoded: bytes) -> list[bytes]:
     """The pixels, or the class name and the message of an error."""
     try:
         image = decoder_of(description).open(encoded)
-        limit_address_space(image.cost.bytes + len(encoded))
+        limit_address_space(image.peak_bytes + len(encoded))
         return [image.pixels().tobytes()]
     except preprocess.ImageError as error:
         return [type(error).__name__.encode(), str(error).encode()]

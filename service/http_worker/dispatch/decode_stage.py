@@ -100,7 +100,7 @@ class DecodeStage:
         """On the event loop."""
         if len(job.encoded) <= _MAX_OPENED_BYTES:
             job.image = open_image(self.decoder, job.encoded)
-            if isinstance(job.image, errors.ServiceError) or job.image.cost.seconds <= self._max_seconds_on_loop:
+            if isinstance(job.image, errors.ServiceError) or job.image.seconds <= self._max_seconds_on_loop:
                 self._decode(job, job.image, on_loop=True)
                 return
             if self._start_large(job, job.image, on_loop=True):
@@ -132,48 +132,47 @@ class DecodeStage:
 
     def _start_large(self, job: ImageJob, image: OpenedImage, on_loop: bool) -> bool:
         """False if the image is not large."""
-        cost = image.cost
-        if cost.seconds <= MAX_THREAD_SECONDS and cost.bytes <= THREAD_BYTES:
+        if image.seconds <= MAX_THREAD_SECONDS and image.peak_bytes <= THREAD_BYTES:
             return False
-        error = self._large_error(job, cost)
+        error = self._large_error(job, image)
         if error is None:
             job.waits_as_large = True
-            work, now = partial(self._decode_large, job, cost), time.monotonic()
-            self._workers.large_pool.submit(_sort_key(job), 9 - job.slot.priority, work, now, cost.seconds)
+            work, now = partial(self._decode_large, job, image), time.monotonic()
+            self._workers.large_pool.submit(_sort_key(job), 9 - job.slot.priority, work, now, image.seconds)
         else:
             self._finished(job, error, False, on_loop)
         return True
 
-    def _large_error(self, job: ImageJob, cost: preprocess.DecodeCost) -> errors.ServiceError | None:
+    def _large_error(self, job: ImageJob, image: OpenedImage) -> errors.ServiceError | None:
         """Why the image is rejected before it is decoded."""
-        if cost.bytes > self._workers.memory.capacity:
+        if image.peak_bytes > self._workers.memory.capacity:
             return errors.ImageTooLargeError(
-                f"decoding the image takes up to {cost.bytes:,} bytes;"
+                f"decoding the image takes up to {image.peak_bytes:,} bytes;"
                 f" the limit for all images is {self._workers.memory.capacity:,}"
             )
         if job.admitted:
             return None
         now, deadline = time.monotonic(), job.slot.deadline
         pool, level = self._workers.large_pool, 9 - job.slot.priority
-        queued_until = pool.decoded_at(_sort_key(job), level, now, cost.seconds)
-        decoded_at = max(now + self._expected_seconds(cost), queued_until)
+        queued_until = pool.decoded_at(_sort_key(job), level, now, image.seconds)
+        decoded_at = max(now + self._expected_seconds(image), queued_until)
         return None if decoded_at <= deadline else too_many_large_images(decoded_at - deadline)
 
-    def _decode_large(self, job: ImageJob, cost: preprocess.DecodeCost) -> float | None:
+    def _decode_large(self, job: ImageJob, image: OpenedImage) -> float | None:
         began = time.monotonic()
         error: errors.ServiceError | None = job.late_error(began)
-        late_seconds = began + self._expected_seconds(cost) - job.slot.deadline
+        late_seconds = began + self._expected_seconds(image) - job.slot.deadline
         if late_seconds > 0 and not (job.admitted or job.abandoned):
             error = too_many_large_images(late_seconds)
         job.waits_as_large = False
         if decoded := error is None:
-            error = self._decode_in_process(job, cost.bytes)
+            error = self._decode_in_process(job, image.peak_bytes)
         job.decode_seconds = time.monotonic() - began
         self._finished(job, error, decoded, False)
         return job.decode_seconds if decoded else None
 
-    def _expected_seconds(self, cost: preprocess.DecodeCost) -> float:
-        return cost.seconds * max(1.0, self._workers.large_pool.seconds)
+    def _expected_seconds(self, image: OpenedImage) -> float:
+        return image.seconds * max(1.0, self._workers.large_pool.seconds)
 
     def _decode_in_process(self, job: ImageJob, size: int) -> errors.ServiceError | None:
         workers, deadline = self._workers, job.slot.deadline

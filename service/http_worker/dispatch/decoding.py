@@ -9,7 +9,7 @@ import logging
 from typing import Protocol
 
 from vitserve.model.arrays import Pixels
-from vitserve.model.bundle.preprocess import DecodeCost, Decoder, ImageError, Preprocessing
+from vitserve.model.bundle.preprocess import Decoder, ImageError, Preprocessing
 from vitserve.service import errors
 from vitserve.service.settings import Settings
 
@@ -20,8 +20,12 @@ class OpenedImage(Protocol):
     """An image whose header was read."""
 
     @property
-    def cost(self) -> DecodeCost:
-        """Estimates of what pixels() takes."""
+    def seconds(self) -> float:
+        """An estimate of the time that pixels() takes on one core."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """An upper bound of the memory that pixels() takes."""
 
     def pixels(self) -> Pixels:
         """uint8 [image size, image size, 3]. Raises ImageError."""

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from nvidia import nvimgcodec
 from PIL import Image
 
 from vitserve.model.arrays import Pixels
-from vitserve.model.bundle.preprocess import DecodeCost, Decoder, Header, OpenedImage
+from vitserve.model.bundle.preprocess import Decoder, Header, OpenedImage
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +50,19 @@ class _Job:
     done: bool = False
 
 
-class _DeviceImage(NamedTuple):
+@dataclass(frozen=True)
+class _DeviceImage:
     """An image that the device decodes."""
 
     decoder: GpuDecoder
     encoded: bytes
     opened: OpenedImage
 
+    seconds = _BATCH_SECONDS
+
     @property
-    def cost(self) -> DecodeCost:
-        return DecodeCost(len(self.encoded), _BATCH_SECONDS)  # the pixels are in the device's memory
+    def peak_bytes(self) -> int:
+        return len(self.encoded)  # the pixels are in the device's memory
 
     def pixels(self) -> Pixels:
         return self.decoder.run(self)

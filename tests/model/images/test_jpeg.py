@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,30 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def noise(width: int = 320, height: int = 240, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(np.random.default_rng(7).integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_decoders_give_the_same_pixels(kind: str, mode: str) -> None:
+    for width, height in ((320, 240), (33, 17), (8, 8), (1, 3), (250, 251)):
+        for quality in (30, 95):
+            data = encoded(noise(width, height, mode), "JPEG", quality=quality, **KINDS[kind])
+            for scale in (1, 2, 4, 8):
+                image = replace(jpeg.read(data), scale=scale)
+                pixels = image.array()
+                if pixels is None:  # a size that several scales have
+                    assert scale > 1
+                    assert max(width, height) < 8
+                else:
+                    assert np.array_equal(pixels.squeeze(), np.asarray(image._pixels(data)).squeeze()), (width, scale)
+
+
+def test_every_photo_has_the_same_pixels_with_both_decoders(photos: list[Path]) -> None:
+    jpegs = [jpeg.read(photo.read_bytes()) for photo in photos]
+    for image in jpegs:
+        pixels = image.array()
+        assert pixels is not None
+        assert np.array_equal(pixels.squeeze(), np.asarray(image._pixels(image.encoded)))
 
 
 @pytest.mark.parametrize("decoder", [EXACT, DRAFT], ids=["exact", "draft"])

@@ -21,7 +21,7 @@ from tests.support.dispatching import (
     run_dispatcher,
 )
 from vitserve.model.arrays import Floats, Pixels
-from vitserve.model.bundle.preprocess import DecodeCost, Decoder, Preprocessing
+from vitserve.model.bundle.preprocess import Decoder, Preprocessing
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.decoding import ImageDecoder
 from vitserve.service.http_worker.dispatch.image_job import ImageResult, ModelReplacedError
@@ -133,7 +133,7 @@ def test_a_disconnect_frees_the_slot_before_the_image_runs() -> None:
 class BlockingDecoder:
     """Sets ``decoding`` when decoding starts, and blocks until ``release`` is set."""
 
-    cost = DecodeCost(bytes=0, seconds=0.01)  # so that a decode thread decodes
+    seconds, peak_bytes = 0.01, 0  # a decode thread decodes
 
     def __init__(self, decoder: ImageDecoder) -> None:
         self.decoder, self.decoding, self.release = decoder, threading.Event(), threading.Event()
