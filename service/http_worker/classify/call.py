@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from vitserve.service import errors
@@ -17,19 +16,19 @@ from vitserve.service.http_worker.classify.request_parsing import (
     check_length,
     parse_body,
     parse_head,
+    takes_long,
 )
-from vitserve.service.http_worker.classify.response import Outcome, Response, problem
+from vitserve.service.http_worker.classify.response import Outcome, Response, problem, server_timing
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.http_worker.dispatch.image_job import ImageJob
 from vitserve.service.http_worker.dispatch.image_job import Outcome as JobOutcome
+from vitserve.service.http_worker.exchange import request_id
 from vitserve.service.http_worker.state import State
 
 log = logging.getLogger(__name__)
 
 ROUTE = "/v1/classify"
-# Larger bodies that must be parsed are parsed on a thread: a megabyte of JSON takes milliseconds.
-_MAX_PARSED_ON_LOOP = 262_144
-_CLIENT_CLOSED_REQUEST = "499"  # nginx's code for a client that disconnects; only the metrics see it
+_CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that disconnects; only metrics and the log see it
 
 
 class ClassifyCall:
@@ -52,14 +51,27 @@ class ClassifyCall:
         self._jobs: list[ImageJob] = []
         self._outcomes: list[JobOutcome | None] = []
         self._missing = 0  # outcomes that have not arrived
+        self._client: tuple[str, int] | None = None
+        self._request_id = b""
+        self._cors_headers: list[tuple[bytes, bytes]] = []
         self.finished = False
 
-    def begin(self, query: bytes, headers: Headers, arrived: float, awaits_continue: bool = False) -> None:
+    def begin(
+        self,
+        query: bytes,
+        headers: Headers,
+        arrived: float,
+        client: tuple[str, int] | None,
+        awaits_continue: bool = False,
+    ) -> None:
         """``arrived``: the earliest time at which the request can have arrived. Its deadline counts from then.
 
-        ``awaits_continue``: the client sends the body only after a response with status 100.
+        ``client``: address and port. ``awaits_continue``: the client sends the body only after a response with
+        status 100.
         """
-        self._arrived = arrived
+        self._arrived, self._client = arrived, client
+        self._request_id = request_id.of(headers)
+        self._cors_headers = self._state.cors.headers(headers)
         with _Errors(self):
             self._dispatcher = self._state.serving()
             self._head = parse_head(query, headers, self._state.settings)
@@ -89,12 +101,12 @@ class ClassifyCall:
         self._state.metrics.observe(self._state.metrics.all.read_seconds, self._read_seconds)
         classes = len(self._dispatcher.model_info.labels)
         parse = partial(parse_body, self._head, body, self._state.settings, classes)
-        if len(body) <= _MAX_PARSED_ON_LOOP or self._head.media_type.startswith(("image/", "application/octet")):
+        if takes_long(self._head, body):
+            parsing = asyncio.get_running_loop().run_in_executor(self._state.parsing_threads, parse)
+            parsing.add_done_callback(self._parsed)
+        else:
             with _Errors(self):
                 self._submit(parse())
-        else:
-            parsing = asyncio.get_running_loop().run_in_executor(None, parse)
-            parsing.add_done_callback(self._parsed)
 
     def cancel(self) -> None:
         """The client has disconnected. Its slots become free."""
@@ -151,17 +163,27 @@ class ClassifyCall:
                 dispatcher.admission.remember(request.timeout_ms, self._head.priority, first)
             raise first
         encoder = self._state.encoder(dispatcher)
-        self._send(encoder.classification(outcomes, request.top_k, self._read_seconds))
+        self._send(encoder.classification(outcomes, request.top_k, self._read_seconds), "", outcomes)
 
     # -- the response
 
-    def _send(self, response: Response) -> None:
-        self._finish(str(response.status))
+    def _send(self, response: Response, code: str, outcomes: Sequence[Outcome] = ()) -> None:
+        self._finish(response.status, code, outcomes)
+        response.headers.append((request_id.HEADER, self._request_id))
+        response.headers.extend(self._cors_headers)
         self._respond(response)
 
-    def _finish(self, status: str) -> None:
+    def _finish(self, status: int, code: str = "", outcomes: Sequence[Outcome] = ()) -> None:
         self.finished = True
-        self._state.count_request(ROUTE, status, time.monotonic() - self._began)
+        seconds = time.monotonic() - self._began
+        self._state.count_request(ROUTE, str(status), seconds)
+        if self._state.request_log.on:
+            failed = {outcome.code for outcome in outcomes if isinstance(outcome, errors.ServiceError)}
+            code = code or ",".join(sorted(failed))
+            details = f"images={len(self._outcomes)} {server_timing(self._read_seconds, outcomes).decode()}"
+            details = details.replace(";dur=", "_ms=").replace(",", "")
+            about = self._request_id, self._client, "POST", ROUTE
+            self._state.request_log.write(*about, status, code, seconds, details)
 
     def _abandon(self) -> None:
         if self._dispatcher is not None:
@@ -175,10 +197,9 @@ class ClassifyCall:
                 log.error("unexpected error after a response", exc_info=error)
             return
         if not isinstance(error, errors.ServiceError):
-            request_id = uuid.uuid4().hex  # the client receives only this id; the details are in the log
-            log.error("request %s failed", request_id, exc_info=error)
-            error = errors.ServiceError(f"internal server error (request id {request_id})")
-        self._send(problem(error))
+            log.error("request %s failed", self._request_id.decode(), exc_info=error)
+            error = errors.internal(self._request_id.decode())
+        self._send(problem(error), error.code)
         self._abandon()
 
     def _count_images(self, outcomes: list[Outcome]) -> None:

@@ -63,7 +63,7 @@ def test_problems_have_a_status_and_a_stable_code(
     ("body", "content_type", "query", "message"),
     [
         (IMAGE, "image/png", "?topk=5", "unknown query parameter 'topk'; allowed: top_k, timeout_ms"),
-        (text_part("topk"), FORM, "", "unknown non-file form field 'topk'; allowed: top_k, timeout_ms"),
+        (text_part("topk"), FORM, "", "unknown form field 'topk'; allowed: top_k, timeout_ms"),
         (b'{"images": [""], "topk": 5}', "application/json", "", "unknown field 'topk'; allowed: images, top_k, time"),
         (b'{"images": [""]}', "application/json", "?images=x", "unknown query parameter 'images'; allowed: top_k, tim"),
     ],
