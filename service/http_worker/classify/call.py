@@ -95,13 +95,12 @@ class ClassifyCall:
         """The body is complete."""
         assert self._head is not None
         assert self._dispatcher is not None
-        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks = []
+        chunks, self._chunks = self._chunks, []
         self._read_seconds = time.monotonic() - self._began
         self._state.metrics.observe(self._state.metrics.all.read_seconds, self._read_seconds)
         classes = len(self._dispatcher.model_info.labels)
-        parse = partial(parse_body, self._head, body, self._state.settings, classes)
-        if takes_long(self._head, body):
+        parse = partial(parse_body, self._head, chunks, self._state.settings, classes)
+        if takes_long(self._head, chunks, self._length):
             parsing = asyncio.get_running_loop().run_in_executor(self._state.parsing_threads, parse)
             parsing.add_done_callback(self._parsed)
         else:
@@ -112,15 +111,17 @@ class ClassifyCall:
         """The client has disconnected. Its slots become free."""
         if not self.finished:
             self._finish(_CLIENT_CLOSED_REQUEST)
-            self._abandon()
+            self._release()
 
     # -- images
 
     def _parsed(self, parsing: asyncio.Future[ClassifyRequest]) -> None:
-        with _Errors(self):
-            request = parsing.result()
-            if not self.finished:
-                self._submit(request)
+        error = parsing.exception()
+        if error is not None:  # raising it here would create a cycle, which keeps the body until it is collected
+            self.fail(error)
+        elif not self.finished:
+            with _Errors(self):
+                self._submit(parsing.result())
 
     def _submit(self, request: ClassifyRequest, admitted: bool = False) -> None:
         """``admitted``: by a model that has been replaced since."""
@@ -130,7 +131,7 @@ class ClassifyCall:
         self._state.image_bytes.record(request)
         self._missing = len(request.images)
         self._outcomes = [None] * len(request.images)
-        self._jobs = []
+        jobs = self._jobs = list[ImageJob]()  # an image may be rejected, and the call be finished, in submit()
         deadline = self._arrived + request.timeout_ms / 1000
         for index, image in enumerate(request.images):
             if isinstance(image, errors.ServiceError):
@@ -138,7 +139,7 @@ class ClassifyCall:
             else:
                 on_done = partial(self._image_done, index)
                 job = self._dispatcher.submit(image, deadline, self._head.priority, on_done, admitted)
-                self._jobs.append(job)
+                jobs.append(job)
 
     def _image_done(self, index: int, outcome: JobOutcome) -> None:
         self._outcomes[index] = outcome
@@ -161,7 +162,8 @@ class ClassifyCall:
         if isinstance(first, errors.ServiceError) and all(isinstance(outcome, type(first)) for outcome in outcomes):
             if isinstance(first, errors.OverloadedError) and self._head is not None:
                 dispatcher.admission.remember(request.timeout_ms, self._head.priority, first)
-            raise first
+            self.fail(first)
+            return
         encoder = self._state.encoder(dispatcher)
         self._send(encoder.classification(outcomes, request.top_k, self._read_seconds), "", outcomes)
 
@@ -169,6 +171,7 @@ class ClassifyCall:
 
     def _send(self, response: Response, code: str, outcomes: Sequence[Outcome] = ()) -> None:
         self._finish(response.status, code, outcomes)
+        self._release()
         response.headers.append((request_id.HEADER, self._request_id))
         response.headers.extend(self._cors_headers)
         self._respond(response)
@@ -185,10 +188,12 @@ class ClassifyCall:
             about = self._request_id, self._client, "POST", ROUTE
             self._state.request_log.write(*about, status, code, seconds, details)
 
-    def _abandon(self) -> None:
-        if self._dispatcher is not None:
+    def _release(self) -> None:
+        """Withdraws images that are not finished, and frees memory: the connection keeps its latest call."""
+        if self._dispatcher is not None and self._missing:
             for job in self._jobs:
                 self._dispatcher.abandon(job)
+        self._chunks, self._request, self._jobs, self._outcomes = [], None, [], []
 
     def fail(self, error: BaseException) -> None:
         """Responds with a problem, unless the response has been sent."""
@@ -200,7 +205,6 @@ class ClassifyCall:
             log.error("request %s failed", self._request_id.decode(), exc_info=error)
             error = errors.internal(self._request_id.decode())
         self._send(problem(error), error.code)
-        self._abandon()
 
     def _count_images(self, outcomes: list[Outcome]) -> None:
         metrics = self._state.metrics

@@ -22,7 +22,7 @@ def coding_of(header: str) -> str:
     return applied[0] or "" if applied else ""
 
 
-def decoded(body: bytes, coding: str, limit: int) -> bytes:
+def decoded(body: bytes | bytearray, coding: str, limit: int) -> bytes:
     """``limit``: of the decoded bytes. Raises BadRequestError for damaged data, BodyTooLargeError beyond the limit."""
     inflater = zlib.decompressobj(_GZIP if coding == "gzip" else _deflate_format(body))
     pieces: list[bytes] = []
@@ -47,7 +47,7 @@ def decoded(body: bytes, coding: str, limit: int) -> bytes:
     return b"".join(pieces)
 
 
-def _deflate_format(body: bytes) -> int:
+def _deflate_format(body: bytes | bytearray) -> int:
     """RFC 9110 means the zlib format (RFC 1950). Some clients send raw deflate data (RFC 1951) instead."""
     has_zlib_header = len(body) > 1 and body[0] & 0x0F == 8 and (body[0] << 8 | body[1]) % 31 == 0
     return _ZLIB if has_zlib_header else _RAW

@@ -13,7 +13,8 @@ from vitserve.service import errors
 from vitserve.service.http_worker.classify import base64_image
 
 _PIECE_BYTES = 1_048_576
-_MAX_HEADER_BYTES = 8192  # of all headers of a part
+_MAX_HEADER_BYTES, _MAX_HEADERS = 8192, 32  # of a part; further headers are ignored
+_MAX_PARAMETERS = 16  # of a header; further ones are ignored
 _MAX_PADDING_BYTES = 256  # white space after a boundary
 _MAX_BOUNDARY_BYTES = 200  # RFC 2046 allows 70
 # A parameter of a header. A quoted value may end in a backslash: old browsers send paths of Windows.
@@ -27,7 +28,7 @@ class Part(NamedTuple):
     media_type: str  # in lower case; empty without a Content-Type
 
 
-def read_form(content_type: str, body: bytes, max_parts: int) -> list[Part]:
+def read_form(content_type: str, body: bytes | bytearray, max_parts: int) -> list[Part]:
     """Raises BadRequestError."""
     boundary = _boundary(content_type)
     delimiter = b"\r\n--" + boundary
@@ -36,7 +37,7 @@ def read_form(content_type: str, body: bytes, max_parts: int) -> list[Part]:
     if position == -1:
         raise _error(f"the boundary {boundary.decode('latin-1')!r} of the content type is not in the body")
     position = len(delimiter) - 2 if position < 0 else position + len(delimiter)
-    parts: list[Part] = []
+    parts, view = list[Part](), memoryview(body)
     while not body.startswith(b"--", position):
         if len(parts) == max_parts:
             raise _error(f"it has more than {max_parts} parts")
@@ -47,7 +48,7 @@ def read_form(content_type: str, body: bytes, max_parts: int) -> list[Part]:
         position = _find(body, delimiter, end_of_headers + 4)
         if position < 0:
             raise _error("the closing boundary is missing, so the body may be truncated")
-        parts.append(_part(body[start:end_of_headers], body[end_of_headers + 4 : position]))
+        parts.append(_part(bytes(view[start:end_of_headers]), bytes(view[end_of_headers + 4 : position])))
         position += len(delimiter)
     return parts
 
@@ -66,7 +67,7 @@ def _boundary(content_type: str) -> bytes:
     return boundary
 
 
-def _find(body: bytes, delimiter: bytes, start: int) -> int:
+def _find(body: bytes | bytearray, delimiter: bytes, start: int) -> int:
     """As body.find(), in pieces that overlap by the length of the delimiter."""
     while start < len(body):
         found = body.find(delimiter, start, start + _PIECE_BYTES + len(delimiter))
@@ -76,7 +77,7 @@ def _find(body: bytes, delimiter: bytes, start: int) -> int:
     return -1
 
 
-def _end_of_boundary_line(body: bytes, position: int) -> int:
+def _end_of_boundary_line(body: bytes | bytearray, position: int) -> int:
     """Whatever begins like the boundary is the boundary (RFC 2046, 5.1.1), and only white space may follow it."""
     end = body.find(b"\r\n", position, position + _MAX_PADDING_BYTES)
     if end < 0 or body[position:end].strip(b" \t"):
@@ -86,7 +87,7 @@ def _end_of_boundary_line(body: bytes, position: int) -> int:
 
 def _part(header_block: bytes, content: bytes) -> Part:
     headers: dict[bytes, bytes] = {}
-    for line in header_block.split(b"\r\n"):
+    for line in header_block.split(b"\r\n", _MAX_HEADERS)[:_MAX_HEADERS]:
         name, _, value = line.partition(b":")
         headers[name.strip().lower()] = value.strip()
     disposition = headers.get(b"content-disposition", b"")
@@ -116,7 +117,10 @@ def _parameters(header: bytes) -> dict[bytes, bytes]:
     """Names in lower case. Reads from left to right and ends at the first text that is not a parameter."""
     parameters: dict[bytes, bytes] = {}
     position = max(0, header.find(b";"))
-    while match := _PARAMETER.match(header, position):
+    for _ in range(_MAX_PARAMETERS):
+        match = _PARAMETER.match(header, position)
+        if match is None:
+            break
         value = match[2]
         parameters[match[1].lower()] = value[1:-1] if value[:1] == b'"' else value
         position = match.end()

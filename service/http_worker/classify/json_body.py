@@ -24,7 +24,8 @@ _KINDS = {b"[": "a list", b"{": "an object"}
 _SPACE = re.compile(rb"[ \t\r\n]{0,65536}+")
 _NAME = re.compile(rb'"((?:[^"\\]|\\.){0,200}+)"', re.DOTALL)
 _SCALAR = re.compile(rb"[\w.+-]{1,100}+(?![\w.+-])")
-_TEXT = re.compile(rb'(?:[^"\\]{1,4096}+|\\.){0,1024}+', re.DOTALL)  # a piece of a string
+_PIECE_BYTES = 262_144  # of a string with escape sequences
+_MAX_ESCAPED_QUOTES, _MAX_BACKSLASHES = 16, 64  # in the text of an image; a data: URL may have some
 
 
 class JsonBody(NamedTuple):
@@ -32,7 +33,7 @@ class JsonBody(NamedTuple):
     options: dict[str, Any]
 
 
-def read_json(body: bytes, max_images: int, option_names: tuple[str, ...]) -> JsonBody:
+def read_json(body: bytes | bytearray, max_images: int, option_names: tuple[str, ...]) -> JsonBody:
     """Raises BadRequestError."""
     if b"\0" in body[:4]:
         raise errors.BadRequestError("JSON must be encoded in UTF-8")
@@ -74,7 +75,7 @@ def _image(scanner: _Scanner, name: str) -> bytes | errors.BadRequestError:
         value = scanner.scalar(f"{name} must be a base64 string")
         return errors.BadRequestError(f"{name} is {json.dumps(value)[:100]}; an image must be a base64 string")
     try:
-        return base64_image.decode(scanner.text())
+        return base64_image.decode(scanner.text(name))
     except base64_image.Base64Error as error:
         return errors.BadRequestError(f"{name} {error}")
 
@@ -86,14 +87,15 @@ def too_many_images(count: str, max_images: int) -> errors.BadRequestError:
 class _Scanner:
     """Reads values from left to right. All methods raise BadRequestError for invalid JSON."""
 
-    def __init__(self, body: bytes, position: int) -> None:
+    def __init__(self, body: bytes | bytearray, position: int) -> None:
         self._body, self._position = body, position
 
     def next_byte(self) -> bytes:
         """The next byte after white space, which is not consumed. Empty at the end of the body."""
         while True:
-            self._position = self._end_of(_SPACE)
-            found = self._body[self._position : self._position + 1]
+            match = _SPACE.match(self._body, self._position)
+            self._position = match.end() if match else self._position  # it matches an empty text too
+            found = bytes(self._body[self._position : self._position + 1])
             if found not in (b" ", b"\t", b"\r", b"\n"):
                 return found
 
@@ -143,29 +145,42 @@ class _Scanner:
         self._position = match.end()
         return value
 
-    def text(self) -> bytes | memoryview:
-        """The content of a string. Line breaks are accepted: shells put the output of base64 into JSON as it is."""
-        start = self._position + 1
-        end = self._body.find(b'"', start)
-        if end < 0:
-            raise self.unexpected(len(self._body))
-        if self._body.find(b"\\", start, end) >= 0:
-            return self._escaped_text(start)
-        self._position = end + 1
-        return memoryview(self._body)[start:end]
+    def text(self, name: str) -> bytes | memoryview:
+        """The content of a string that should be base64.
 
-    def _escaped_text(self, start: int) -> bytes:
-        pieces: list[bytes] = []
-        self._position = start
-        while self._body[self._position : self._position + 1] != b'"':
-            end = self._end_of(_TEXT)
-            if end == self._position:
+        Line breaks are accepted, although JSON does not allow them: shells insert the output of base64 as it is.
+        """
+        start = self._position + 1
+        end = self._end_of_text(start, name)
+        self._position = end + 1
+        if self._body.find(b"\\", start, end) < 0:
+            return memoryview(self._body)[start:end]
+        return b"".join(self._unescaped(start, end))
+
+    def _end_of_text(self, start: int, name: str) -> int:
+        """The position of the closing quote. Base64 has neither quotes nor backslashes, so only few are skipped."""
+        end = start - 1
+        for _ in range(_MAX_ESCAPED_QUOTES + 1):
+            end = self._body.find(b'"', end + 1)
+            if end < 0:
                 raise self.unexpected(len(self._body))
-            piece = self._body[self._position : end].decode("latin-1")
-            pieces.append(str(self._loads(f'"{piece}"')).encode("utf-8", "surrogatepass"))
-            self._position = end
-        self._position += 1
-        return b"".join(pieces)
+            before = bytes(self._body[max(start, end - _MAX_BACKSLASHES) : end])
+            backslashes = len(before) - len(before.rstrip(b"\\"))
+            if backslashes == _MAX_BACKSLASHES:
+                break
+            if backslashes % 2 == 0:
+                return end
+        raise errors.BadRequestError(f"{name} is not valid base64: it contains quotes or backslashes")
+
+    def _unescaped(self, start: int, end: int) -> Iterator[bytes]:
+        while start < end:
+            stop = min(end, start + _PIECE_BYTES)
+            if stop < end:  # not within an escape sequence, such as \u002b
+                escape = self._body.rfind(b"\\", stop - 6, stop)
+                stop = stop if escape < 0 else escape
+            piece = bytes(self._body[start:stop]).decode("latin-1")
+            yield str(self._loads(f'"{piece}"')).encode("utf-8", "surrogatepass")
+            start = stop
 
     def end(self) -> None:
         if not self.ended():
@@ -185,8 +200,3 @@ class _Scanner:
             return json.loads(token, strict=False)
         except ValueError as error:
             raise self.unexpected() from error
-
-    def _end_of(self, pattern: re.Pattern[bytes]) -> int:
-        match = pattern.match(self._body, self._position)
-        assert match is not None  # all patterns match an empty text
-        return match.end()
