@@ -166,8 +166,11 @@ class ClassifyProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """For a request that cannot be parsed."""
-        response = problem(errors.MalformedRequestError(msg))
-        response.headers.append((request_id.HEADER, request_id.new()))
+        error = errors.MalformedRequestError(msg)
+        response, identifier = problem(error), request_id.new()
+        response.headers.append((request_id.HEADER, identifier))
+        if self.service.request_log.on:
+            self.service.request_log.write(identifier, self.client, "-", "", error.status, error.code, 0.0)
         self._write(response, keep_alive=False)
         self.transport.close()
 

@@ -17,8 +17,8 @@ _MAX_HEADER_BYTES, _MAX_HEADERS = 8192, 32  # of a part; further headers are ign
 _MAX_PARAMETERS = 16  # of a header; further ones are ignored
 _MAX_PADDING_BYTES = 256  # white space after a boundary
 _MAX_BOUNDARY_BYTES = 200  # RFC 2046 allows 70
-# A parameter of a header. A quoted value may end in a backslash: old browsers send paths of Windows.
-_PARAMETER = re.compile(rb';[ \t]*([^\s=;"]+)=("(?:[^"\\]|\\.)*+"|"[^"]*+"|[^;\s"]*)[ \t]*', re.DOTALL)
+# A parameter of a header.
+_PARAMETER = re.compile(rb';[ \t]*([^\s=;"]+)=("(?:[^"\\]|\\.)*+"|[^;\s"]*)[ \t]*', re.DOTALL)
 
 
 class Part(NamedTuple):

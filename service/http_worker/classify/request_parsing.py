@@ -82,7 +82,7 @@ def parse_head(query: bytes, headers: Headers, settings: Settings) -> RequestHea
         elif name == b"vitserve-priority":
             priority = _whole_number(PRIORITY_HEADER, value.decode("latin-1"), 0, 9)
         elif name == b"content-encoding":
-            coding = coding_of(f"{coding},{value.decode('latin-1')}")
+            coding = ",".join(filter(None, [coding, value.decode("latin-1")]))
     options: dict[str, Any] = {}
     timeout_ms = settings.timeout_ms
     if query:
@@ -91,6 +91,7 @@ def parse_head(query: bytes, headers: Headers, settings: Settings) -> RequestHea
         timeout_ms = _timeout_ms(options, settings)
     media_type = content_type.partition(";")[0].strip().lower()
     _check_media_type(media_type)
+    coding = coding_of(coding) if coding else ""
     head = RequestHead(content_type, media_type, coding, content_length, options, timeout_ms, priority)
     if content_length is not None:
         check_length(content_length, settings, exact=True)
