@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 
 import httpx
+import psutil
 import pytest
 
 from tests.support.http import connect
@@ -139,3 +141,24 @@ def test_others_are_answered_while_a_large_body_is_parsed(server: Server) -> Non
             large.recv(65536)
         large.settimeout(60)
         assert large.recv(65536).startswith(b"HTTP/1.1 422")
+
+
+@pytest.mark.parametrize("content_type", [RAW, JSON, FORM])
+def test_connections_keep_no_memory_of_their_last_bodies(server: Server, content_type: str) -> None:
+    """Sixteen connections, each of which sends 8 MB that are rejected, and stays open."""
+    (pid,) = server.pids("vitserve.service.http_worker.main")
+    before = psutil.Process(pid).memory_info().rss
+    body = {
+        RAW: b"%" * 2**23,
+        JSON: b'{"images": ["%b"]}' % (b"AAAA" * 2**21),
+        FORM: PART + b"Content-Type: image/png\r\n\r\n" + b"%" * 2**23 + b"\r\n--B--",
+    }[content_type]
+    head = (
+        f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with contextlib.ExitStack() as connections:
+        for _ in range(16):
+            connection = connections.enter_context(connect(server))
+            connection.sendall(head.encode() + body)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 422")
+        assert psutil.Process(pid).memory_info().rss - before < 64 * 2**20
