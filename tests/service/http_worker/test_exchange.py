@@ -90,7 +90,13 @@ def test_unknown_paths_are_counted(web: httpx.Client) -> None:
     assert metric(web, "vitserve_requests_total", route="other", status="404") == before + 2
 
 
-ROUTES = [("POST", "/v1/classify"), ("GET", "/livez"), ("GET", "/nothing"), ("GET", "/openapi.json")]
+ROUTES = [
+    ("POST", "/v1/classify"),
+    ("POST", "/v1/%63lassify"),
+    ("GET", "/livez"),
+    ("GET", "/nothing"),
+    ("GET", "/openapi.json"),
+]
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
