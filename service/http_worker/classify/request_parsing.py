@@ -5,6 +5,7 @@ Data from clients is never fetched as a URL, unpickled, written to disk or used 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ _URL_ENCODED = "application/x-www-form-urlencoded"  # the default of curl --data
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 # Larger bodies are parsed on a thread. Escaped characters in JSON take longer than all others.
 _MAX_PARSED_ON_LOOP, _MAX_ESCAPED_ON_LOOP = 1_048_576, 65_536
-_MAX_OPTION_BYTES = 100
+_NUMBER = re.compile(r"\s*[+-]?[0-9]{1,100}\s*", re.ASCII)  # int() accepts more, such as 1_0
 
 Headers = Iterable[tuple[bytes, bytes]]  # names in lower case
 
@@ -184,7 +185,7 @@ def _from_form(head: RequestHead, body: bytes | bytearray, settings: Settings, o
         if part.has_file_name or (part.name not in _OPTIONS and not _is_text(part.media_type)):
             images.append(part.content)
         elif part.name in _OPTIONS:
-            options[part.name] = part.content[:_MAX_OPTION_BYTES].decode("latin-1")
+            options[part.name] = part.content.decode("latin-1")
         else:
             raise errors.BadRequestError(
                 f"unknown form field {part.name[:100]!r}; allowed: {', '.join(_OPTIONS)}, and images, "
@@ -203,7 +204,7 @@ def _timeout_ms(options: dict[str, Any], settings: Settings) -> int:
 
 def _whole_number(name: str, value: Any, low: int, high: int) -> int:
     try:
-        if isinstance(value, (bool, float)):
+        if isinstance(value, (bool, float)) or (isinstance(value, str) and not _NUMBER.fullmatch(value)):
             raise ValueError
         number = int(value)
     except (TypeError, ValueError) as error:

@@ -40,6 +40,9 @@ PROBLEMS: dict[str, tuple[int, str, bytes, str, str]] = {
     "top_k of zero": (400, "bad_request", IMAGE, "image/png", "?top_k=0"),
     "top_k above the number of classes": (400, "bad_request", IMAGE, "image/png", "?top_k=8"),
     "top_k of letters": (400, "bad_request", IMAGE, "image/png", "?top_k=many"),
+    "top_k with an underscore": (400, "bad_request", IMAGE, "image/png", "?top_k=0_1"),
+    "top_k in other digits": (400, "bad_request", IMAGE, "image/png", "?top_k=%F0%9D%9F%93"),
+    "top_k with a tail": (400, "bad_request", text_part("top_k", "1" + " " * 200 + "x"), FORM, ""),
     "timeout of zero": (400, "bad_request", IMAGE, "image/png", "?timeout_ms=0"),
 }
 
