@@ -1,8 +1,7 @@
 """Exceptions mapped to RFC 9457 problem responses. Each class has an HTTP status and a stable ``code``.
 
 ServiceError 500 internal                    an unexpected failure; the log has the details
-├── BadRequestError 400                      malformed body, unknown option, or an option out of range
-├── MalformedRequestError 400                not HTTP/1.1, or a method that is not supported
+├── BadRequestError 400                      malformed HTTP or body, unknown option, or an option out of range
 ├── ForbiddenError 403                       wrong admin key, or none is configured
 ├── NotFoundError 404                        no such path
 ├── MethodNotAllowedError 405                the path exists, with the methods in the header Allow
@@ -62,10 +61,6 @@ class ServiceError(Exception):
 
 class BadRequestError(ServiceError):
     status, code, title = 400, "bad_request", "Invalid request"
-
-
-class MalformedRequestError(ServiceError):
-    status, code, title = 400, "malformed_request", "Not a valid HTTP request"
 
 
 class ForbiddenError(ServiceError):

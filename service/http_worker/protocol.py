@@ -73,11 +73,11 @@ class ClassifyProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             if self.parser.get_method() == b"CONNECT":  # it opens a tunnel, with or without an Upgrade header
-                self.send_400_response("The method CONNECT is not supported.")
+                self.send_400_response("the method CONNECT is not supported")
             else:
                 self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            self.send_400_response("the request is not valid HTTP/1.1")
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Handles the request as HTTP/1.1 (RFC 9110, 7.8): clients offer HTTP/2 with their first request.
@@ -166,7 +166,7 @@ class ClassifyProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """For a request that cannot be parsed."""
-        error = errors.MalformedRequestError(msg)
+        error = errors.BadRequestError(msg)
         response, identifier = problem(error), request_id.new()
         response.headers.append((request_id.HEADER, identifier))
         if self.service.request_log.on:

@@ -65,9 +65,9 @@ PROBLEMS = [
     ("OPTIONS", "/v1/classify", 405, "method_not_allowed", "POST"),
     ("POST", "/livez", 405, "method_not_allowed", "GET, HEAD"),
     ("PUT", "/docs", 405, "method_not_allowed", "GET, HEAD"),
-    ("BREW", "/", 400, "malformed_request", None),
-    ("GET", "/livez HTTP/3.0\r\nx:", 400, "malformed_request", None),
-    ("CONNECT", "x:80", 400, "malformed_request", None),
+    ("BREW", "/", 400, "bad_request", None),
+    ("GET", "/livez HTTP/3.0\r\nx:", 400, "bad_request", None),
+    ("CONNECT", "x:80", 400, "bad_request", None),
 ]
 
 
@@ -185,7 +185,7 @@ def test_every_request_is_one_line_of_the_log(running: Server, web: httpx.Client
     found = {match[1]: match for match in matches}
     logged = [(int(found[name][4]), found[name][5]) for name in ids]
     unreadable = ["not_an_image", "not_an_image", "bad_request"]
-    codes = ["-", "-", *unreadable, "-", "not_found", "not_found", "malformed_request"]
+    codes = ["-", "-", *unreadable, "-", "not_found", "not_found", "bad_request"]
     assert logged == [(response.status_code, code) for response, code in zip(responses, codes, strict=True)]
     assert found[ids[0]][6].startswith(" images=1 read_ms=")
     assert "inference_ms" in found[ids[2]][6]
