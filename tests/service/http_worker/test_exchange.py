@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import re
 import socket
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from tests.support.images import encoded, random_image
 from tests.support.server import Server, start_server
 from tests.support.waiting import eventually
 from vitserve.model.bundle.bundle import Bundle
-from vitserve.service.http_worker.exchange import request_log
 from vitserve.service.http_worker.exchange.request_log import RequestLog
 
 IMAGE = encoded(random_image(), "JPEG")
@@ -111,7 +111,7 @@ def test_the_id_of_the_client_is_returned(web: httpx.Client, method: str, path: 
 def test_a_missing_or_unsuitable_id_is_replaced(
     web: httpx.Client, method: str, path: str, identifier: str | None
 ) -> None:
-    headers = {} if identifier is None else {"x-request-id": identifier.encode("latin-1")}
+    headers = {} if identifier is None else {b"x-request-id": identifier.encode("latin-1")}
     returned = [web.request(method, path, headers=headers).headers["x-request-id"] for _ in range(2)]
     assert len(set(returned)) == 2
     assert all(re.fullmatch(r"[0-9a-f]{16}-[0-9a-f]+", new) for new in returned)
@@ -209,7 +209,7 @@ def test_the_level_and_the_sample_select_requests(
 def test_half_of_the_requests_are_chosen_at_random(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_log.random, "random", iter([0.2, 0.7, 0.49, 0.5]).__next__)
+    monkeypatch.setattr(random, "random", iter([0.2, 0.7, 0.49, 0.5]).__next__)
     for number in range(4):
         RequestLog("all", 0.5).write(b"%d" % number, None, "GET", "/", 404, "", 0.1)
     assert [record.getMessage()[:4] for record in caplog.records] == ["id=0", "id=2"]
