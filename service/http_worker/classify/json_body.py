@@ -62,7 +62,8 @@ def read_json(body: bytes | bytearray, max_images: int, option_names: tuple[str,
 def _images(scanner: _Scanner, max_images: int) -> Images:
     images: Images = []
     if scanner.next_byte() != b"[":
-        raise scanner.unexpected() if scanner.ended() else errors.BadRequestError(f"{_STRUCTURE}; images is a list")
+        reason = errors.BadRequestError("the field 'images' must be a list of base64 strings")
+        raise scanner.unexpected() if scanner.ended() else reason
     for _ in scanner.items(b"]"):
         if len(images) == max_images:
             raise too_many_images(f"more than {max_images}", max_images)

@@ -96,7 +96,14 @@ BODIES: dict[str, Case] = {
         "more than 64 images; the allowed number is 1 to 64",
     ),
     "field twice": (b'{"top_k": 1, "top_k": 2}', JSON, "", 400, "bad_request", "the field 'top_k' occurs twice"),
-    "one image": (json.dumps({"images": TEXT}).encode(), JSON, "", 400, "bad_request", "images is a list"),
+    "one image": (
+        json.dumps({"images": TEXT}).encode(),
+        JSON,
+        "",
+        400,
+        "bad_request",
+        "the field 'images' must be a list",
+    ),
     "list": (json.dumps([TEXT]).encode(), JSON, "", 400, "bad_request", 'the body must be {"images"'),
     "UTF-16": (
         json.dumps({"images": []}).encode("utf-16"),
