@@ -1,12 +1,15 @@
 """Exceptions mapped to RFC 9457 problem responses. Each class has an HTTP status and a stable ``code``.
 
 ServiceError 500 internal                    an unexpected failure; the log has the details
-├── BadRequestError 400                      malformed body, unknown option, or an option out of range
+├── BadRequestError 400                      malformed HTTP or body, unknown option, or an option out of range
 ├── ForbiddenError 403                       wrong admin key, or none is configured
+├── NotFoundError 404                        no such path
+├── MethodNotAllowedError 405                the path exists, with the methods in the header Allow
 ├── ReloadRejectedError 409                  the new bundle cannot be served; the current model stays in service
 ├── BodyTooLargeError 413                    more bytes than the limit
 ├── ImageTooLargeError 413                   more pixels than the limit, according to the image header
-├── UnsupportedMediaTypeError 415
+├── UnsupportedMediaTypeError 415            neither an image nor a form nor JSON
+├── UnsupportedCodingError 415               a Content-Encoding other than gzip and deflate
 ├── NotAnImageError 422                      the bytes match no accepted image format
 ├── UnsupportedImageError 422                an accepted format, but of a kind that is not read
 ├── DamagedImageError 422                    truncated or corrupt image data
@@ -66,6 +69,22 @@ class ForbiddenError(ServiceError):
     status, code, title = 403, "forbidden", "The admin key is required"
 
 
+class NotFoundError(ServiceError):
+    status, code, title = 404, "not_found", "There is no such path"
+
+
+class MethodNotAllowedError(ServiceError):
+    status, code, title = 405, "method_not_allowed", "The path does not support this method"
+
+    def __init__(self, detail: str, allowed: str = "") -> None:
+        """``allowed``: the methods, separated by commas."""
+        super().__init__(detail)
+        self._allowed = allowed
+
+    def headers(self) -> dict[str, str]:
+        return {"Allow": self._allowed}
+
+
 class ReloadRejectedError(ServiceError):
     status, code, title = 409, "reload_rejected", "The bundle cannot be served"
 
@@ -80,6 +99,13 @@ class ImageTooLargeError(ServiceError):
 
 class UnsupportedMediaTypeError(ServiceError):
     status, code, title = 415, "unsupported_media_type", "Unsupported content type"
+
+
+class UnsupportedCodingError(ServiceError):
+    status, code, title = 415, "unsupported_coding", "Unsupported content encoding"
+
+    def headers(self) -> dict[str, str]:
+        return {"Accept-Encoding": "gzip, deflate"}
 
 
 class NotAnImageError(ServiceError):
@@ -123,6 +149,11 @@ class NotReadyError(ServiceError):
 
 class DeadlineExceededError(ServiceError):
     status, code, title = 504, "deadline_exceeded", "The deadline passed"
+
+
+def internal(request_id: str) -> ServiceError:
+    """For an unexpected exception, whose details are in the log under this id."""
+    return ServiceError(f"internal server error (request id {request_id})")
 
 
 def error_types(root: type[ServiceError] = ServiceError) -> list[type[ServiceError]]:

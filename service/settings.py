@@ -6,6 +6,7 @@ nothing itself: vitserve/cli passes the values.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,20 @@ class Settings:
         30.0,
         "After SIGTERM, how long admitted requests may take to finish. A second SIGTERM stops the service at once.",
     )
+    cors_origins: str = _setting(
+        "",
+        "Origins of web pages that may use the API, separated by commas, for example https://app.example. *: all. "
+        "Empty: none.",
+    )
+    root_path: str = _setting(
+        "", "Prefix of all paths at the reverse proxy, for example /vision, so that /docs works behind it."
+    )
+    request_log: str = _setting(
+        "off",
+        "off, errors or all: which requests are logged, one line each with id, status, error code and stage times.",
+        ("off", "errors", "all"),
+    )
+    request_log_sample: float = _setting(1.0, "Share of these requests that is logged, chosen at random, from 0 to 1.")
     log_level: str = _setting("info", "debug, info, warning or error.", ("debug", "info", "warning", "error"))
 
     @property
@@ -155,6 +170,7 @@ class Settings:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_choices()
+        self._check_web()
         self._check_engine()
         self._check_slots()
 
@@ -170,6 +186,15 @@ class Settings:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be greater than 0")
         if not 0 <= self.port <= 65535:
             raise SettingsError(f"port is {self.port}; it must be from 0 to 65535")
+
+    def _check_web(self) -> None:
+        if not 0 <= self.request_log_sample <= 1:
+            raise SettingsError(f"request_log_sample is {self.request_log_sample}; it must be from 0 to 1")
+        if not re.fullmatch(r"((/[\w.~-]+)+)?", self.root_path, re.ASCII):
+            raise SettingsError(f"root_path is {self.root_path!r}; it must be like /vision, without a / at the end")
+        for origin in filter(None, map(str.strip, self.cors_origins.split(","))):
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#]+", origin):
+                raise SettingsError(f"cors_origins has {origin!r}; an origin is like https://app.example:8443, or *")
 
     def _check_choices(self) -> None:
         for name, setting in self.__dataclass_fields__.items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import socket
 import time
 from types import FrameType
@@ -73,8 +72,6 @@ class _Server(uvicorn.Server):
 
 def main() -> None:
     channel, start, descriptors = start_child(StartHttpWorker)
-    # It logs a warning for every malformed form. Clients get an error response and must not be able to fill the log.
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     preload(start.settings)
     metrics = in_files(start.process)
     state = State(start.settings, channel, metrics, start.worker, start.incarnation, start.decode_threads)

@@ -12,8 +12,10 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from vitserve.service import errors
 from vitserve.service.http_worker.classify.call import ROUTE, ClassifyCall
-from vitserve.service.http_worker.classify.response import Response
+from vitserve.service.http_worker.classify.response import Response, problem
+from vitserve.service.http_worker.exchange import request_id
 from vitserve.service.http_worker.state import State
 
 # After a response that is sent before the body has arrived, a body of up to this size is read and dropped, and the
@@ -21,8 +23,6 @@ from vitserve.service.http_worker.state import State
 # connection, and the client may not see the response.
 _MAX_DROPPED_BYTES = 1_048_576
 _LINGER_SECONDS = 1.0
-
-_ROUTE = ROUTE.encode()
 
 
 class _Exchange:
@@ -37,9 +37,10 @@ class _Exchange:
 
 
 class ClassifyProtocol(HttpToolsProtocol):
-    """Pass a subclass with ``service`` to uvicorn: see protocol_class()."""
+    """Pass a subclass with ``service`` and ``classify_paths`` to uvicorn: see protocol_class()."""
 
     service: State
+    classify_paths: frozenset[bytes]
     _unused_event = asyncio.Event()
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -72,11 +73,11 @@ class ClassifyProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             if self.parser.get_method() == b"CONNECT":  # it opens a tunnel, with or without an Upgrade header
-                self.send_400_response("The method CONNECT is not supported.")
+                self.send_400_response("the method CONNECT is not supported")
             else:
                 self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            self.send_400_response("the request is not valid HTTP/1.1")
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Handles the request as HTTP/1.1 (RFC 9110, 7.8): clients offer HTTP/2 with their first request.
@@ -97,14 +98,14 @@ class ClassifyProtocol(HttpToolsProtocol):
             return  # see _ignore_upgrade()
         path, _, query = self.url.partition(b"?")
         idle = self.cycle is None or self.cycle.response_complete
-        if path != _ROUTE or not idle or self.parser.get_method() != b"POST":
+        if path not in self.classify_paths or not idle or self.parser.get_method() != b"POST":
             super().on_headers_complete()
             return
         keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
         exchange = self._exchange = _Exchange(keep_alive, self._unused_event)
         self.cycle = cast(RequestResponseCycle, exchange)
         exchange.call = ClassifyCall(self.service, self._respond)
-        exchange.call.begin(query, self.headers, self._arrived, self.expect_100_continue)
+        exchange.call.begin(query, self.headers, self._arrived, self.client, self.expect_100_continue)
         if self.expect_100_continue and not exchange.call.finished:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -143,14 +144,7 @@ class ClassifyProtocol(HttpToolsProtocol):
             return
         if self.service.draining.is_set() or not (exchange.body_complete or self._drops_body()):
             exchange.keep_alive = False
-        content = [STATUS_LINE[response.status]]
-        for name, value in (*self.server_state.default_headers, *response.headers):
-            content += (name, b": ", value, b"\r\n")
-        if not exchange.keep_alive:
-            content.append(b"connection: close\r\n")
-        content.append(b"content-length: %d\r\n\r\n" % len(response.body))
-        content.append(response.body)
-        self.transport.write(b"".join(content))
+        self._write(response, exchange.keep_alive)
         exchange.response_complete = True
         if exchange.keep_alive:
             self.on_response_complete()
@@ -159,6 +153,26 @@ class ClassifyProtocol(HttpToolsProtocol):
         else:
             self.transport.write_eof()
             self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+
+    def _write(self, response: Response, keep_alive: bool) -> None:
+        content = [STATUS_LINE[response.status]]
+        for name, value in (*self.server_state.default_headers, *response.headers):
+            content += (name, b": ", value, b"\r\n")
+        if not keep_alive:
+            content.append(b"connection: close\r\n")
+        content.append(b"content-length: %d\r\n\r\n" % len(response.body))
+        content.append(response.body)
+        self.transport.write(b"".join(content))
+
+    def send_400_response(self, msg: str) -> None:
+        """For a request that cannot be parsed."""
+        error = errors.BadRequestError(msg)
+        response, identifier = problem(error), request_id.new()
+        response.headers.append((request_id.HEADER, identifier))
+        if self.service.request_log.on:
+            self.service.request_log.write(identifier, self.client, "-", "", error.status, error.code, 0.0)
+        self._write(response, keep_alive=False)
+        self.transport.close()
 
     def _drops_body(self) -> bool:
         """Whether a body that has not arrived yet is read and dropped. A client that waits for 100 may not send it."""
@@ -181,4 +195,6 @@ class ClassifyProtocol(HttpToolsProtocol):
 
 def protocol_class(state: State) -> type[ClassifyProtocol]:
     """The class that uvicorn creates for each connection."""
-    return type("Protocol", (ClassifyProtocol,), {"service": state})
+    prefixes = ("", state.settings.root_path)
+    paths = frozenset(f"{prefix}{ROUTE}{slash}".encode() for prefix in prefixes for slash in ("", "/"))
+    return type("Protocol", (ClassifyProtocol,), {"service": state, "classify_paths": paths})

@@ -61,6 +61,11 @@ def test_choices_are_in_the_help_text_and_include_the_default(name: str) -> None
         ),
         ({"precision": "int4"}, "precision is 'int4'; it must be one of auto, fp8, int8, bf16, fp16, fp32"),
         ({"decode": "tpu"}, "decode is 'tpu'; it must be one of cpu, gpu"),
+        ({"request_log_sample": 1.5}, "request_log_sample is 1.5; it must be from 0 to 1"),
+        ({"root_path": "/vision/"}, "root_path is '/vision/'; it must be like /vision, without a / at the end"),
+        ({"root_path": "vision"}, "root_path is 'vision'; it must be like /vision"),
+        ({"cors_origins": "*, app.example"}, "cors_origins has 'app.example'; an origin is like https://app.example"),
+        ({"cors_origins": "https://app.example/"}, "cors_origins has 'https://app.example/'; an origin is like"),
         (
             {"engine": "onnxruntime", "precision": "bf16"},
             "engine onnxruntime does not support bf16; it supports int8, fp32",

@@ -10,13 +10,15 @@ from starlette.requests import ClientDisconnect, Request
 
 from vitserve.service.http_worker.classify.call import ClassifyCall
 from vitserve.service.http_worker.classify.response import Response
+from vitserve.service.http_worker.exchange.middleware import exchange_of
 from vitserve.service.http_worker.state import State
 
 
 async def classify(state: State, request: Request) -> responses.Response:
     result: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
     call = ClassifyCall(state, result.set_result)
-    call.begin(request.scope["query_string"], request.headers.raw, time.monotonic())
+    exchange_of(request.scope).recorded = True  # by the call
+    call.begin(request.scope["query_string"], request.headers.raw, time.monotonic(), request.scope["client"])
     try:
         async for chunk in request.stream():
             if call.finished:

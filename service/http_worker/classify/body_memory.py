@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Bytes that a request takes for each byte of its body, with the copies that parsing makes.
-_COPIES = {"application/json": 3, "multipart/form-data": 2}
+_COPIES = {"application/json": 2, "multipart/form-data": 2}
 # A part of the memory is for small bodies, so that a few clients with large ones do not keep others out.
 SMALL_BYTES = 2**20
 _SHARE_OF_LARGE = 0.75

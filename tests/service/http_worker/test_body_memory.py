@@ -57,7 +57,7 @@ def test_unfinished_bodies_fill_their_share_only() -> None:
         eventually(is_full, "a third body is rejected")
         assert metric(client, "vitserve_images_shed_total", reason="memory") >= 1
         assert classify(client, SMALL).status_code == 200
-        response = client.post("/v1/classify", content=b" " * (11 * MIB), headers={"Content-Type": "application/json"})
+        response = client.post("/v1/classify", content=b" " * (16 * MIB), headers={"Content-Type": "application/json"})
         assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
         held[0].close()
         eventually(lambda: not is_full(), "the memory of a client that has left is free")
