@@ -10,6 +10,7 @@ from functools import partial
 
 from vitserve.service import errors
 from vitserve.service.http_worker.classify.body_memory import memory_of
+from vitserve.service.http_worker.classify.counting import count_images, count_rejected
 from vitserve.service.http_worker.classify.request_parsing import (
     ClassifyRequest,
     Headers,
@@ -87,7 +88,7 @@ class ClassifyCall:
         images = self._state.image_bytes.expected_images(head)
         rejected = dispatcher.admission.reject_early(self._arrived, head.timeout_ms, head.priority, images, body_bytes)
         if rejected is not None:
-            self._count_rejected(rejected, images)
+            count_rejected(self._state.metrics, rejected, images)
             self.fail(rejected)
 
     def receive(self, chunk: bytes) -> None:
@@ -116,7 +117,7 @@ class ClassifyCall:
         error = errors.OverloadedError("other request bodies take all of the memory for them", "memory", 1.0)
         images = self._state.image_bytes.expected_images(head)
         dispatcher.admission.record_rejected(head.priority, images)
-        self._count_rejected(error, images)
+        count_rejected(self._state.metrics, error, images)
         raise error
 
     def end(self) -> None:
@@ -188,7 +189,7 @@ class ClassifyCall:
             self._dispatcher = self._state.serving()
             self._submit(request, admitted=True)
             return
-        self._count_images(outcomes)
+        count_images(self._state.metrics, outcomes)
         first = outcomes[0]
         if isinstance(first, errors.ServiceError) and all(isinstance(outcome, type(first)) for outcome in outcomes):
             admitted = any(job.ticket is not None for job in self._jobs)
@@ -238,22 +239,6 @@ class ClassifyCall:
             log.error("request %s failed", self._request_id.decode(), exc_info=error)
             error = errors.internal(self._request_id.decode())
         self._send(problem(error), error.code)
-
-    def _count_rejected(self, error: errors.OverloadedError, images: int) -> None:
-        metrics = self._state.metrics
-        metrics.inc(metrics.all.images_overloaded, images)
-        metrics.inc(metrics.all.images_shed_by_reason[error.reason], images)
-
-    def _count_images(self, outcomes: list[Outcome]) -> None:
-        metrics = self._state.metrics
-        for outcome in outcomes:
-            if isinstance(outcome, errors.OverloadedError):
-                self._count_rejected(outcome, 1)
-            elif isinstance(outcome, errors.ServiceError):
-                metrics.inc(metrics.all.images.labels(outcome.code))
-            else:
-                metrics.inc(metrics.all.images_ok)
-                metrics.observe(metrics.all.queue_seconds, outcome.queue_seconds)
 
 
 class _Errors:
