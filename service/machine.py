@@ -7,7 +7,7 @@ import os
 import platform
 from pathlib import Path
 
-from vitserve.service import cgroup
+from vitserve.service import cache_directory, cgroup
 
 
 def cores() -> int:
@@ -64,11 +64,13 @@ def gpus(drivers: Path = Path("/proc/driver/nvidia/gpus"), devices: Path = Path(
 
 
 def plan_dir() -> Path:
-    """The default directory of TensorRT plans and other artifacts built for the GPU of this machine."""
-    return cache_dir() / "plans"
+    """The default directory of TensorRT plans and other artifacts built for the GPU of this machine.
+
+    Raises CacheError as cache_dir().
+    """
+    return cache_directory.private_directory(cache_dir(), "plans")
 
 
 def cache_dir() -> Path:
-    """The directory for files that can be made again, per the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "vitserve"
+    """The directory for files that can be made again. Raises CacheError: see cache_directory.py."""
+    return cache_directory.cache_dir()

@@ -8,10 +8,10 @@ import logging
 import os
 import shutil
 import socket
-import tempfile
 
 from vitserve.service import machine
 from vitserve.service.engines.catalog import wants_gpu_workers
+from vitserve.service.ipc import metrics_directory
 from vitserve.service.ipc.child_runtime import set_up_logging
 from vitserve.service.ipc.control_channel import METRICS_DIR
 from vitserve.service.settings import Settings
@@ -28,12 +28,13 @@ GPU_DECODE_THREADS = (
 def serve(settings: Settings) -> int:
     """Blocks until SIGTERM or SIGINT. Returns the exit status: 0 if every admitted request was answered.
 
-    Raises SettingsError, and OSError if it cannot listen on the address.
+    Raises SettingsError, and OSError if it cannot listen on the address or has no room for the metrics files.
     """
     set_up_logging("supervisor", settings.log_level)
     light_workers = settings.workers or _most_workers(settings, machine.cores())
     settings = for_this_machine(settings, machine.cores())
-    directory = tempfile.mkdtemp(prefix="vitserve-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    names = metrics_directory.process_names(max(light_workers, settings.workers), settings.engines)
+    directory = metrics_directory.create(list(names))
     os.environ[METRICS_DIR] = directory  # inherited by the child processes
     try:
         with _listen(settings) as listener:
