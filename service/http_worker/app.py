@@ -6,7 +6,7 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
+ADMIN_PATHS = ("/metrics", "/v1/admin/")  # only on the admin port, if there is one
+
 
 def create_app(state: State) -> FastAPI:
     @asynccontextmanager
@@ -49,22 +51,32 @@ def create_app(state: State) -> FastAPI:
         ("GET", "/metrics"): lambda request: _metrics(exposition),
     }
     guarded = {(method, path): _guarded(state, path, handler) for (method, path), handler in handlers.items()}
-    app.router.routes += [Route(path, handler, methods=[method]) for (method, path), handler in guarded.items()]
+    admin_port = state.settings.admin_port
+    reserved = {key for key in guarded if admin_port and key[1].startswith(ADMIN_PATHS)}
+    app.router.routes += [
+        Route(path, handler, methods=[method])
+        for (method, path), handler in guarded.items()
+        if (method, path) not in reserved
+    ]
     app.router.routes.append(Route(ROUTE, partial(classify, state), methods=["POST"]))
     openapi.describe(app)
-    app.middleware_stack = _bypass(app.build_middleware_stack(), guarded)
+    app.middleware_stack = _bypass(app.build_middleware_stack(), guarded, reserved, admin_port)
     return app
 
 
-def _bypass(app: ASGIApp, handlers: dict[tuple[str, str], Handler]) -> ASGIApp:
+def _bypass(
+    app: ASGIApp, handlers: dict[tuple[str, str], Handler], reserved: Collection[tuple[str, str]], admin_port: int
+) -> ASGIApp:
     """Calls our handlers without FastAPI's middleware, which cost a third of the throughput.
 
-    The handlers raise no exceptions: see _guarded(). All other requests go to ``app``.
+    The handlers raise no exceptions: see _guarded(). All other requests go to ``app``, and those for ``reserved``
+    handlers that did not arrive on the admin port: ``app`` does not know these routes.
     """
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        handler = handlers.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
-        if handler is None:
+        key = (scope["method"], scope["path"]) if scope["type"] == "http" else ("", "")
+        handler = handlers.get(key)
+        if handler is None or (key in reserved and scope["server"][1] != admin_port):
             await app(scope, receive, send)
         else:
             response = await handler(Request(scope, receive, send))
