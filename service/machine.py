@@ -7,7 +7,7 @@ import os
 import platform
 from pathlib import Path
 
-from vitserve.service import cgroup
+from vitserve.service import cache_directory, cgroup
 
 
 def cores() -> int:
@@ -50,6 +50,14 @@ def multiplies_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(flags & {"avx512_vnni", "avx_vnni", "asimddp"})
 
 
+def multiplies_int8_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether int8 products are exact on this CPU, so that another CPU computes nearly the same: x86 with VNNI.
+
+    Without VNNI, sums of two products saturate at 16 bits (VPMADDUBSW, Intel SDM). ARM was not measured.
+    """
+    return platform.machine() in ("x86_64", "AMD64") and multiplies_int8(cpuinfo)
+
+
 def gpus(drivers: Path = Path("/proc/driver/nvidia/gpus"), devices: Path = Path("/dev")) -> list[str]:
     """The NVIDIA GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -64,11 +72,13 @@ def gpus(drivers: Path = Path("/proc/driver/nvidia/gpus"), devices: Path = Path(
 
 
 def plan_dir() -> Path:
-    """The default directory of TensorRT plans and other artifacts built for the GPU of this machine."""
-    return cache_dir() / "plans"
+    """The default directory of TensorRT plans and other artifacts built for the GPU of this machine.
+
+    Raises CacheError as cache_dir().
+    """
+    return cache_directory.private_directory(cache_dir(), "plans")
 
 
 def cache_dir() -> Path:
-    """The directory for files that can be made again, per the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "vitserve"
+    """The directory for files that can be made again. Raises CacheError: see cache_directory.py."""
+    return cache_directory.cache_dir()

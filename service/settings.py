@@ -37,6 +37,11 @@ class Settings:
         "Address to listen on. 0.0.0.0 accepts connections from the network: vitserve has no authentication.",
     )
     port: int = _setting(8000, "Port to listen on. 0: a free port, which is logged.")
+    admin_port: int = _setting(
+        0,
+        "Another port for /metrics and /v1/admin, which `port` then does not answer. It answers all other routes too. "
+        "0: everything is on `port`.",
+    )
     bundle: str = _setting("", "Directory of the bundle to serve. Empty: the default model.")
     engine: str = _setting(
         "auto",
@@ -184,8 +189,11 @@ class Settings:
         for name in ("hang_seconds", "drain_seconds", "max_decode_seconds"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        if not 0 <= self.port <= 65535:
-            raise SettingsError(f"port is {self.port}; it must be from 0 to 65535")
+        for name in ("port", "admin_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be from 0 to 65535")
+        if self.admin_port and self.admin_port == self.port:
+            raise SettingsError(f"admin_port and port are both {self.port}; they must differ (0: one port for all)")
 
     def _check_web(self) -> None:
         if not 0 <= self.request_log_sample <= 1:

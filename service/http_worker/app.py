@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -29,6 +29,8 @@ from vitserve.service.metrics import Exposition
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+ADMIN_PATHS = ("/metrics", "/v1/admin/")  # only on the admin port, if there is one
 
 
 def create_app(state: State) -> FastAPI:
@@ -56,23 +58,32 @@ def create_app(state: State) -> FastAPI:
         ("GET", "/metrics"): lambda request: _metrics(exposition),
     }
     guarded = {(method, path): _guarded(handler) for (method, path), handler in handlers.items()}
-    app.router.routes += [Route(path, handler, methods=[method]) for (method, path), handler in guarded.items()]
+    reserved = {key for key in guarded if state.settings.admin_port and key[1].startswith(ADMIN_PATHS)}
+    app.router.routes += [
+        Route(path, handler, methods=[method])
+        for (method, path), handler in guarded.items()
+        if (method, path) not in reserved
+    ]
     openapi.describe(app)
     routes = frozenset(path for _, path in handlers)
-    app.middleware_stack = observed(_bypass(app.build_middleware_stack(), guarded, state), state, routes)
+    app.middleware_stack = observed(_bypass(app.build_middleware_stack(), guarded, reserved, state), state, routes)
     return app
 
 
-def _bypass(app: ASGIApp, handlers: dict[tuple[str, str], Handler], state: State) -> ASGIApp:
+def _bypass(
+    app: ASGIApp, handlers: dict[tuple[str, str], Handler], reserved: Collection[tuple[str, str]], state: State
+) -> ASGIApp:
     """Calls our handlers without FastAPI's middleware, which cost a third of the throughput.
 
-    The handlers raise no exceptions: see _guarded(). All other requests go to ``app``.
+    The handlers raise no exceptions: see _guarded(). All other requests go to ``app``, and those for ``reserved``
+    handlers that did not arrive on the admin port: ``app`` does not know these routes.
     """
     prefix = len(state.settings.root_path)
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        handler = handlers.get((scope["method"], scope["path"][prefix:])) if scope["type"] == "http" else None
-        if handler is None:
+        key = (scope["method"], scope["path"][prefix:]) if scope["type"] == "http" else ("", "")
+        handler = handlers.get(key)
+        if handler is None or (key in reserved and scope["server"][1] != state.settings.admin_port):
             await app(scope, receive, send)
         else:
             response = await handler(Request(scope, receive, send))

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import socket
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
@@ -33,9 +34,11 @@ LINGER_SECONDS = 1.0  # after a drain began, idle connections stay open this lon
 class _Server(uvicorn.Server):
     """Stops when the supervisor orders a drain, instead of after a signal."""
 
-    def __init__(self, config: uvicorn.Config, state: State, listener: socket.socket) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: State, listener: socket.socket, admin_listeners: Sequence[socket.socket]
+    ) -> None:
         super().__init__(config)
-        self._state, self._listener = state, listener
+        self._state, self._listener, self._admin_listeners = state, listener, admin_listeners
         self._protocol = protocol_class(state)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -45,6 +48,8 @@ class _Server(uvicorn.Server):
         """Uvicorn's own loop wakes ten times a second to check whether to stop."""
         acceptor = Acceptor(self._listener, self._state.worker, self._state.turns, self._create_protocol)
         await acceptor.start()
+        loop = asyncio.get_running_loop()
+        admin = [await loop.create_server(self._create_protocol, sock=socket) for socket in self._admin_listeners]
         self._state.on_slot_table(acceptor.share)
         while not self._state.draining.is_set():
             await self.on_tick(0)  # sets the Date header
@@ -59,6 +64,8 @@ class _Server(uvicorn.Server):
         while self.server_state.connections and asyncio.get_running_loop().time() < ends:
             await asyncio.sleep(0.02)
         acceptor.close()
+        for server in admin:
+            server.close()
 
     def _create_protocol(self) -> asyncio.Protocol:
         return self._protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
@@ -84,9 +91,9 @@ def main() -> None:
         ws="none",
     )
     gc.freeze()  # or full collections would scan all these objects and stop the event loop for tens of milliseconds
-    listener = socket.socket(fileno=descriptors[0])
+    listener, *admin_listeners = (socket.socket(fileno=descriptor) for descriptor in descriptors)
     gc.set_threshold(GC_THRESHOLD)
-    _Server(config, state, listener).run(sockets=[])
+    _Server(config, state, listener, admin_listeners).run(sockets=[])
 
 
 if __name__ == "__main__":

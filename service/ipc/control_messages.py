@@ -31,7 +31,7 @@ class ControlMessageError(ValueError):
 
 @dataclass(frozen=True)
 class StartHttpWorker:
-    """The first message. Descriptors: the listening socket."""
+    """The first message. Descriptors: the listening socket, and that of the admin port if there is one."""
 
     process: str  # unique among the running processes; used in log lines and as the name of the metrics files
     incarnation: int  # unique among all processes that this supervisor has started

@@ -18,6 +18,8 @@ from vitserve.service.python_process import python_command, python_environment
 
 log = logging.getLogger("vitserve.supervisor")
 
+EXIT_SECONDS = 5.0  # for a child to exit after it has closed its channel
+
 
 class ChildProcess:
     """Runs ``module`` in a process group of its own and sends it ``start`` as the first message.
@@ -76,11 +78,19 @@ class ChildProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def reap(self) -> str:
-        """Kills the rest of the child's process group. Returns the exit status in words, for log lines."""
-        self._close_pidfd()
+        """Kills the rest of the child's process group. Returns the exit status in words, for log lines.
+
+        A child that has closed its channel gets a moment to exit by itself: SIGKILL would hide its own exit status.
+        """
         if self._channel.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
             self._channel.close()
+        if self._pidfd is not None:
+            self._readable.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EXIT_SECONDS):
+                    await self._readable.wait()
+            self._close_pidfd()
         self.kill()
         code = await asyncio.to_thread(self._process.wait)
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"

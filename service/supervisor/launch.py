@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import shutil
 import socket
-import tempfile
 
 from vitserve.service import machine
 from vitserve.service.engines.catalog import wants_gpu_workers
+from vitserve.service.ipc import metrics_directory
 from vitserve.service.ipc.child_runtime import set_up_logging
 from vitserve.service.ipc.control_channel import METRICS_DIR
 from vitserve.service.settings import Settings
@@ -29,16 +30,17 @@ MOST_IMAGE_MEMORY_BYTES = 4 * 2**30  # unless a setting allows more
 def serve(settings: Settings) -> int:
     """Blocks until SIGTERM or SIGINT. Returns the exit status: 0 if every admitted request was answered.
 
-    Raises SettingsError, and OSError if it cannot listen on the address.
+    Raises SettingsError, and OSError if it cannot listen on the address or has no room for the metrics files.
     """
     set_up_logging("supervisor", settings.log_level)
     light_workers = settings.workers or _most_workers(settings, machine.cores())
     settings = for_this_machine(settings, machine.cores())
-    directory = tempfile.mkdtemp(prefix="vitserve-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    names = metrics_directory.process_names(max(light_workers, settings.workers), settings.engines)
+    directory = metrics_directory.create(list(names))
     os.environ[METRICS_DIR] = directory  # inherited by the child processes
     try:
-        with _listen(settings) as listener:
-            return asyncio.run(Supervisor(settings, listener, light_workers).run())
+        with _listen(settings.host, settings.port) as listener, _listen_for_admin(settings) as admin_listener:
+            return asyncio.run(Supervisor(settings, listener, light_workers, admin_listener=admin_listener).run())
     except SupervisorGaveUpError as error:
         log.critical("giving up: %s", error)
         return 1
@@ -62,9 +64,14 @@ def _most_workers(settings: Settings, cores: int) -> int:
     return max(1, min(8, cores, settings.slots // settings.max_images))
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    log.info("running on http://%s:%d", host, listener.getsockname()[1])
+def _listen(host: str, port: int, purpose: str = "running on") -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=2048)
+    log.info("%s http://%s:%d", purpose, f"[{host}]" if ":" in host else host, listener.getsockname()[1])
     return listener
+
+
+def _listen_for_admin(settings: Settings) -> contextlib.AbstractContextManager[socket.socket | None]:
+    if not settings.admin_port:
+        return contextlib.nullcontext()
+    return _listen(settings.host, settings.admin_port, "metrics and administration on")

@@ -25,8 +25,15 @@ ENGINE_EXIT_SECONDS = 5.0  # for the engine workers to exit at the end of a drai
 
 
 class Supervisor:
-    def __init__(self, settings: Settings, listener: socket.socket, light_workers: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        light_workers: int,
+        admin_listener: socket.socket | None = None,
+    ) -> None:
         """``light_workers``: number of HTTP workers if the network is light. Else it is settings.workers."""
+        self._admin_listener = admin_listener  # of settings.admin_port
         self._settings, self._listener = settings, listener
         self._stopping = asyncio.Event()
         self._children = Children(settings.hang_seconds, self._stopping)
@@ -96,7 +103,9 @@ class Supervisor:
             worker=index,
             decode_threads=self._settings.decode_threads,
         )
-        worker = self._children.start("vitserve.service.http_worker.main", start, [self._listener.fileno()])
+        listeners = [self._listener, *([] if self._admin_listener is None else [self._admin_listener])]
+        descriptors = [listener.fileno() for listener in listeners]
+        worker = self._children.start("vitserve.service.http_worker.main", start, descriptors)
         self._workers.add(index, worker)
         if self._serving is not None:
             self._serving.connect_worker(index)

@@ -54,6 +54,11 @@ def test_choices_are_in_the_help_text_and_include_the_default(name: str) -> None
         ({"threads": -1}, "threads is -1; it must be at least 0 (0: automatic)"),
         ({"engines": -1}, "engines is -1; it must be at least 0 (0: automatic)"),
         ({"port": 65536}, "port is 65536; it must be from 0 to 65535"),
+        ({"admin_port": -1}, "admin_port is -1; it must be from 0 to 65535"),
+        (
+            {"port": 8001, "admin_port": 8001},
+            "admin_port and port are both 8001; they must differ (0: one port for all)",
+        ),
         ({"hang_seconds": 0.0}, "hang_seconds is 0.0; it must be greater than 0"),
         (
             {"engine": "tpu"},

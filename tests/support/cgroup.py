@@ -20,9 +20,10 @@ class MemoryGroup:
     def limit(self, limit_bytes: int) -> None:
         (self.path / ("memory.limit_in_bytes" if self._is_v1 else "memory.max")).write_text(str(limit_bytes))
 
-    def command(self, command: list[str]) -> list[str]:
-        """Runs ``command`` in the group."""
-        return ["sh", "-c", f'echo $$ > {self.path / "cgroup.procs"} && exec "$@"', "sh", *command]
+    @property
+    def prefix(self) -> list[str]:
+        """A command that runs the command that follows it in the group."""
+        return ["sh", "-c", f'echo $$ > {self.path / "cgroup.procs"} && exec "$@"', "sh"]
 
     def kills(self) -> int:
         """Processes that the kernel has killed because of the limit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,9 +23,11 @@ LONG_TIMEOUT = ("--timeout-ms", "60000")
 
 
 @contextmanager
-def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    *arguments: str, environment: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
+) -> Iterator[Server]:
     """A service that is ready. Processes that still run at the end of the test are killed."""
-    running = start_server(*arguments, environment=environment)
+    running = start_server(*arguments, environment=environment, prefix=prefix)
     try:
         yield running
     finally:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -72,18 +72,18 @@ def start_server(
     *arguments: str,
     until: str = "vitserve.http_worker: ready",
     environment: Mapping[str, str] | None = None,
-    wrap: Callable[[list[str]], list[str]] = list,
+    prefix: Sequence[str] = (),
 ) -> Server:
     """Returns once the log contains ``until``. If the server exits before that, the AssertionError shows its log.
 
-    The networks of the tests are light, so the default number of HTTP workers would be that of the cores. ``wrap`` gets
-    the command line and returns the one to run.
+    ``prefix`` is a command that runs the server's command.
+    The networks of the tests are light, so the default number of HTTP workers would be that of the cores.
     """
     workers = () if "--workers" in arguments else ("--workers", "1")
-    command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", *workers, *arguments]
+    command = [*prefix, sys.executable, "-m", "vitserve", "serve", "--port", "0", *workers, *arguments]
     complete = os.environ | {"PYTHONWARNINGS": "default"} | dict(environment or {})
     process = subprocess.Popen(
-        wrap(command), cwd=ROOT, env=complete, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command, cwd=ROOT, env=complete, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     running = Server(process)
     threading.Thread(target=running.read, daemon=True).start()  # a pipe that is full would block the server

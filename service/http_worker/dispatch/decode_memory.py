@@ -13,10 +13,12 @@ import struct
 import time
 from pathlib import Path
 
+from vitserve.service.ipc.metrics_directory import DECODE_MEMORY
+
 MAX_PROCESSES = 64  # per HTTP worker
 _ENTRY = struct.Struct("<q")
 _POLL_SECONDS = 0.005
-_FILE, _LOCK = "decode-memory", "decode-memory-lock"
+_LOCK = "decode-memory-lock"
 
 
 class DecodeMemory:
@@ -27,7 +29,7 @@ class DecodeMemory:
         self.capacity = capacity
         self._lock = directory / _LOCK
         self._first = worker * MAX_PROCESSES
-        self._file = os.open(directory / _FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        self._file = os.open(directory / DECODE_MEMORY, os.O_RDWR | os.O_CREAT, 0o600)
         os.pwrite(self._file, bytes(MAX_PROCESSES * _ENTRY.size), self._first * _ENTRY.size)
 
     def reserve(self, process: int, size: int, until: float) -> bool:

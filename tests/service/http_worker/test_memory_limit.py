@@ -73,7 +73,7 @@ def group() -> Iterator[MemoryGroup]:
 
 @pytest.fixture(scope="module")
 def server(group: MemoryGroup) -> Iterator[Server]:
-    running = start_server("--workers", "2", wrap=group.command)
+    running = start_server("--workers", "2", prefix=group.prefix)
     yield running
     assert running.stop() == 0
     assert group.kills() == 0
