@@ -43,7 +43,8 @@ def test_metrics_and_administration_are_on_the_admin_port_only(both: tuple[httpx
     missing = client.get("/no-such-route")
     assert missing.status_code == 404
     for response in (client.get("/metrics"), client.get("/metrics", headers={"Host": admin.base_url.netloc.decode()})):
-        assert (response.status_code, response.content) == (404, missing.content)
+        assert response.status_code == 404
+        assert response.text == missing.text.replace("/no-such-route", "/metrics")
     assert reload(client, KEY).status_code == 404
     assert metric(admin, "vitserve_ready") == 1
     assert reload(admin, KEY).status_code == 200

@@ -13,7 +13,7 @@ import pytest
 from tests.support.paths import ROOT
 from vitserve.service import errors
 from vitserve.service.ipc import metrics_directory
-from vitserve.service.ipc.metrics_directory import FILE_BYTES, process_names
+from vitserve.service.ipc.metrics_directory import DECODE_MEMORY, DECODE_MEMORY_BYTES, FILE_BYTES, process_names
 
 ROUTES = ("/v1/classify", "/v1/model", "/v1/admin/reload", "/livez", "/readyz", "/metrics", "other", "malformed")
 
@@ -33,8 +33,9 @@ def test_all_files_are_allocated(tmp_path: Path) -> None:
     directory = Path(metrics_directory.create(names, [tmp_path]))
     assert len(names) == 4
     files = {f"{kind}_{name}.db" for name in names for kind in ("counter", "histogram")}
-    assert {file.name for file in directory.iterdir()} == files
-    for file in directory.iterdir():
+    assert {file.name for file in directory.iterdir()} == {*files, DECODE_MEMORY}
+    assert (directory / DECODE_MEMORY).stat().st_blocks * 512 >= DECODE_MEMORY_BYTES
+    for file in directory.glob("*.db"):
         assert (file.stat().st_size, file.stat().st_mode & 0o777) == (FILE_BYTES, 0o600)
         assert file.stat().st_blocks * 512 >= FILE_BYTES
     assert directory.stat().st_mode & 0o777 == 0o700
@@ -51,7 +52,7 @@ def test_the_files_of_a_process_with_every_series_do_not_grow(tmp_path: Path) ->
     code += f"for outcome in {sorted(each.code for each in all_errors(errors.ServiceError))!r}:\n"
     code += "    metrics.images.labels(outcome).inc()\n"
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": directory}, check=True)
-    for file in Path(directory).iterdir():
+    for file in Path(directory).glob("*.db"):
         used = int.from_bytes(file.read_bytes()[:4], sys.byteorder)
         assert 0 < used < FILE_BYTES / 2, file.name
         assert file.stat().st_size == FILE_BYTES
@@ -65,7 +66,7 @@ def test_a_full_shared_memory_is_left_for_a_directory_with_room(tmp_path: Path) 
     code = "from vitserve.service.ipc import metrics_directory as m; print(m.create(['engine-worker-0-a']))"
     result = in_small_shared_memory(sys.executable, "-c", code, kibibytes=40, TMPDIR=str(tmp_path))
     assert Path(result.stdout.strip()).parent == tmp_path
-    assert f"the metrics files are in {tmp_path}, because /dev/shm: it is full (256 KiB are needed)" in result.stderr
+    assert f"the metrics files are in {tmp_path}, because /dev/shm: it is full (320 KiB are needed)" in result.stderr
 
 
 def test_the_service_does_not_start_without_room_and_says_what_to_do() -> None:
@@ -73,7 +74,7 @@ def test_the_service_does_not_start_without_room_and_says_what_to_do() -> None:
     result = in_small_shared_memory(*command, kibibytes=300, TMPDIR="/dev/shm")
     assert result.returncode == 2
     message = (
-        "vitserve: 768 KiB are needed for the metrics files, but there is no room (/dev/shm: it is full; /dev/shm:"
+        "vitserve: 832 KiB are needed for the metrics files, but there is no room (/dev/shm: it is full; /dev/shm:"
     )
     assert message in result.stderr
     assert "--shm-size" in result.stderr
