@@ -1,6 +1,6 @@
 """Directories for files that can be made again, such as compiled models. No other user may write to them.
 
-A compiled model is native code, so whoever can replace it controls the process that loads it.
+A compiled model is native code, so a user who can replace it controls the process that loads it.
 """
 
 from __future__ import annotations

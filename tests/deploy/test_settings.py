@@ -82,7 +82,7 @@ def test_every_file_uses_the_same_port() -> None:
     assert set(backends()) == {("vitserve", int(port)), ("vitserve", "http")}
 
 
-def test_only_labelled_namespaces_may_connect_and_only_prometheus_to_the_admin_port() -> None:
+def test_only_labeled_namespaces_may_connect_and_only_prometheus_to_the_admin_port() -> None:
     requests, administration = manifest("base/networkpolicy.yaml")["spec"]["ingress"]
     assert [port["port"] for port in requests["ports"]] == ["http"]
     clients = {"namespaceSelector": {"matchLabels": {"vitserve-clients": "true"}}}

@@ -44,7 +44,7 @@ def test_a_saved_result_is_loaded_and_only_this_user_may_write_it() -> None:
         {"images_per_second": "fast"},
         {"images_per_second": 0},
         {"images_per_second": float("nan")},
-        {"lanes": 1},
+        {"batches": 1},
     ],
     ids=str,
 )
