@@ -102,7 +102,7 @@ BODIES: dict[str, Case] = {
         "",
         400,
         "bad_request",
-        "the field 'images' must be a list",
+        "'images' must be a list",
     ),
     "list": (json.dumps([TEXT]).encode(), JSON, "", 400, "bad_request", 'the body must be {"images"'),
     "UTF-16": (
