@@ -3,15 +3,20 @@
 ServiceError 500 internal                    an unexpected failure; the log has the details
 ├── BadRequestError 400                      malformed body, unknown option, or an option out of range
 ├── ForbiddenError 403                       wrong admin key, or none is configured
+├── RequestTimeoutError 408                  the client did not send the request in time
 ├── ReloadRejectedError 409                  the new bundle cannot be served; the current model stays in service
 ├── BodyTooLargeError 413                    more bytes than the limit
 ├── ImageTooLargeError 413                   more pixels than the limit, according to the image header
+├── UriTooLongError 414
 ├── UnsupportedMediaTypeError 415
 ├── NotAnImageError 422                      the bytes match no accepted image format
 ├── DamagedImageError 422                    truncated or corrupt image data
 ├── OverloadedError 429                      the deadline cannot be met; Retry-After says when to try again
+├── TooManyAttemptsError 429                 too many wrong admin keys; Retry-After says when to try again
+├── HeadersTooLargeError 431                 more header fields or bytes than the limit
 ├── EngineFailedError 500                    the engine raised an exception, or crashed twice with this image
 ├── NotReadyError 503                        starting, or no engine is running
+├── TooManyConnectionsError 503              the HTTP worker has no connection left for this request
 └── DeadlineExceededError 504                admitted, but not finished in time
 """
 
@@ -64,6 +69,10 @@ class ForbiddenError(ServiceError):
     status, code, title = 403, "forbidden", "The admin key is required"
 
 
+class RequestTimeoutError(ServiceError):
+    status, code, title = 408, "request_timeout", "The request was not received in time"
+
+
 class ReloadRejectedError(ServiceError):
     status, code, title = 409, "reload_rejected", "The bundle cannot be served"
 
@@ -74,6 +83,10 @@ class BodyTooLargeError(ServiceError):
 
 class ImageTooLargeError(ServiceError):
     status, code, title = 413, "image_too_large", "The image has too many pixels"
+
+
+class UriTooLongError(ServiceError):
+    status, code, title = 414, "uri_too_long", "The request target is too long"
 
 
 class UnsupportedMediaTypeError(ServiceError):
@@ -103,12 +116,34 @@ class OverloadedError(ServiceError):
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_seconds)))}
 
 
+class TooManyAttemptsError(ServiceError):
+    status, code, title = 429, "too_many_attempts", "Too many wrong admin keys"
+
+    def __init__(self, detail: str, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_seconds)))}
+
+
+class HeadersTooLargeError(ServiceError):
+    status, code, title = 431, "headers_too_large", "The request header is too large"
+
+
 class EngineFailedError(ServiceError):
     status, code, title = 500, "engine_failed", "The engine failed"
 
 
 class NotReadyError(ServiceError):
     status, code, title = 503, "not_ready", "The service is not ready"
+
+
+class TooManyConnectionsError(ServiceError):
+    status, code, title = 503, "too_many_connections", "Too many connections"
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
 
 
 class DeadlineExceededError(ServiceError):

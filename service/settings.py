@@ -15,8 +15,20 @@ from vitserve.service.engines.catalog import ENGINES, PRECISIONS
 DEFAULT_BUNDLE = Path(__file__).parent / "default_bundle"  # of the default model
 
 
+LEAST_ADMIN_KEY_CHARACTERS = 16
+
+
 class SettingsError(ValueError):
     """A setting is invalid, or settings contradict each other or the machine. The service does not start."""
+
+
+class Secret(str):
+    """Text that no repr, and so no traceback and no log line of an object that holds it, shows."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'" if self else "''"
 
 
 def _setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -26,6 +38,19 @@ def _setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any
 _PLAN_DIR_ENGINES = tuple(name for name, kind in ENGINES.items() if kind.needs_plan_dir)
 
 
+_LEAST = {
+    "max_batch": 1,
+    "slots": 1,
+    "timeout_ms": 1,
+    "max_body_bytes": 1,
+    "max_image_pixels": 1,
+    "max_images": 1,
+    "max_header_bytes": 1024,
+    "max_headers": 16,
+    "max_connections": 1,
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     host: str = _setting(
@@ -33,6 +58,11 @@ class Settings:
         "Address to listen on. 0.0.0.0 accepts connections from the network: vitserve has no authentication.",
     )
     port: int = _setting(8000, "Port to listen on. 0: a free port, which is logged.")
+    probe_port: int = _setting(
+        0,
+        "Additional port for liveness probes. The supervisor answers GET /livez there, so that no load on the HTTP "
+        "workers delays it. 0: none.",
+    )
     bundle: str = _setting("", "Directory of the bundle to serve. Empty: the default model.")
     engine: str = _setting(
         "auto",
@@ -91,6 +121,36 @@ class Settings:
         50_000_000, "Maximum number of pixels of an image, checked in its header before decoding."
     )
     max_images: int = _setting(64, "Maximum number of images per request.")
+    max_header_bytes: int = _setting(
+        65_536,
+        "Maximum size of a request without its content: request line, header fields, chunk sizes and trailers. Counted "
+        "while they are received.",
+    )
+    max_headers: int = _setting(200, "Maximum number of header fields of a request.")
+    max_connections: int = _setting(
+        4096,
+        "Maximum number of connections of an HTTP worker, less if the limit of open files is lower. For a new "
+        "connection beyond it, the one that has waited longest for a request is closed.",
+    )
+    first_request_seconds: float = _setting(
+        30.0, "How long a new connection may stay open without a byte of its first request."
+    )
+    header_seconds: float = _setting(
+        10.0, "How long the headers of a request may take, from its first byte. Then the response is 408."
+    )
+    body_gap_seconds: float = _setting(
+        10.0,
+        "How long a client may pause while it sends a body, or while it reads a response. A shorter `timeout_ms` in "
+        "the query shortens it, to one second at least. Then the response is 408.",
+    )
+    body_seconds: float = _setting(
+        120.0, "How long a request may take to arrive, from its first byte to its last. Then the response is 408."
+    )
+    keep_alive_seconds: float = _setting(
+        75.0,
+        "How long a connection may stay open between two requests. It should be longer than the idle timeout of the "
+        "load balancer, which is often 60 seconds.",
+    )
     jpeg_draft: bool = _setting(
         True,
         "Decode a JPEG at 1/2, 1/4 or 1/8 of its size if at least three times the needed size remains. This is faster "
@@ -117,7 +177,8 @@ class Settings:
     )
     admin_key: str = _setting(
         "",
-        "Bearer token for POST /v1/admin/reload. Empty: that route is disabled. Reloading with SIGHUP needs no token.",
+        "Bearer token for POST /v1/admin/reload, of at least 16 characters. Empty: that route is disabled. Reloading "
+        "with SIGHUP needs no token.",
     )
     hang_seconds: float = _setting(
         10.0,
@@ -131,23 +192,29 @@ class Settings:
     log_level: str = _setting("info", "debug, info, warning or error.", ("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "admin_key", Secret(self.admin_key))
         self._check_numbers()
         self._check_choices()
         self._check_engine()
         self._check_slots()
 
     def _check_numbers(self) -> None:
-        for name in ("max_batch", "slots", "timeout_ms", "max_body_bytes", "max_image_pixels", "max_images"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         for name in ("workers", "engines", "streams", "threads", "decode_threads"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 0 (0: automatic)")
-        for name in ("hang_seconds", "drain_seconds"):
+        for name in (name for name in self.__dataclass_fields__ if name.endswith("_seconds")):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        if not 0 <= self.port <= 65535:
-            raise SettingsError(f"port is {self.port}; it must be from 0 to 65535")
+        for name in ("port", "probe_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be from 0 to 65535")
+        if self.admin_key and len(self.admin_key) < LEAST_ADMIN_KEY_CHARACTERS:
+            raise SettingsError(
+                f"admin_key has {len(self.admin_key)} characters; it must have at least {LEAST_ADMIN_KEY_CHARACTERS}"
+            )
 
     def _check_choices(self) -> None:
         for name, setting in self.__dataclass_fields__.items():

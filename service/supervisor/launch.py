@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
+import resource
 import shutil
 import socket
 import tempfile
@@ -31,18 +33,28 @@ def serve(settings: Settings) -> int:
     Raises SettingsError, and OSError if it cannot listen on the address.
     """
     set_up_logging("supervisor", settings.log_level)
+    raise_open_files_limit()
     light_workers = settings.workers or _most_workers(settings, machine.cores())
     settings = for_this_machine(settings, machine.cores())
     directory = tempfile.mkdtemp(prefix="vitserve-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
     os.environ[METRICS_DIR] = directory  # inherited by the child processes
     try:
-        with _listen(settings) as listener:
-            return asyncio.run(Supervisor(settings, listener, light_workers).run())
+        with _listen(settings.host, settings.port) as listener, _listen_for_probes(settings) as probe_listener:
+            return asyncio.run(Supervisor(settings, listener, light_workers, probe_listener).run())
     except SupervisorGaveUpError as error:
         log.critical("giving up: %s", error)
         return 1
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def raise_open_files_limit() -> None:
+    """Raises the limit of open files to its hard limit, for this process and its children."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:  # macOS has a lower limit than the one that it reports
+        log.info("the limit of open files stays %d: %s", soft, error)
 
 
 def for_this_machine(settings: Settings, cores: int) -> Settings:
@@ -58,9 +70,14 @@ def _most_workers(settings: Settings, cores: int) -> int:
     return max(1, min(8, cores, settings.slots // settings.max_images))
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    log.info("running on http://%s:%d", host, listener.getsockname()[1])
+def _listen(host: str, port: int, purpose: str = "running on") -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=2048)
+    log.info("%s http://%s:%d", purpose, f"[{host}]" if ":" in host else host, listener.getsockname()[1])
     return listener
+
+
+def _listen_for_probes(settings: Settings) -> contextlib.AbstractContextManager[socket.socket | None]:
+    if not settings.probe_port:
+        return contextlib.nullcontext()
+    return _listen(settings.host, settings.probe_port, "liveness probes on")

@@ -19,6 +19,7 @@ from vitserve.service.ipc.shared_memory import SlotTable
 ENGINE_WORKER = "vitserve.service.engine_worker.main"
 HTTP_WORKER = "vitserve.service.http_worker.main"
 READY = "vitserve.http_worker: ready"
+ADMIN_KEY = "key of the tests 0123"
 LONG_TIMEOUT = ("--timeout-ms", "60000")
 
 
@@ -89,5 +90,5 @@ class BundleLink:
         new.replace(self.path)
 
 
-def reload(client: httpx.Client, key: str = "secret") -> httpx.Response:
+def reload(client: httpx.Client, key: str = ADMIN_KEY) -> httpx.Response:
     return client.post("/v1/admin/reload", headers={"Authorization": f"Bearer {key}"})

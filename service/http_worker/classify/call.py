@@ -55,7 +55,7 @@ class ClassifyCall:
         self.finished = False
 
     def begin(self, query: bytes, headers: Headers, arrived: float, awaits_continue: bool = False) -> None:
-        """``arrived``: the earliest time at which the request can have arrived. Its deadline counts from then.
+        """``arrived``: the earliest time at which the headers can have arrived, in monotonic seconds.
 
         ``awaits_continue``: the client sends the body only after a response with status 100.
         """
@@ -73,14 +73,20 @@ class ClassifyCall:
             self._state.metrics.inc(self._state.metrics.all.images_overloaded, images)
             self.fail(rejected)
 
+    @property
+    def timeout_seconds(self) -> float | None:
+        """Of the query, or the default. None if the headers were rejected."""
+        return None if self._head is None else self._head.timeout_ms / 1000
+
     def receive(self, chunk: bytes) -> None:
         self._length += len(chunk)
         with _Errors(self):
             check_length(self._length, self._state.settings)
             self._chunks.append(chunk)
 
-    def end(self) -> None:
-        """The body is complete."""
+    def end(self, arrived: float) -> None:
+        """The body is complete. ``arrived``: the time from which the deadline counts, see BodyClock."""
+        self._arrived = arrived
         assert self._head is not None
         assert self._dispatcher is not None
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)

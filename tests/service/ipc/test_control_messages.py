@@ -36,22 +36,23 @@ st.register_type_strategy(
 MESSAGES = st.one_of([st.from_type(message) for message in get_args(Message)])
 
 
-@given(MESSAGES)
-def test_every_message_survives_encoding(message: Message) -> None:
-    assert decode(encode(message)) == message
+@given(MESSAGES, st.integers(0, 4))
+def test_every_message_survives_encoding(message: Message, descriptors: int) -> None:
+    assert decode(encode(message, descriptors)) == (message, descriptors)
 
 
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (b"", "not a JSON message: b''"),
+        (b"", "not a JSON message, of 0 bytes"),
         (b"\xff\xfe", "not a JSON message"),
         (b"[]", "unknown kind of control message: None"),
         (b"{}", "unknown kind of control message: None"),
         (b'{"kind": "Restart"}', "unknown kind of control message: 'Restart'"),
         (b'{"kind": ["Drain"]}', "unknown kind of control message"),
-        (b'{"kind": "Reload", "id": 1, "path": "/"}', "Reload has no field path"),
-        (b'{"kind": "Reload"}', "Reload lacks the field id"),
+        (b'{"kind": "Reload", "id": 1}', "Reload lacks the field descriptors"),
+        (b'{"kind": "Reload", "descriptors": 0, "id": 1, "path": "/"}', "Reload has no field path"),
+        (b'{"kind": "Reload", "descriptors": 0}', "Reload lacks the field id"),
     ],
 )
 def test_other_data_is_a_clear_error(data: bytes, error: str) -> None:
@@ -62,8 +63,10 @@ def test_other_data_is_a_clear_error(data: bytes, error: str) -> None:
 
 def test_settings_are_checked_like_a_message() -> None:
     settings = dataclasses.asdict(Settings())
-    start = {"kind": "StartHttpWorker", "process": "p", "incarnation": 1, "worker": 0, "decode_threads": 1}
-    assert decode(json.dumps(start | {"settings": settings}).encode()) == StartHttpWorker("p", 1, Settings(), 0, 1)
+    start = {"kind": "StartHttpWorker", "descriptors": 1, "process": "p", "incarnation": 1, "worker": 0}
+    start |= {"decode_threads": 1}
+    sent = json.dumps(start | {"settings": settings}).encode()
+    assert decode(sent) == (StartHttpWorker("p", 1, Settings(), 0, 1), 1)
     with pytest.raises(ControlMessageError, match="Settings has no field presicion"):
         decode(json.dumps(start | {"settings": settings | {"presicion": "int8"}}).encode())
 

@@ -14,6 +14,7 @@ from tests.support.http import classify, metric
 from tests.support.images import encoded, random_image
 from tests.support.load import Load
 from tests.support.processes import (
+    ADMIN_KEY,
     ENGINE_WORKER,
     LONG_TIMEOUT,
     BundleLink,
@@ -35,7 +36,7 @@ def test_reloads_under_load_lose_nothing(
 ) -> None:
     link = BundleLink(tmp_path, bundle.path)
     with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", "secret") as running,
+        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         with Load(running.url, expected) as load:
@@ -65,7 +66,7 @@ def test_a_rejected_bundle_leaves_the_current_model_serving(
 ) -> None:
     link = BundleLink(tmp_path, bundle.path)
     with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", "secret") as running,
+        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         with Load(running.url, expected, connections=4) as load:
@@ -87,7 +88,7 @@ def test_an_engine_crash_with_a_damaged_bundle_is_not_ready(tmp_path: Path, bund
     """The engine worker that replaces the crashed one finds a bundle that it cannot serve. A reload repairs that."""
     link = BundleLink(tmp_path, bundle.path)
     with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", "secret") as running,
+        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         link.point_to(damaged)
@@ -121,10 +122,10 @@ def test_reload_needs_the_admin_key(bundle: Bundle, server: Server, client: http
     assert reload(client).status_code == 403
     assert "no admin_key is set" in reload(client).json()["detail"]
     with (
-        serving("--bundle", str(bundle.path), "--admin-key", "secret") as running,
+        serving("--bundle", str(bundle.path), "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as keyed,
     ):
-        for response in (reload(keyed, "wrong"), keyed.post("/v1/admin/reload"), reload(keyed, "secre")):
+        for response in (reload(keyed, "wrong"), keyed.post("/v1/admin/reload"), reload(keyed, ADMIN_KEY[:-1])):
             assert (response.status_code, response.json()["code"]) == (403, "forbidden")
         assert reload(keyed).status_code == 200
         assert running.stop() == 0
