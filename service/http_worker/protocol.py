@@ -151,16 +151,20 @@ class ClassifyProtocol(TimedProtocol):
         return length is not None and length <= _MAX_DROPPED_BYTES and not self.expect_100_continue
 
     def on_response_complete(self) -> None:
-        """As uvicorn's method, without a timer for each response: see check()."""
+        """As uvicorn's method, without a timer for each response, see check(), and with a bounded pipeline.
+
+        Uvicorn reads on after each response, although the pipeline holds further requests.
+        """
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
         elif self._error_after_response is not None:
             self._send_problem(self._error_after_response)
+        else:
+            self.flow.resume_reading()
 
     def _unset_keepalive_if_required(self) -> None:
         """There is no timer: see check()."""

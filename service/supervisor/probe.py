@@ -17,7 +17,8 @@ _MAX_CONNECTIONS = 16
 _MAX_HEAD_BYTES = 8_192
 _SECONDS = 2.0  # for a client to send its request, and to read the response
 _LIVE = b'{"status":"live"}'
-_RESPONSE = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"  # status, body
+# With status and body.
+_RESPONSE = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
 
 
 class Probe:

@@ -24,9 +24,11 @@ LONG_TIMEOUT = ("--timeout-ms", "60000")
 
 
 @contextmanager
-def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    *arguments: str, environment: Mapping[str, str] | None = None, open_files: int | None = None
+) -> Iterator[Server]:
     """A service that is ready. Processes that still run at the end of the test are killed."""
-    running = start_server(*arguments, environment=environment)
+    running = start_server(*arguments, environment=environment, open_files=open_files)
     try:
         yield running
     finally:

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 # The size of a chunk in 16 digits and "\r\n" twice (RFC 9112, 7.1). Further bytes around a chunk count as headers.
 CHUNK_BYTES = 20
+# Requests behind the one that is answered, which the client has sent without waiting. A read may have thousands.
+MAX_PIPELINED = 64
 
 
 class BoundedProtocol(ClosingProtocol):
@@ -125,7 +127,10 @@ class BoundedProtocol(ClosingProtocol):
             raise
 
     def _start_application(self) -> None:
-        """Passes the request to the ASGI application."""
+        """Passes the request to the ASGI application. Raises an exception, which ends the parsing."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._error = errors.BadRequestError(f"more than {MAX_PIPELINED} requests wait for earlier responses")
+            raise self._error
         url, headers, expects = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()  # creates the scope
         self.headers += headers

@@ -17,7 +17,7 @@ _SHARE = 16  # one of so many connections is closed at a time, so that looking f
 class Evictable(Protocol):
     crowded: bool
 
-    def evictable(self) -> tuple[int, float] | None: ...
+    def evictable(self) -> tuple[int, float, int] | None: ...
 
     def evict(self) -> None: ...
 
@@ -62,7 +62,7 @@ class Capacity:
                 self._paused = True
                 self._pause()
 
-    def _candidates(self, newcomer: Evictable) -> list[tuple[tuple[int, float], Evictable]]:
+    def _candidates(self, newcomer: Evictable) -> list[tuple[tuple[int, float, int], Evictable]]:
         """Those that wait for their clients, the longest wait first."""
         found = []
         for connection in self._connections:

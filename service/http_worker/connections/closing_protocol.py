@@ -44,6 +44,7 @@ class ClosingProtocol(HttpToolsProtocol):
             self._send_problem(error)
         else:  # an earlier request gets its response first
             self._error_after_response = error
+            self.flow.pause_reading()
 
     def _reject_body(self, error: errors.ServiceError) -> None:
         """The request is with the application, or has been answered."""

@@ -7,12 +7,14 @@ connection has noted with the limits' clock.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any, cast
 
 from vitserve.service import errors
 from vitserve.service.http_worker.connections.bounded_protocol import BoundedProtocol
 
 _SLOW_BYTES_PER_SECOND = 4_096
+_numbers = itertools.count()  # of connections: the clock has a resolution of a second
 _OTHERS, _UPLOADS = 0, 1  # the order in which connections are closed when there are too many
 
 
@@ -20,6 +22,7 @@ class TimedProtocol(BoundedProtocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.crowded = False  # accepted although there were too many connections
+        self._number = next(_numbers)
         self._unsent_bytes = 0  # of a response, at the latest check
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -83,15 +86,15 @@ class TimedProtocol(BoundedProtocol):
 
     # -- number of connections: see Capacity
 
-    def evictable(self) -> tuple[int, float] | None:
+    def evictable(self) -> tuple[int, float, int] | None:
         """The place in the order of closing, the smallest first. None while the client waits for a response."""
         if self._lingers or self.transport.is_closing():
-            return _OTHERS, self._since
+            return _OTHERS, self._since, self._number
         if self._unfinished and not self.pipeline and (self._in_body or not self._waits_for_response):
             seconds = self.limits.clock - self._since
             slow = not self._in_body or self._content_bytes < _SLOW_BYTES_PER_SECOND * seconds
-            return (_OTHERS if slow else _UPLOADS), self._since
-        return None if self._waits_for_response else (_OTHERS, self._heard)
+            return (_OTHERS if slow else _UPLOADS), self._since, self._number
+        return None if self._waits_for_response else (_OTHERS, self._heard, self._number)
 
     def evict(self) -> None:
         if self._lingers or self.transport.is_closing():
