@@ -36,5 +36,5 @@ class AdminKey:
             raise errors.ForbiddenError("the bearer token is not the admin key")
 
     def _refill(self, now: float) -> None:
-        self._attempts = min(float(ATTEMPTS), self._attempts + (now - self._updated) / SECONDS_PER_ATTEMPT)
+        self._attempts = min(float(ATTEMPTS), self._attempts + max(0.0, now - self._updated) / SECONDS_PER_ATTEMPT)
         self._updated = now

@@ -128,6 +128,11 @@ def test_reload_needs_the_admin_key(bundle: Bundle, server: Server, client: http
         for response in (reload(keyed, "wrong"), keyed.post("/v1/admin/reload"), reload(keyed, ADMIN_KEY[:-1])):
             assert (response.status_code, response.json()["code"]) == (403, "forbidden")
         assert reload(keyed).status_code == 200
+        for _ in range(10):
+            limited = reload(keyed, "wrong")
+        assert (limited.status_code, limited.json()["code"]) == (429, "too_many_attempts")
+        assert int(limited.headers["retry-after"]) >= 1
+        assert ADMIN_KEY not in "".join(running.log)
         assert running.stop() == 0
 
 

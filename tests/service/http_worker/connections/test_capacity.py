@@ -49,7 +49,7 @@ def others_are_served(running: Server, times: int) -> None:
     ("count", "open_files", "options"),
     [
         (300, 200, ()),
-        (100, None, ("--max-connections", "40", "--workers", "2")),
+        pytest.param(100, None, ("--max-connections", "40", "--workers", "2"), marks=pytest.mark.slow),
         pytest.param(4_000, 400, (), marks=pytest.mark.slow),
         pytest.param(4_000, None, (), marks=pytest.mark.slow),
     ],

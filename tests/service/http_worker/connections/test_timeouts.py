@@ -18,11 +18,11 @@ from vitserve.model.bundle.bundle import Bundle
 IMAGE = encoded(random_image())
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 LIMITS = {
-    "first-request-seconds": "0.4",
-    "header-seconds": "0.4",
-    "body-gap-seconds": "0.8",
-    "body-seconds": "2.5",
-    "keep-alive-seconds": "0.6",
+    "first-request-seconds": "0.3",
+    "header-seconds": "0.3",
+    "body-gap-seconds": "0.4",
+    "body-seconds": "1.2",
+    "keep-alive-seconds": "0.4",
 }
 
 
@@ -71,7 +71,7 @@ def test_headers_that_are_not_completed_get_408(connection: socket.socket, sent:
     connection.sendall(sent)
     status, problem, received = response(connection)
     assert (status, problem["code"], received.headers["connection"]) == (408, "request_timeout", "close")
-    assert problem["detail"] == "the headers did not arrive within 0.4 s"
+    assert problem["detail"] == "the headers did not arrive within 0.3 s"
     assert connection.recv(1) == b""
 
 
@@ -88,7 +88,7 @@ def test_a_body_that_stops_does_not_hold_its_connection(connection: socket.socke
     status, problem, _ = response(connection)
     if path.startswith("/v1/classify"):
         assert (status, problem["code"]) == (408, "request_timeout")
-        assert problem["detail"] == "no byte of the body arrived for 0.8 s"
+        assert problem["detail"] == "no byte of the body arrived for 0.4 s"
     else:
         assert status in (403, 404)
     assert connection.recv(1) == b""
@@ -105,14 +105,14 @@ def test_a_body_sent_byte_by_byte_gets_408(connection: socket.socket) -> None:
     connection.sendall(head(1000))
     drip(connection, bytes(1000))
     status, problem, _ = response(connection)
-    assert (status, problem["detail"]) == (408, "the request did not arrive within 2.5 s")
+    assert (status, problem["detail"]) == (408, "the request did not arrive within 1.2 s")
 
 
 def test_a_slow_upload_is_no_overload(connection: socket.socket) -> None:
     """It takes longer than the deadline, which counts from the end of the body."""
-    connection.sendall(head(len(IMAGE), "/v1/classify?timeout_ms=600"))
+    connection.sendall(head(len(IMAGE), "/v1/classify?timeout_ms=300"))
     for start in range(0, len(IMAGE), len(IMAGE) // 4):
-        time.sleep(0.3)  # the client's link
+        time.sleep(0.15)  # the client's link
         connection.sendall(IMAGE[start : start + len(IMAGE) // 4])
     assert response(connection)[0] == 200
 
