@@ -79,6 +79,12 @@ def slot_table_of(engine_worker: int) -> SlotTable:
     raise AssertionError("the engine worker has no slot table")
 
 
+def resident_bytes(pid: int) -> int:
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert match is not None
+    return int(match.group(1)) * 1024
+
+
 class BundleLink:
     """A symbolic link to a bundle, replaced atomically."""
 

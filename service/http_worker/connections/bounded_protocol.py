@@ -111,6 +111,8 @@ class BoundedProtocol(ClosingProtocol):
 
     def _check_head(self) -> None:
         """Call it first when the headers are complete. Raises an exception, which ends the parsing."""
+        if self._unfinished_head_bytes:
+            self._release_head()
         if (
             self._hosts == 1
             and not self._transfer_coded
@@ -188,6 +190,7 @@ class BoundedProtocol(ClosingProtocol):
             else:
                 self._head_end = (self._head_end + data[-3:])[-3:]
                 check_size(self.url, self.headers, self.limits.headers)
+                self._keep_head(len(data))
         except errors.ServiceError as error:
             self._error = None
             self.reject(error)

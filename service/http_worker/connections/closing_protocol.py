@@ -9,7 +9,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from vitserve.service import errors
 from vitserve.service.http_worker.classify.response import Response, problem
 from vitserve.service.http_worker.connections.capacity import Capacity
-from vitserve.service.http_worker.connections.limits import ConnectionLimits
+from vitserve.service.http_worker.connections.limits import MAX_UNFINISHED_HEAD_BYTES, ConnectionLimits
 from vitserve.service.http_worker.connections.rejections import Rejections
 from vitserve.service.http_worker.state import State
 
@@ -35,6 +35,22 @@ class ClosingProtocol(HttpToolsProtocol):
         self._error_after_response: errors.ServiceError | None = None
         self._lingers = False
         self._dropped_bytes = 0
+        self._unfinished_head_bytes = 0  # see ConnectionLimits
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._release_head()
+        super().connection_lost(exc)
+
+    def _keep_head(self, length: int) -> None:
+        """Raises TooManyConnectionsError if the unfinished headers of all connections are too large together."""
+        self._unfinished_head_bytes += length
+        self.limits.unfinished_head_bytes += length
+        if self.limits.unfinished_head_bytes > MAX_UNFINISHED_HEAD_BYTES:
+            raise errors.TooManyConnectionsError("too many clients send large headers slowly")
+
+    def _release_head(self) -> None:
+        self.limits.unfinished_head_bytes -= self._unfinished_head_bytes
+        self._unfinished_head_bytes = 0
 
     def reject(self, error: errors.ServiceError) -> None:
         """Responds to the request that arrives, if that is still possible, and closes the connection."""
@@ -64,6 +80,7 @@ class ClosingProtocol(HttpToolsProtocol):
     def _send_problem(self, error: errors.ServiceError) -> None:
         self.rejections.record(error, self.client, self.service.metrics)
         self._write_response(problem(error), keep_alive=False)
+        self.parser = None  # type: ignore[assignment]  # it may hold a large part of the request
         self.linger()
 
     def _write_response(self, response: Response, keep_alive: bool) -> None:
@@ -80,6 +97,7 @@ class ClosingProtocol(HttpToolsProtocol):
         """Sends the end of the stream, and closes the connection once the client has, or a moment later."""
         if not self._lingers and not self.transport.is_closing():
             self._lingers = True
+            self._release_head()
             self._since, self._dropped_bytes = self.limits.clock, 0
             self.flow.resume_reading()
             self.transport.write_eof()

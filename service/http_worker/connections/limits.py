@@ -10,6 +10,8 @@ RESERVED_DESCRIPTORS = 64  # for the service itself: listening sockets, slot tab
 # Connections beyond the limit while all others wait for a response. They may do everything but classify, so that
 # liveness probes are answered.
 EXTRA_CONNECTIONS = 16
+# Of all headers that have arrived in part. Those that arrive with one read, as nearly all do, do not count.
+MAX_UNFINISHED_HEAD_BYTES = 33_554_432
 LINGER_SECONDS = 1.0  # for a client to read a response and to close its connection
 _LONGEST_INTERVAL_SECONDS = 1.0
 
@@ -26,6 +28,7 @@ class ConnectionLimits:
         """``open_files``: the limit of open files of this process."""
         self.clock = 0.0  # seconds
         self.draining = False
+        self.unfinished_head_bytes = 0
         self.header_bytes, self.headers = settings.max_header_bytes, settings.max_headers
         room = open_files - RESERVED_DESCRIPTORS - EXTRA_CONNECTIONS
         self.connections = max(1, min(settings.max_connections, room))

@@ -41,7 +41,7 @@ def others_are_served(running: Server, times: int) -> None:
     """With new connections, as probes use them, and with one that is kept."""
     with httpx.Client(base_url=running.url, timeout=10) as kept:
         for _ in range(times):
-            assert httpx.get(f"{running.url}/livez", timeout=1).status_code == 200
+            assert httpx.get(f"{running.url}/livez", timeout=10).status_code == 200
             assert classify(kept, IMAGE).status_code == 200
 
 

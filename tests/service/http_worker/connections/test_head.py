@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import chain, repeat
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.support.http import connect, head, metric, response
 from tests.support.images import encoded, random_image
-from tests.support.processes import HTTP_WORKER
+from tests.support.processes import HTTP_WORKER, resident_bytes
 from tests.support.server import Server
 from tests.support.waiting import eventually
 
@@ -71,6 +72,22 @@ def test_a_header_that_is_too_large_is_rejected_before_it_is_complete(
 
 def test_a_header_of_200_mb_is_read_up_to_the_limit(server: Server, connection: socket.socket) -> None:
     assert bytes_until_closed(connection, START + b"X: ", b"a" * 1_000_000) < 50_000_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_unfinished_headers_of_many_connections_are_bounded_together(server: Server) -> None:
+    (worker,) = server.pids(HTTP_WORKER)
+    before = resident_bytes(worker)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(connect(server)) for _ in range(800)]
+        for connection in opened:
+            send(connection, [START + b"X: " + b"a" * 60_000])  # 48 MB together
+        status, problem, _ = response(opened[-1])
+        assert (status, problem["code"]) == (503, "too_many_connections")
+        assert resident_bytes(worker) - before < 45_000_000
+        with connect(server) as other:
+            other.sendall(head(len(IMAGE)) + IMAGE)
+            assert response(other)[0] == 200
 
 
 @pytest.mark.parametrize("end", [b"\r\n", b""], ids=["complete", "not complete"])

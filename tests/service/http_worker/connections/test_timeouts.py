@@ -128,7 +128,7 @@ def test_a_client_that_does_not_read_is_disconnected(strict: Server) -> None:
 
 
 def test_timeouts_are_counted_and_the_service_goes_on(strict: Server) -> None:
-    with httpx.Client(base_url=strict.url) as client:
+    with httpx.Client(base_url=strict.url, limits=httpx.Limits(max_keepalive_connections=0)) as client:
         for path, route in ((b"/v1/classify", "/v1/classify"), (b"/livez", "other")):
             before = metric(client, "vitserve_requests_total", route=route, status="408")
             with connect(strict) as connection:
