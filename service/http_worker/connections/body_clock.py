@@ -18,7 +18,7 @@ class BodyClock:
     - A body that is larger than the buffer cannot be sent while the buffer is full. So the wait before a read that
       may have found a full buffer counts too.
 
-    Any other wait delays nobody, because the client was still sending the rest.
+    Any other wait delays no response, because the client was still sending the rest.
     """
 
     def __init__(self, arrived: float, started: float, length: int) -> None:

@@ -184,6 +184,20 @@ def test_a_request_is_answered_before_the_malformed_one_behind_it(connection: so
     assert received.count(b"HTTP/1.1 400 Bad Request") == 1
 
 
+@pytest.mark.parametrize("count", [50, 100_000])
+def test_pipelined_requests_are_bounded(connection: socket.socket, count: int) -> None:
+    """Those that fit are answered, and the connection is closed behind them."""
+    sent = send(connection, [(START + b"\r\n") * count])
+    received = b""
+    while received.count(b"HTTP/1.1 200 OK") < min(count, 50):
+        received += connection.recv(65_536)
+    if count > 50:
+        received += b"".join(iter(lambda: connection.recv(65_536), b""))
+        assert received.count(b"HTTP/1.1 200 OK") < 100
+        assert received.count(b"HTTP/1.1 400 Bad Request") == 1
+    assert sent <= len(START + b"\r\n") * count
+
+
 @pytest.mark.parametrize("upgrade", ["websocket", "h2c"])
 def test_an_upgrade_with_a_body_is_answered(connection: socket.socket, upgrade: str) -> None:
     connection.sendall(head(len(IMAGE), "/v1/classify", f"Upgrade: {upgrade}", "Connection: Upgrade") + IMAGE)
