@@ -49,6 +49,7 @@ class ConnectionLimits:
         """From now on, connections are closed unless their request is complete, or may be on its way."""
         self.draining = True
         self.first_request_seconds = self.unsent_seconds = LINGER_SECONDS
+        self.linger_seconds = LINGER_SECONDS / 2
         self.header_seconds = self.body_gap_seconds = self.body_seconds = self.keep_alive_seconds = 0.0
 
 
