@@ -13,7 +13,7 @@ EXTRA_CONNECTIONS = 16
 # Of all headers that have arrived in part. Those that arrive with one read, as nearly all do, do not count.
 MAX_UNFINISHED_HEAD_BYTES = 33_554_432
 LINGER_SECONDS = 1.0  # for a client to read a response and to close its connection
-_LONGEST_INTERVAL_SECONDS = 1.0
+_SHORTEST_INTERVAL_SECONDS, _LONGEST_INTERVAL_SECONDS = 0.05, 1.0
 
 
 class ConnectionLimits:
@@ -38,8 +38,15 @@ class ConnectionLimits:
         self.keep_alive_seconds = settings.keep_alive_seconds
         self.linger_seconds = LINGER_SECONDS
         self.unsent_seconds = settings.body_gap_seconds  # how long a client may pause while it reads a response
-        shortest = min(self.first_request_seconds, self.header_seconds, self.body_gap_seconds, self.body_seconds)
-        self.interval = min(_LONGEST_INTERVAL_SECONDS, shortest / 2, self.keep_alive_seconds / 2)  # between ticks
+        shortest = min(
+            self.first_request_seconds,
+            self.header_seconds,
+            self.body_gap_seconds,
+            self.body_seconds,
+            self.keep_alive_seconds,
+        )
+        # Between ticks
+        self.interval = min(_LONGEST_INTERVAL_SECONDS, max(_SHORTEST_INTERVAL_SECONDS, shortest / 2))
 
     def tick(self, elapsed: float) -> None:
         """``elapsed``: seconds since the last tick."""
