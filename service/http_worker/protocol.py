@@ -43,6 +43,7 @@ class _Exchange:
 class ClassifyProtocol(TimedProtocol):
     """Pass a subclass with the attributes of BoundedProtocol to uvicorn: see protocol_class()."""
 
+    __slots__ = ("_exchange",)
     _unused_event = asyncio.Event()
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

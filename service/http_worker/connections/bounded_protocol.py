@@ -25,6 +25,18 @@ MAX_PIPELINED = 64
 
 
 class BoundedProtocol(ClosingProtocol):
+    __slots__ = (
+        "_arrived",
+        "_body_clock",
+        "_content_bytes",
+        "_error",
+        "_head_end",
+        "_hosts",
+        "_read_bytes",
+        "_received_bytes",
+        "_transfer_coded",
+    )
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._arrived = 0.0  # the earliest time at which the latest data can have arrived, monotonic seconds

@@ -19,6 +19,8 @@ _OTHERS, _UPLOADS = 0, 1  # the order in which connections are closed when there
 
 
 class TimedProtocol(BoundedProtocol):
+    __slots__ = ("_number", "_unsent_bytes", "crowded")
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.crowded = False  # accepted although there were too many connections
