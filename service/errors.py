@@ -5,9 +5,11 @@ ServiceError 500 internal                    an unexpected failure; the log has 
 ├── ForbiddenError 403                       wrong admin key, or none is configured
 ├── NotFoundError 404                        no such path
 ├── MethodNotAllowedError 405                the path exists, with the methods in the header Allow
+├── RequestTimeoutError 408                  the client did not send the request in time
 ├── ReloadRejectedError 409                  the new bundle cannot be served; the current model stays in service
 ├── BodyTooLargeError 413                    more bytes than the limit
 ├── ImageTooLargeError 413                   more pixels than the limit, according to the image header
+├── UriTooLongError 414
 ├── UnsupportedMediaTypeError 415            neither an image nor a form nor JSON
 ├── UnsupportedCodingError 415               a Content-Encoding other than gzip and deflate
 ├── NotAnImageError 422                      the bytes match no accepted image format
@@ -15,8 +17,11 @@ ServiceError 500 internal                    an unexpected failure; the log has 
 ├── DamagedImageError 422                    truncated or corrupt image data
 ├── ImageTooComplexError 422                 more scans, chunks, directories or frames than the limit
 ├── OverloadedError 429                      the deadline cannot be met; Retry-After says when to try again
+├── TooManyAttemptsError 429                 too many wrong admin keys; Retry-After says when to try again
+├── HeadersTooLargeError 431                 more header fields or bytes than the limit
 ├── EngineFailedError 500                    the engine raised an exception, or crashed twice with this image
 ├── NotReadyError 503                        starting, or no engine is running
+├── TooManyConnectionsError 503              the HTTP worker has no connection left for this request
 └── DeadlineExceededError 504                admitted, but not finished in time
 """
 
@@ -85,6 +90,10 @@ class MethodNotAllowedError(ServiceError):
         return {"Allow": self._allowed}
 
 
+class RequestTimeoutError(ServiceError):
+    status, code, title = 408, "request_timeout", "The request was not received in time"
+
+
 class ReloadRejectedError(ServiceError):
     status, code, title = 409, "reload_rejected", "The bundle cannot be served"
 
@@ -95,6 +104,10 @@ class BodyTooLargeError(ServiceError):
 
 class ImageTooLargeError(ServiceError):
     status, code, title = 413, "image_too_large", "The image has too many pixels"
+
+
+class UriTooLongError(ServiceError):
+    status, code, title = 414, "uri_too_long", "The request target is too long"
 
 
 class UnsupportedMediaTypeError(ServiceError):
@@ -139,12 +152,34 @@ class OverloadedError(ServiceError):
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_seconds)))}
 
 
+class TooManyAttemptsError(ServiceError):
+    status, code, title = 429, "too_many_attempts", "Too many wrong admin keys"
+
+    def __init__(self, detail: str, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_seconds)))}
+
+
+class HeadersTooLargeError(ServiceError):
+    status, code, title = 431, "headers_too_large", "The request header is too large"
+
+
 class EngineFailedError(ServiceError):
     status, code, title = 500, "engine_failed", "The engine failed"
 
 
 class NotReadyError(ServiceError):
     status, code, title = 503, "not_ready", "The service is not ready"
+
+
+class TooManyConnectionsError(ServiceError):
+    status, code, title = 503, "too_many_connections", "Too many connections"
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
 
 
 class DeadlineExceededError(ServiceError):

@@ -66,6 +66,8 @@ class Metrics:
         # Prometheus misses the first increase of a series that did not exist before, and alerts may depend on it.
         for status in ("200", "429", "500", "503", "504"):
             self.requests.labels("/v1/classify", status)
+        for status in ("400", "404", "405", "408", "414", "431", "503"):
+            self.requests.labels("other", status)
         # Looking up labels takes longer than counting, so those of rejections are looked up once.
         self.images_overloaded = self.images.labels("overloaded")
         reasons = "deadline", "full", "large", "memory"

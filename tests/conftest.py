@@ -24,7 +24,9 @@ from vitserve.model.bundle.bundle import Bundle
 pytest_plugins = ["tests.support.gpu.fixtures"]
 
 # Without a deadline: how long an example takes depends on how busy the machine is.
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 
 

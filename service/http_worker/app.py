@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vitserve import __version__
 from vitserve.service import errors
 from vitserve.service.http_worker import openapi
+from vitserve.service.http_worker.admin_key import AdminKey
 from vitserve.service.http_worker.classify.asgi import classify
 from vitserve.service.http_worker.classify.call import ROUTE
 from vitserve.service.http_worker.classify.request_parsing import reject_unknown
@@ -40,6 +40,7 @@ def create_app(state: State) -> FastAPI:
         yield
         state.end()
 
+    key = AdminKey(state.settings.admin_key)
     exposition = Exposition(lambda: gauges(state), state.stored_metrics)
     app = FastAPI(
         title="vitserve",
@@ -52,7 +53,7 @@ def create_app(state: State) -> FastAPI:
     handlers: dict[tuple[str, str], Handler] = {
         ("POST", ROUTE): lambda request: classify(state, request),
         ("GET", "/v1/model"): lambda request: _model(state),
-        ("POST", "/v1/admin/reload"): lambda request: _reload(state, request),
+        ("POST", "/v1/admin/reload"): lambda request: _reload(state, key, request),
         ("GET", "/livez"): lambda request: _livez(),
         ("GET", "/readyz"): lambda request: _readyz(state),
         ("GET", "/metrics"): lambda request: _metrics(exposition),
@@ -142,14 +143,9 @@ async def _model(state: State) -> Response:
     return JSONResponse(model_info.details | {"labels": model_info.labels, "serving": serving})
 
 
-async def _reload(state: State, request: Request) -> Response:
+async def _reload(state: State, key: AdminKey, request: Request) -> Response:
     """Reloads the configured bundle. Clients cannot choose a path."""
-    key = state.settings.admin_key
-    authorization = request.headers.get("authorization", "")
-    if not key:
-        raise errors.ForbiddenError("no admin_key is set, so this route is disabled; SIGHUP also reloads the bundle")
-    if not hmac.compare_digest(authorization.encode(), f"Bearer {key}".encode()):
-        raise errors.ForbiddenError("the bearer token is not the admin key")
+    key.check(request.headers.get("authorization", ""))
     reject_unknown("query parameter", request.query_params)
     reloaded = await state.reload()
     if reloaded.result != "ok":

@@ -112,7 +112,7 @@ class Readiness(BaseModel):
 
 _MODELS = (Problem, Classification, ClassifyJson, ClassifyForm, ModelDescription, ReloadedModel, Liveness, Readiness)
 _REFERENCE = "#/components/schemas/{model}"
-_ADMIN_ERRORS = (errors.ForbiddenError, errors.ReloadRejectedError)
+_ADMIN_ERRORS = (errors.ForbiddenError, errors.ReloadRejectedError, errors.TooManyAttemptsError)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 

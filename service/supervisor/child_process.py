@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from vitserve.service.ipc.control_channel import Channel
+from vitserve.service.ipc.control_channel import Channel, LostDescriptorsError
 from vitserve.service.ipc.control_messages import Message, StartMessage
 from vitserve.service.python_process import python_command, python_environment
 
@@ -65,6 +65,9 @@ class ChildProcess:
         while True:
             try:
                 return self._channel.receive()
+            except LostDescriptorsError as error:
+                log.error("%s: %s; killing it", self.name, error)
+                self.kill()
             except BlockingIOError:
                 if self._exited:
                     return None

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import resource
 import shutil
 import socket
 
@@ -33,19 +34,33 @@ def serve(settings: Settings) -> int:
     Raises SettingsError, and OSError if it cannot listen on the address or has no room for the metrics files.
     """
     set_up_logging("supervisor", settings.log_level)
+    raise_open_files_limit()
     light_workers = settings.workers or _most_workers(settings, machine.cores())
     settings = for_this_machine(settings, machine.cores())
     names = metrics_directory.process_names(max(light_workers, settings.workers), settings.engines)
     directory = metrics_directory.create(list(names))
     os.environ[METRICS_DIR] = directory  # inherited by the child processes
     try:
-        with _listen(settings.host, settings.port) as listener, _listen_for_admin(settings) as admin_listener:
-            return asyncio.run(Supervisor(settings, listener, light_workers, admin_listener=admin_listener).run())
+        with (
+            _listen(settings.host, settings.port) as listener,
+            _listen_also(settings, settings.admin_port, "metrics and administration on") as admin,
+            _listen_also(settings, settings.probe_port, "liveness probes on") as probes,
+        ):
+            return asyncio.run(Supervisor(settings, listener, light_workers, admin, probes).run())
     except SupervisorGaveUpError as error:
         log.critical("giving up: %s", error)
         return 1
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def raise_open_files_limit() -> None:
+    """Raises the limit of open files to its hard limit, for this process and its children."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:  # macOS has a lower limit than the one that it reports
+        log.info("the limit of open files stays %d: %s", soft, error)
 
 
 def for_this_machine(settings: Settings, cores: int) -> Settings:
@@ -71,7 +86,8 @@ def _listen(host: str, port: int, purpose: str = "running on") -> socket.socket:
     return listener
 
 
-def _listen_for_admin(settings: Settings) -> contextlib.AbstractContextManager[socket.socket | None]:
-    if not settings.admin_port:
-        return contextlib.nullcontext()
-    return _listen(settings.host, settings.admin_port, "metrics and administration on")
+def _listen_also(
+    settings: Settings, port: int, purpose: str
+) -> contextlib.AbstractContextManager[socket.socket | None]:
+    """``port``: 0 for none."""
+    return _listen(settings.host, port, purpose) if port else contextlib.nullcontext()

@@ -18,6 +18,7 @@ from vitserve.service.supervisor.children import Children, SupervisorGaveUpError
 from vitserve.service.supervisor.engine_starter import EngineStarter, StartFailedError
 from vitserve.service.supervisor.generation import Generation
 from vitserve.service.supervisor.http_workers import HttpWorkers
+from vitserve.service.supervisor.probe import Probe
 
 log = logging.getLogger("vitserve.supervisor")
 
@@ -31,9 +32,10 @@ class Supervisor:
         listener: socket.socket,
         light_workers: int,
         admin_listener: socket.socket | None = None,
+        probe_listener: socket.socket | None = None,
     ) -> None:
         """``light_workers``: number of HTTP workers if the network is light. Else it is settings.workers."""
-        self._admin_listener = admin_listener  # of settings.admin_port
+        self._admin_listener, self._probe_listener = admin_listener, probe_listener  # of admin_port and probe_port
         self._settings, self._listener = settings, listener
         self._stopping = asyncio.Event()
         self._children = Children(settings.hang_seconds, self._stopping)
@@ -57,10 +59,15 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 loader = group.create_task(self._run_model_loader(group))
                 self._run_workers(group, self._settings.workers)
+                probe = None
+                if self._probe_listener is not None:
+                    probe = group.create_task(Probe().run(self._probe_listener))
                 while self._worker_tasks:
                     await asyncio.wait(self._worker_tasks)
                 loader.cancel()
                 await self._stop_engines()
+                if probe is not None:
+                    probe.cancel()
         except* SupervisorGaveUpError as errors:
             raise SupervisorGaveUpError(str(errors.exceptions[0])) from None
         finally:
@@ -92,6 +99,8 @@ class Supervisor:
             if self._stopping.is_set():
                 return
             attempts = 0 if started else attempts + 1
+            if started:
+                log.error("%s exited (%s); restarting", worker.name, status)
             await self._children.back_off(attempts, f"{worker.name} exited ({status})")
             self._workers.count_restart("http_worker", worker)
 
@@ -175,6 +184,7 @@ class Supervisor:
         log.info("draining")
         self._stopping.set()
         self._workers.drain()
+        self._listener.close()  # else clients could connect after the HTTP workers have closed theirs
         seconds = self._settings.drain_seconds
         asyncio.get_running_loop().call_later(seconds, self._force, f"drain_seconds={seconds:g} exceeded")
 

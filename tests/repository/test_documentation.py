@@ -37,7 +37,7 @@ from vitserve.model.bundle.bundle import Bundle
 
 DOCUMENTS = ("README.md", "docs/quickstart.md", "examples/images/README.md")
 ADDRESS = "http://127.0.0.1:8000"
-ADMIN_KEY = "secret"  # as the quickstart sets it
+ADMIN_KEY = "at-least-16-characters"  # as the quickstart sets it
 
 # Options added to commands that measure: what they compute does not change, only for how long.
 SHORTER = {

@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/decode_queue.py": {"service.reserved_time"},
     "service/scheduler.py": {"service.reserved_time"},
     "service/metrics.py": {"service.ipc.control_channel"},
-    "service/settings.py": {"service.engines.catalog"},
+    "service/http_settings.py": set(),
+    "service/settings.py": {"service.engines.catalog", "service.http_settings"},
     "service/engines/catalog.py": {"model.arrays"},  # while type-checking only
     "service/engines": {
         "model.arrays",

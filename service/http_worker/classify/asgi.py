@@ -18,14 +18,16 @@ async def classify(state: State, request: Request) -> responses.Response:
     result: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
     call = ClassifyCall(state, result.set_result)
     exchange_of(request.scope).recorded = True  # by the call
-    call.begin(request.scope["query_string"], request.headers.raw, time.monotonic(), request.scope["client"])
+    arrived = time.monotonic()
+    call.begin(request.scope["query_string"], request.headers.raw, arrived, request.scope["client"])
     try:
         async for chunk in request.stream():
             if call.finished:
                 break
             call.receive(chunk)
+            arrived = time.monotonic()
         if not call.finished:
-            call.end()
+            call.end(arrived)
         response = await result
     except (asyncio.CancelledError, ClientDisconnect):
         call.cancel()

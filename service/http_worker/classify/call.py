@@ -67,7 +67,7 @@ class ClassifyCall:
         client: tuple[str, int] | None,
         awaits_continue: bool = False,
     ) -> None:
-        """``arrived``: the earliest time at which the request can have arrived. Its deadline counts from then.
+        """``arrived``: the earliest time at which the headers can have arrived, in monotonic seconds.
 
         ``client``: address and port. ``awaits_continue``: the client sends the body only after a response with
         status 100.
@@ -90,6 +90,11 @@ class ClassifyCall:
         if rejected is not None:
             count_rejected(self._state.metrics, rejected, images)
             self.fail(rejected)
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """Of the query, or the default. None if the headers were rejected."""
+        return None if self._head is None else self._head.timeout_ms / 1000
 
     def receive(self, chunk: bytes) -> None:
         self._length += len(chunk)
@@ -120,8 +125,9 @@ class ClassifyCall:
         count_rejected(self._state.metrics, error, images)
         raise error
 
-    def end(self) -> None:
-        """The body is complete."""
+    def end(self, arrived: float) -> None:
+        """The body is complete. ``arrived``: the time from which the deadline counts, see BodyClock."""
+        self._arrived = arrived
         assert self._head is not None
         assert self._dispatcher is not None
         chunks, self._chunks = self._chunks, []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import random
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from tests.support.http import metric
 from tests.support.mutation import mutate, seeds
+from tests.support.processes import resident_bytes
 from tests.support.server import start_server
 from vitserve.model.bundle.bundle import Bundle
 
@@ -40,12 +40,6 @@ def hostile_request(number: int, images: list[bytes]) -> tuple[bytes, str]:
         return mutate(body, generator), "application/json"
     part = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\n' + image + b"\r\n--x--\r\n"
     return (part if generator.random() < 0.5 else mutate(part, generator)), "multipart/form-data; boundary=x"
-
-
-def resident_bytes(pid: int) -> int:
-    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert match is not None
-    return int(match.group(1)) * 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterator
-from http.client import HTTPResponse
 
 import httpx
 import pytest
 
-from tests.support.http import connect, metric
+from tests.support.http import connect, head, metric, response
 from tests.support.images import encoded, random_image
 from tests.support.server import Server, start_server
 from tests.support.waiting import eventually
@@ -33,18 +31,6 @@ def slow(slow_bundle: Bundle) -> Iterator[Server]:
 def rejecting(slow: Server) -> Iterator[socket.socket]:
     with connect(slow) as opened:
         yield opened
-
-
-def head(length: int, path: str = "/v1/classify", *headers: str) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: image/png", f"Content-Length: {length}", *headers]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-def response(connection: socket.socket) -> tuple[int, dict[str, object], HTTPResponse]:
-    """Status, body and the response, which has the headers. Reads nothing of the next response."""
-    received = HTTPResponse(connection)
-    received.begin()
-    return received.status, json.loads(received.read()), received
 
 
 @pytest.fixture

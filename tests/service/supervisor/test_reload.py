@@ -16,6 +16,7 @@ from tests.support.http import classify, metric
 from tests.support.images import encoded, random_image
 from tests.support.load import Load
 from tests.support.processes import (
+    ADMIN_KEY,
     ENGINE_WORKER,
     LONG_TIMEOUT,
     BundleLink,
@@ -37,7 +38,7 @@ def test_reloads_under_load_lose_nothing(
 ) -> None:
     link = BundleLink(tmp_path, bundle.path)
     with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", "secret") as running,
+        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         with Load(running.url, expected) as load:
@@ -74,7 +75,7 @@ def service(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Serves ``bundle`` before and after each test."""
     link = BundleLink(tmp_path_factory.mktemp("link"), bundle.path)
     with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", "secret") as running,
+        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         yield Reloadable(running, client, link)
@@ -103,7 +104,7 @@ def test_an_engine_crash_with_a_damaged_bundle_is_not_ready(tmp_path: Path, bund
     """The engine worker that replaces the crashed one finds a bundle that it cannot serve. A reload repairs that."""
     link = BundleLink(tmp_path, bundle.path)
     with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", "secret") as running,
+        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         link.point_to(damaged)
@@ -137,7 +138,7 @@ def test_reload_needs_the_admin_key(service: Reloadable, client: httpx.Client) -
     assert reload(client).status_code == 403
     assert "no admin_key is set" in reload(client).json()["detail"]
     keyed = service.client
-    for response in (reload(keyed, "wrong"), keyed.post("/v1/admin/reload"), reload(keyed, "secre")):
+    for response in (reload(keyed, "wrong"), keyed.post("/v1/admin/reload"), reload(keyed, ADMIN_KEY[:-1])):
         assert (response.status_code, response.json()["code"]) == (403, "forbidden")
     assert reload(keyed).status_code == 200
 
