@@ -18,7 +18,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vitserve.export.graph.tensorrt_attention import attention_nodes, tensorrt_graph
+from vitserve.export.graph.tensorrt_attention import UnsupportedAttentionError, attention_nodes, tensorrt_graph
 from vitserve.export.tensorrt.builder import PlanError, Progress, build, trt
 from vitserve.model.bundle.plan import PlanReport
 from vitserve.service.engines.gpu_artifacts import PlanOptions, report_beside
@@ -35,7 +35,10 @@ def plan_for(source: Path, path: Path, options: PlanOptions, progress: Progress 
         existing = report_beside(path)
         if existing is not None:
             return existing
-        model = tensorrt_graph(source, options.precision)
+        try:
+            model = tensorrt_graph(source, options.precision)
+        except UnsupportedAttentionError as error:
+            raise PlanError(str(error)) from error
         attention, graph = len(attention_nodes(model)), ir.to_proto(model).SerializeToString()
         del model
         timings = path.parent / f"timings-trt{trt.__version__}.cache"

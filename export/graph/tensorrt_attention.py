@@ -4,10 +4,13 @@ Each rewrite keeps the outputs equal. All were measured with the builder of Tens
 
 - A single query, as in a last block that computes only the class token, has a fused kernel only where batch × heads is
   at least four. With fewer heads the query is given twice, and the first of the two results is used.
+- A single head has a fused kernel only for batches of two or more. It is given twice too.
 - A projection for queries, keys and values is split by one Reshape and one Transpose for all three. The builder then
   needs one kernel instead of three, and adds the projection's bias in the kernel of the product.
 - In fp16, queries, keys and values are cast to float32 before attention. TensorRT's parser rejects the attribute
-  softmax_precision. The builder still makes one kernel that reads fp16, and this kernel accumulates in float32.
+  softmax_precision. The builder still makes one kernel that reads fp16, and this kernel accumulates in float32. The
+  casts have to come after the Transpose: after the product, they would become part of it, and attention would be in
+  float32, for which there is no kernel.
 """
 
 from __future__ import annotations
@@ -24,19 +27,28 @@ from vitserve.export.graph.cast_precision import CastPrecision, cast_graph
 from vitserve.export.graph.initializers import add_initializer
 
 FEWEST_SINGLE_QUERIES = 4  # batch × heads from which a single query has a fused kernel
+HEAD_SIZES = range(16, 257)  # that have a fused kernel
+
+
+class UnsupportedAttentionError(ValueError):
+    """TensorRT has no fused kernel for an attention of the network, in any form."""
 
 
 def tensorrt_graph(source: Path, precision: CastPrecision) -> ir.Model:
-    """The graph from which a plan is built. ``source``: see cast_graph()."""
+    """The graph from which a plan is built. ``source``: see cast_graph().
+
+    Raises UnsupportedAttentionError.
+    """
     model = cast_graph(source, precision)
     prepare_attention(model)
     return model
 
 
 def prepare_attention(model: ir.Model) -> None:
-    """Rewrites every Attention node in place."""
+    """Rewrites every Attention node in place. Raises UnsupportedAttentionError."""
     for node in attention_nodes(model):
         by_head = _by_head(model.graph, node)
+        _check_head_size(by_head)
         _repeat(model.graph, by_head)
         if by_head.attributes.pop("softmax_precision", None) is not None:
             _attend_in_float32(model.graph, by_head)
@@ -45,6 +57,15 @@ def prepare_attention(model: ir.Model) -> None:
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type == "Attention"]
+
+
+def _check_head_size(node: ir.Node) -> None:
+    """TensorRT for RTX 1.7.1 crashes on heads of fewer than 16 values, and has no kernel for more than 256."""
+    size = _shape(_input(node, 0))[3]
+    if size not in HEAD_SIZES:
+        raise UnsupportedAttentionError(
+            f"{node.name} has heads of {size} values; TensorRT fuses attention with {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}"
+        )
 
 
 def _repeat(graph: ir.Graph, node: ir.Node) -> None:

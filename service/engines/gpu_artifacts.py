@@ -187,5 +187,6 @@ def _run_builder(
             last_line = line.strip()
             progress(last_line)
     if process.returncode != 0:
-        reason = last_line or f"the builder exited with status {process.returncode}"
+        stated = process.returncode == 1 and last_line  # otherwise it crashed, and the last line is a step
+        reason = stated or f"the builder exited with status {process.returncode}"
         raise EngineUnavailableError(f"{failure}: {reason}")

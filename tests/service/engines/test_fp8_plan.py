@@ -44,7 +44,7 @@ def test_gpu_without_fp8_is_rejected(
     with_fp8: Bundle, tmp_path: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = "vitserve.service.engines.gpu_artifacts.local_target"
-    monkeypatch.setattr(target, lambda: Target("NVIDIA A100", (8, 0), "11.4"))
+    monkeypatch.setattr(target, lambda: Target("NVIDIA A100", (8, 0), "11.4", "data-center"))
     options = EngineOptions(engine="tensorrt", precision="fp8", plan_dir=str(tmp_path))
     (fp8,) = selection.candidates(with_fp8, options)
     message = r"fp8 needs compute capability \(8, 9\); the NVIDIA A100 has \(8, 0\)"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vitserve.model.arrays import Outputs, Pixels, Precision
+from vitserve.model.bundle.plan import PlanReport
 from vitserve.model.bundle.bundle import Bundle, open_bundle
 from vitserve.service.engines import selection
 from vitserve.service.engines.construct import construct_engine
@@ -94,7 +95,9 @@ def test_a_failed_golden_check_closes_the_engine_and_the_next_serves(
 ) -> None:
     closed: list[str] = []
 
-    def construct(name: str, precision: Precision, graph: Path, options: EngineOptions) -> Engine:
+    def construct(
+        name: str, precision: Precision, graph: Path, options: EngineOptions, plan: PlanReport | None
+    ) -> Engine:
         engine = construct_engine(name, precision, graph, options)
         run, close = engine.run, engine.close
 
