@@ -23,20 +23,22 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from rich.console import Console
 
 from benchmarks.document_sections import check, rewrite
 from vitserve.export.graph.optimize import OptimizedNetwork
+from vitserve.export.graph.tensorrt_attention import attention_nodes, tensorrt_graph
 from vitserve.export.graph.trace import trace
 from vitserve.export.quantize.fp8 import write_fp8_graph
+from vitserve.export.tensorrt.builder import PlanError, build
 from vitserve.model.bundle.bundle import GRAPH, WEIGHTS
 from vitserve.model.bundle.plan import Capability, PlanReport, name_of
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig, variant
 from vitserve.model.network.vit import ViT
-from vitserve.service.engines.engine import EngineUnavailableError
-from vitserve.service.engines.gpu_artifacts import PlanOptions, build_plan, report_beside
+from vitserve.service.engines.gpu_artifacts import PlanOptions
 from vitserve.service.engines.tensorrt.provider import RTX_CAPABILITIES, require_rtx
 from vitserve.service.settings import DEFAULT_BUNDLE
 
@@ -61,7 +63,7 @@ NETWORKS: dict[str, ViTConfig] = {
     "H/14": variant("H/14"),
     "So400m/14": SO400M,
 }
-LARGE = ("L/16", "H/14", "So400m/14")
+LARGE = ("B/16, 384", "L/16", "H/14", "So400m/14")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Workplace:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._results = directory / "results.jsonl"
+        self._last: tuple[tuple[str, int, str], bytes, int] | None = None
 
     def results(self) -> dict[str, Result]:
         """By the name of the cell."""
@@ -116,20 +119,24 @@ class Workplace:
         return {cell.name: Result(cell, *found[cell.name]) for cell in cells() if cell.name in found}
 
     def build(self, cell: Cell) -> Result:
-        plan = self.directory / "cell.plan"
         options = PlanOptions(cell.precision, MAX_BATCH, cell.capabilities)
         try:
-            build_plan(self._graph(cell), plan, options, lambda step: None)
-            result = Result(cell, report_beside(plan))
-        except EngineUnavailableError as error:
+            result = Result(cell, build(*self._cast(cell), options).report)
+        except PlanError as error:
             result = Result(cell, None, str(error))
-        finally:
-            for file in self.directory.glob("cell.*"):
-                file.unlink()
         line = {"name": cell.name, "report": result.report and asdict(result.report), "failure": result.failure}
         with self._results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         return result
+
+    def _cast(self, cell: Cell) -> tuple[bytes, int]:
+        """The serialized graph of the plan, and the number of its attention operators. Keeps the last one."""
+        key = (cell.network, cell.depth, cell.precision)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # a large graph is freed before the next one is made
+            model = tensorrt_graph(self._graph(cell), cell.precision)
+            self._last = key, ir.to_proto(model).SerializeToString(), len(attention_nodes(model))
+        return self._last[1:]
 
     def _graph(self, cell: Cell) -> Path:
         """Traces the network unless its graph is the last one that was traced."""
