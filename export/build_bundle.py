@@ -68,8 +68,8 @@ def build_bundle(
     ``plans`` adds TensorRT plans, built without a GPU.
     ``golden_images`` of the evaluation images become golden images too, so that the bundle contains them.
 
-    Raises ExportError if float32, a required precision or a plan fails, BundleError if a bundle cannot be written to ``path``.
-    ``path`` is then unchanged.
+    Raises ExportError if float32, a required precision or a plan fails, BundleError if a bundle cannot be written to
+    ``path``. ``path`` is then unchanged.
     """
     check_destination(path)
     check_precisions(precisions or (), calibration_images)

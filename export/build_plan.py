@@ -19,7 +19,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from vitserve.export.graph.tensorrt_attention import UnsupportedAttentionError, attention_nodes, tensorrt_graph
-from vitserve.export.tensorrt.builder import PlanError, Progress, build, trt
+from vitserve.export.tensorrt.builder import PlanError, Progress, build
 from vitserve.model.bundle.plan import PlanReport
 from vitserve.service.engines.gpu_artifacts import PlanOptions, report_beside
 
@@ -41,8 +41,7 @@ def plan_for(source: Path, path: Path, options: PlanOptions, progress: Progress 
             raise PlanError(str(error)) from error
         attention, graph = len(attention_nodes(model)), ir.to_proto(model).SerializeToString()
         del model
-        timings = path.parent / f"timings-trt{trt.__version__}.cache"
-        plan, report = build(graph, attention, options, timings, progress)
+        plan, report = build(graph, attention, options, path.parent, progress)
         _write(path.with_suffix(".json"), report.to_json().encode())
         _write(path, plan)  # after its report, because a plan is complete once it exists
         return report

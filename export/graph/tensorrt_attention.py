@@ -120,9 +120,7 @@ def _by_head(graph: ir.Graph, node: ir.Node) -> ir.Node:
     by_head = _node("Attention", [*parts, *node.inputs[3:]], f"{node.name}_by_head", query.dtype, shape)
     by_head.attributes.update(attributes)
     tokens = [n, queries, heads[0], size]
-    turned = _node(
-        "Transpose", [by_head.outputs[0]], f"{node.name}_tokens", query.dtype, tokens, perm=[0, 2, 1, 3]
-    )
+    turned = _node("Transpose", [by_head.outputs[0]], f"{node.name}_tokens", query.dtype, tokens, perm=[0, 2, 1, 3])
     width = add_initializer(graph, f"{node.name}_shape", np.asarray([0, queries, heads[0] * size]))
     joined = _node("Reshape", [turned.outputs[0], width], f"{node.name}_joined", query.dtype, _shape(output))
     graph.insert_before(node, [by_head, turned, joined])
@@ -146,9 +144,7 @@ def _part(graph: ir.Graph, node: ir.Node, index: int, heads: int) -> ir.Value:
     sizes = add_initializer(graph, f"{node.name}_{index}_sizes", np.asarray([0, tokens, heads, width // heads]))
     split_shape = [n, tokens, heads, width // heads]
     shaped = _node("Reshape", [value, sizes], f"{node.name}_{index}_heads", value.dtype, split_shape)
-    turned_node = _node(
-        "Transpose", [shaped.outputs[0]], f"{node.name}_{index}", value.dtype, shape, perm=[0, 2, 1, 3]
-    )
+    turned_node = _node("Transpose", [shaped.outputs[0]], f"{node.name}_{index}", value.dtype, shape, perm=[0, 2, 1, 3])
     graph.insert_before(node, [shaped, turned_node])
     return turned_node.outputs[0]
 
@@ -209,7 +205,10 @@ def _node(
     **attributes: Any,
 ) -> ir.Node:
     node = ir.node(operator, list(inputs), attributes, name=name)
-    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{name}_out", dtype, ir.Shape(shape)
+    output = node.outputs[0]
+    output.name, output.shape = f"{name}_out", ir.Shape(shape)
+    if dtype is not None:
+        output.dtype = dtype
     return node
 
 

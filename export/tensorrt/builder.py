@@ -54,17 +54,20 @@ class BuiltPlan(NamedTuple):
 
 
 def build(
-    graph: bytes, attention: int, options: PlanOptions, timings: Path | None = None, progress: Progress = lambda _: True
+    graph: bytes, attention: int, options: PlanOptions, cache: Path | None = None, progress: Progress = lambda _: True
 ) -> BuiltPlan:
-    """The plan of a serialized ONNX graph with ``attention`` Attention operators. ``timings`` is reused and updated.
+    """The plan of a serialized ONNX graph with ``attention`` Attention operators.
+
+    The directory ``cache`` keeps measurements of kernels for the next build.
 
     Raises PlanError.
     """
     builder, monitor = trt.Builder(LOGGER), _Monitor(progress)
+    timings = cache / f"timings-trt{trt.__version__}.cache" if cache and choose().times_kernels else None
     with LOGGER.collected() as messages:
         network = _parse(builder, graph, messages)
         config = _config(builder, network, options, monitor)
-        if timings is not None and choose().times_kernels:
+        if timings is not None:
             _use_timings(config, timings)
         started = time.monotonic()
         serialized = builder.build_serialized_network(network, config)
@@ -79,7 +82,7 @@ def build(
     report = _report(plan, messages, attention, options, seconds)
     if not report.fused:
         raise PlanError(f"TensorRT did not fuse all of the attention: {report}")
-    if timings is not None and choose().times_kernels:
+    if timings is not None:
         timings.write_bytes(_content(config.get_timing_cache().serialize()))
     return BuiltPlan(plan, report)
 
@@ -144,7 +147,9 @@ def _layers(plan: bytes, messages: Messages) -> Sequence[PlanLayer]:
         try:
             return logged_layers(messages.layers)
         except ValueError as error:
-            raise PlanError(f"the layers of {TITLES[choose().library]} {trt.__version__} are unknown: {error}") from error
+            raise PlanError(
+                f"the layers of {TITLES[choose().library]} {trt.__version__} are unknown: {error}"
+            ) from error
     with LOGGER.collected() as reading:
         engine = trt.Runtime(LOGGER).deserialize_cuda_engine(plan)
     if engine is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from vitserve.export.artifacts import ExportError
-from vitserve.export.graph.tensorrt_attention import tensorrt_graph
+from vitserve.export.graph.tensorrt_attention import UnsupportedAttentionError, tensorrt_graph
 from vitserve.export.verify import Candidate, Search, best_artifact
 from vitserve.export.workspace import Workspace, opened
 from vitserve.model.bundle.bundle import GRAPH, Artifact
@@ -67,7 +67,10 @@ def plan_artifacts(workspace: Workspace, artifacts: Sequence[Artifact], request:
     plans = []
     for options in _all_options(request, has_fp8=any(each.precision == "fp8" for each in artifacts)):
         fp8 = next((each for each in artifacts if each.precision == options.precision == "fp8"), None)
-        artifact = _verified(workspace, options) if fp8 is None else fp8
+        try:
+            artifact = _verified(workspace, options) if fp8 is None else fp8
+        except UnsupportedAttentionError as error:
+            raise ExportError(f"the plan in {options.precision}: {error}") from error
         graph = GRAPH if fp8 is None else fp8.path
         path = workspace.directory / f"{options.precision}-rtx.plan"
         report = _built(workspace.directory / graph, path, options, workspace.progress)

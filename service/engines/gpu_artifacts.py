@@ -180,7 +180,7 @@ def _run_builder(
     Each line of its output is a step, and the last line of a failed run is the reason.
     """
     last_line = ""
-    command, variables = python_command(module, *arguments), python_environment() | environment
+    command, variables = python_command(module, *arguments), {**python_environment(), **environment}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -69,7 +69,7 @@ def test_a_node_that_tensorrt_rejects_is_named(gpu: Gpu, bundle: Bundle, tmp_pat
     model.graph.node.append(onnx.helper.make_node("NonZero", ["logits"], ["where"], name="NonZero_7"))
     model.graph.output.append(onnx.helper.make_tensor_value_info("where", onnx.TensorProto.INT64, [2, None]))
     onnx.save(model, tmp_path / "odd.onnx")
-    with pytest.raises(gpu.builder.PlanError, match="NonZero NonZero_7: .*Plugin not found"):
+    with pytest.raises(gpu.builder.PlanError, match=r"NonZero NonZero_7: .*Plugin not found"):
         gpu.build.plan_for(tmp_path / "odd.onnx", tmp_path / "a.plan", gpu.options)
     assert [path.suffix for path in tmp_path.glob("a.*")] == [".lock"]
 

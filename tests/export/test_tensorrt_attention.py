@@ -82,9 +82,7 @@ def test_the_rewritten_reference_graph_is_exact(reference: tuple[ViTConfig, Path
     config, path = reference
     pixels = random_images(5, config.image_size).pixels
     source = onnx.load(path)
-    for name, ours, expected in zip(
-        Outputs._fields, run(rewritten(source), pixels), run(source, pixels), strict=True
-    ):
+    for name, ours, expected in zip(Outputs._fields, run(rewritten(source), pixels), run(source, pixels), strict=True):
         assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max(), name
 
 
@@ -99,6 +97,7 @@ def test_every_attention_has_a_form_with_a_fused_kernel(reference: tuple[ViTConf
         assert query.shape is not None
         _, heads, queries, size = query.shape
         assert isinstance(heads, int)
+        assert isinstance(queries, int)
         assert (queries >= 2 and heads >= 2) or heads >= 4
         assert size == config.width // config.heads
         assert (query.dtype, kind) == (ir.DataType.FLOAT, ir.DataType.FLOAT), "it accumulates in float32"

@@ -16,7 +16,10 @@ MAX_BATCH = 4
 
 
 def with_plan(bundle: Bundle, path: Path, builder: Any, **changes: Any) -> Bundle:
-    """The bundle with a bf16 plan for an L4, at ``path``. ``builder``: the module build_plan. ``changes``: of the report."""
+    """The bundle with a bf16 plan for an L4, at ``path``.
+
+    ``builder`` is the module build_plan. ``changes`` are made to the report.
+    """
     contents = path.with_name(f"{path.name}-contents")
     shutil.copytree(bundle.path, contents, ignore=shutil.ignore_patterns(MANIFEST))
     report: PlanReport = builder.plan_for(

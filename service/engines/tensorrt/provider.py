@@ -46,7 +46,9 @@ class Provider:
         return importlib.import_module(self.module)
 
 
-DATA_CENTER = Provider("data-center", "tensorrt", "tensorrt", logs_layers=False, times_kernels=True, compiles_late=False)
+DATA_CENTER = Provider(
+    "data-center", "tensorrt", "tensorrt", logs_layers=False, times_kernels=True, compiles_late=False
+)
 RTX = Provider(
     "rtx",
     "tensorrt_rtx_bindings",

@@ -1,4 +1,4 @@
-"""Plans that are part of a bundle: used where they fit, rejected with a sentence elsewhere, and never built at start."""
+"""Plans of a bundle: used where they fit, rejected with a sentence elsewhere, and never built at start."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from vitserve.model.arrays import Outputs, Pixels, Precision
-from vitserve.model.bundle.plan import PlanReport
 from vitserve.model.bundle.bundle import Bundle, open_bundle
+from vitserve.model.bundle.plan import PlanReport
 from vitserve.service.engines import selection
 from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import Engine, EngineOptions, EngineUnavailableError

@@ -128,7 +128,9 @@ def test_an_unusable_plan_or_a_missing_device_is_named(gpu: Gpu, plan: Path) -> 
     with pytest.raises(EngineUnavailableError, match="supports batches of up to 4; max_batch is 16"):
         gpu.open_plan(plan, max_batch=16)
     plan.write_bytes(b"not a plan")
-    with pytest.raises(EngineUnavailableError, match=r"tiny\.plan cannot be used: TensorRT rejects it: header\.magicTag"):
+    with pytest.raises(
+        EngineUnavailableError, match=r"tiny\.plan cannot be used: TensorRT rejects it: header\.magicTag"
+    ):
         gpu.open_plan(plan)
     gpu.device.devices = 0
     with pytest.raises(EngineUnavailableError, match=r"CUDA finds no device: .*cudaErrorNoDevice"):

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.gpu import tensorrt, tensorrt_rtx
+from tests.support.gpu import tensorrt_rtx
 from tests.support.gpu.fixtures import Gpu, Rtx
+from tests.support.gpu.tensorrt_builder import LogSeverity
 from tests.support.gpu.tensorrt_rtx import RtxEngine
 from vitserve.model.bundle.bundle import GRAPH, Bundle
 from vitserve.model.bundle.parity import compare
@@ -71,9 +72,12 @@ def test_only_a_selection_of_sizes_is_compiled(
 ) -> None:
     sizes: list[int] = []
     prepare = rtx_gpu.engine._Program.prepare
-    monkeypatch.setattr(
-        rtx_gpu.engine._Program, "prepare", lambda self, size: (sizes.append(size), prepare(self, size))
-    )
+
+    def noted(self: Any, size: int) -> None:
+        sizes.append(size)
+        prepare(self, size)
+
+    monkeypatch.setattr(rtx_gpu.engine._Program, "prepare", noted)
     path = tmp_path / "b12.plan"
     rtx_gpu.build.plan_for(bundle.path / GRAPH, path, replace(rtx_gpu.options, max_batch=12))
     rtx_gpu.open_plan(path, max_batch=12).close()
@@ -177,7 +181,7 @@ def test_the_genuine_runtime_rejects_what_is_no_plan(rtx: Rtx, bundle: Bundle, t
 def test_errors_of_one_engine_are_not_mixed_with_those_of_another(rtx_gpu: Gpu) -> None:
     """TensorRT keeps the first logger of the process, so there is one for all engines."""
     logger = rtx_gpu.engine.LOGGER
-    error = tensorrt.LogSeverity.ERROR
+    error = LogSeverity.ERROR
     with logger.collected() as first:
         logger.log(error, "one")
     with logger.collected() as second:

@@ -38,9 +38,10 @@ def attention(
     constants = []
     for name in "qkv":  # as products: TensorRT for RTX 1.7.1 crashes if Q, K and V are one tensor, or multiples of one
         constants.append(_constant(f"{name}_weight", dtype, [size, size]))
-        nodes.append(helper.make_node("MatMul", ["typed", f"{name}_weight"], [f"{name}_by_token"], name=f"{name}_product"))
-        turn = {"name": f"{name}_turned", "perm": [0, 2, 1, 3]}
-        nodes.append(helper.make_node("Transpose", [f"{name}_by_token"], [f"{name}_all"], **turn))
+        nodes.append(
+            helper.make_node("MatMul", ["typed", f"{name}_weight"], [f"{name}_by_token"], name=f"{name}_product")
+        )
+        nodes.append(helper.make_node("Transpose", [f"{name}_by_token"], [f"{name}_all"], name, perm=[0, 2, 1, 3]))
     for name, value in (("start", 0), ("end", queries), ("axis", 2)):
         constants.append(numpy_helper.from_array(np.asarray([value]), name))
     nodes.append(helper.make_node("Slice", ["q_all", "start", "end", "axis"], ["q"], name="q"))
@@ -104,7 +105,7 @@ def _wide(name: str) -> onnx.NodeProto:
 def _quantized(*, quantize: int = 3, restore: int = 3) -> onnx.ModelProto:
     """Rounded to fp8 and restored, with this number of inputs: value, scale, zero point."""
     scale, zero = helper.make_tensor("scale", BF16, [], [0.5]), helper.make_tensor("zero", FP8, [], [0.0])
-    attributes = {"output_dtype": FP8} if quantize < 3 else {}
+    attributes: dict[str, Any] = {"output_dtype": FP8} if quantize < 3 else {}
     return chain(
         helper.make_node("QuantizeLinear", ["typed", "scale", "zero"][:quantize], ["fp8"], name="to_fp8", **attributes),
         helper.make_node("DequantizeLinear", ["fp8", "scale", "zero"][:restore], ["restored"], name="restore"),

@@ -10,7 +10,6 @@ import ctypes
 import json
 import types
 from importlib.machinery import ModuleSpec
-from typing import Any
 
 import numpy as np
 import onnx

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx
 
@@ -77,10 +77,7 @@ class RtxBuilder(Builder):
         assert isinstance(config, RtxConfig)
         assert BuilderFlag.REQUIRE_USER_ALLOCATION in config.flags, "the plan could not be captured in a CUDA graph"
         digits = [target.name.removeprefix("SM") for target in config.targets]
-        return [
-            self.device.capability if each == "CURRENT" else (int(each[:-1]), int(each[-1]))
-            for each in digits
-        ]
+        return [self.device.capability if each == "CURRENT" else (int(each[:-1]), int(each[-1])) for each in digits]
 
     def _describe(self, network: INetworkDefinition, header: dict[str, Any]) -> None:
         """The message of the genuine builder, shortened to what the report reads."""
@@ -132,7 +129,7 @@ class IRuntimeConfig:
 
 
 class RtxEngine(tensorrt.ICudaEngine):
-    settings: list[IRuntimeConfig] = []  # of all contexts, for tests
+    settings: ClassVar[list[IRuntimeConfig]] = []  # of all contexts, for tests
 
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig(self.device)
@@ -140,7 +137,7 @@ class RtxEngine(tensorrt.ICudaEngine):
     def create_execution_context(self, strategy: Any) -> tensorrt.IExecutionContext | None:
         assert isinstance(strategy, IRuntimeConfig)
         eager = DynamicShapesKernelSpecializationStrategy.EAGER
-        assert strategy.dynamic_shapes_kernel_specialization_strategy is eager, "kernels would change under a CUDA graph"
+        assert strategy.dynamic_shapes_kernel_specialization_strategy is eager, "kernels change under a CUDA graph"
         assert strategy.strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         RtxEngine.settings.append(strategy)
         return tensorrt.IExecutionContext(self)
