@@ -19,10 +19,15 @@ from vitserve.export.workspace import Workspace, opened
 from vitserve.model.bundle.bundle import GRAPH, Artifact
 from vitserve.model.bundle.plan import Capability, PlanReport, name_of
 from vitserve.service.engines.engine import EngineUnavailableError
-from vitserve.service.engines.gpu_artifacts import FP8_CAPABILITY, PlanOptions, build_plan, report_beside
+from vitserve.service.engines.gpu_artifacts import (
+    BF16_CAPABILITY,
+    FP8_CAPABILITY,
+    PlanOptions,
+    build_plan,
+    report_beside,
+)
 from vitserve.service.engines.tensorrt.provider import RTX_CAPABILITIES, require_rtx
 
-BF16_CAPABILITY = (8, 0)  # Ampere
 MAX_BATCH = 64
 _ENGINE = "tensorrt"
 _GRAPH = "tensorrt.onnx"  # temporary

@@ -16,16 +16,19 @@ from typing import Any, Literal
 
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import GRAPH, WEIGHTS, Artifact, Bundle
-from vitserve.model.bundle.plan import Capability, PlanReport
+from vitserve.model.bundle.plan import TITLES, Capability, PlanReport, name_of
 from vitserve.service.engines.catalog import ENGINES
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
+from vitserve.service.engines.tensorrt.provider import DATA_CENTER, RTX, RTX_CAPABILITIES
 from vitserve.service.engines.tensorrt.target import Target, local_target
 from vitserve.service.python_process import python_command, python_environment
 
 # Modules that are run and never imported, so that a service without a GPU does not need their libraries.
 PLAN_BUILDER = "vitserve.export.build_plan"
 CAST_GRAPH_BUILDER = "vitserve.export.graph.cast_precision"
-FP8_CAPABILITY = (8, 9)  # Ada: https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html
+# The first compute capability with each type: Ada and Ampere.
+# https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html
+FP8_CAPABILITY, BF16_CAPABILITY = (8, 9), (8, 0)
 
 Progress = Callable[[str], None]
 
@@ -68,10 +71,7 @@ def gpu_artifact(bundle: Bundle, artifact: Artifact, options: EngineOptions, pro
 
 def _plan(bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Progress) -> Path:
     target, precision = local_target(), artifact.precision
-    if precision == "fp8" and target.compute_capability < FP8_CAPABILITY:
-        raise EngineUnavailableError(
-            f"fp8 needs compute capability {FP8_CAPABILITY}; the {target.gpu} has {target.compute_capability}"
-        )
+    _check_target(target, precision)
     assert precision in ("bf16", "fp16", "fp8")
     plan_options = PlanOptions(precision, options.max_batch)
     path = plan_path(Path(options.plan_dir), bundle, artifact.path, plan_options, target)
@@ -80,6 +80,20 @@ def _plan(bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: 
             _reject_unbuilt(path)
         _build_plan_once(bundle, artifact.path, path, plan_options, progress)
     return path
+
+
+def _check_target(target: Target, precision: Precision) -> None:
+    """Raises EngineUnavailableError if there is no plan in the precision for the GPU."""
+    first = {"fp8": FP8_CAPABILITY, "bf16": BF16_CAPABILITY}.get(precision, (0, 0))
+    if target.compute_capability < first:
+        raise EngineUnavailableError(
+            f"{precision} needs compute capability {first}; the {target.gpu} has {target.compute_capability}"
+        )
+    if target.library == RTX.library and target.compute_capability not in RTX_CAPABILITIES:
+        raise EngineUnavailableError(
+            f"{TITLES[RTX.library]} does not support the {target.gpu}, which is {name_of(target.compute_capability)}: "
+            f"pip install 'vitserve[{DATA_CENTER.extra}]'"
+        )
 
 
 def _reject_unbuilt(path: Path) -> None:

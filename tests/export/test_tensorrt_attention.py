@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.bundles import random_images
 from tests.support.gpu.fixtures import Rtx
-from tests.support.gpu.refused_graphs import BF16, FP16, attention
+from tests.support.gpu.rejected_graphs import BF16, FP16, attention
 from tests.support.networks import TINY, network
 from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.tensorrt_attention import (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.gpu.fixtures import Gpu, Rtx
-from tests.support.gpu.refused_graphs import CASES, Case
+from tests.support.gpu.rejected_graphs import CASES, Case
 from vitserve.service.engines.gpu_artifacts import PlanOptions
 
 

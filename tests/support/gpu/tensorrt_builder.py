@@ -1,6 +1,6 @@
 """A double of TensorRT's builder. A "plan" is the ONNX graph with a header that holds what the build decided.
 
-It rejects the graphs that the genuine library rejects (refusals.py).
+It rejects the graphs that the genuine library rejects (rejections.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 
 from tests.support.gpu.cuda import Device
-from tests.support.gpu.refusals import Capability, Refused, builder_refusal, parser_refusals
+from tests.support.gpu.rejections import Capability, Rejected, builder_rejection, parser_rejections
 
 
 class LogSeverity(Enum):
@@ -82,17 +82,17 @@ def dimensions_of(value: onnx.ValueInfoProto) -> tuple[int, ...]:
 
 
 class ParserError:
-    def __init__(self, refused: Refused) -> None:
-        self._refused = refused
+    def __init__(self, rejected: Rejected) -> None:
+        self._rejected = rejected
 
     def node_operator(self) -> str:
-        return self._refused.operator
+        return self._rejected.operator
 
     def node_name(self) -> str:
-        return self._refused.node
+        return self._rejected.node
 
     def desc(self) -> str:
-        return self._refused.reason
+        return self._rejected.reason
 
 
 class OnnxParser:
@@ -101,7 +101,7 @@ class OnnxParser:
 
     def parse(self, model: bytes, path: str | None = None) -> bool:
         self._network.graph = model
-        self._errors = [ParserError(refused) for refused in parser_refusals(onnx.load_from_string(model))]
+        self._errors = [ParserError(rejected) for rejected in parser_rejections(onnx.load_from_string(model))]
         return not self._errors
 
     @property
@@ -185,7 +185,7 @@ class Builder:
             if gate is not None:
                 Path(gate).read_bytes()
             config.progress_monitor.phase_finish("timing")
-        reason = self.impossible or self._refusal(network, config)
+        reason = self.impossible or self._rejection(network, config)
         if reason:
             self._logger.log(LogSeverity.ERROR, reason)
             return None
@@ -201,9 +201,9 @@ class Builder:
     def capabilities(self, config: IBuilderConfig) -> list[Capability]:
         return [self.device.capability]
 
-    def _refusal(self, network: INetworkDefinition, config: IBuilderConfig) -> str | None:
+    def _rejection(self, network: INetworkDefinition, config: IBuilderConfig) -> str | None:
         smallest = [profile.shapes["pixels"][0][0] for profile in config.profiles]
-        return builder_refusal(onnx.load_from_string(network.graph), self.capabilities(config), smallest)
+        return builder_rejection(onnx.load_from_string(network.graph), self.capabilities(config), smallest)
 
     def _describe(self, network: INetworkDefinition, header: dict[str, Any]) -> None:
         """TensorRT for data centers describes a plan only through its inspector."""

@@ -14,7 +14,7 @@ import onnx
 
 from tests.support.gpu import tensorrt
 from tests.support.gpu.cuda import Device
-from tests.support.gpu.refusals import Capability
+from tests.support.gpu.rejections import Capability
 from tests.support.gpu.tensorrt_builder import (
     Builder,
     ExecutionContextAllocationStrategy,

@@ -28,17 +28,17 @@ NO_KERNEL = (
 
 
 @dataclass(frozen=True)
-class Refused:
+class Rejected:
     operator: str
     node: str
     reason: str
 
 
-def parser_refusals(model: onnx.ModelProto) -> Iterator[Refused]:
+def parser_rejections(model: onnx.ModelProto) -> Iterator[Rejected]:
     types = types_of(model)
     for node in model.graph.node:
         for reason in _reasons(node, types):
-            yield Refused(node.op_type, node.name, reason)
+            yield Rejected(node.op_type, node.name, reason)
 
 
 def _reasons(node: onnx.NodeProto, types: dict[str, int]) -> Iterator[str]:
@@ -56,7 +56,7 @@ def _reasons(node: onnx.NodeProto, types: dict[str, int]) -> Iterator[str]:
         yield f"{node.name}: {ONE_TYPE[node.op_type]} must have same input types."
 
 
-def builder_refusal(
+def builder_rejection(
     model: onnx.ModelProto, capabilities: Sequence[Capability], smallest_batches: Sequence[int]
 ) -> str | None:
     """``smallest_batches`` of the profiles."""
