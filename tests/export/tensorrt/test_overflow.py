@@ -48,7 +48,7 @@ def with_large_scores(vit: ViT, factor: float) -> ViT:
 
 
 def _blocks(vit: ViT) -> list[Any]:
-    return list(vit.blocks)  # type: ignore[arg-type]  # ModuleList is not generic
+    return list(vit.blocks)
 
 
 def reference_outputs(vit: ViT, pixels: Pixels) -> Outputs:
