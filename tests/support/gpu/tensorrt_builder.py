@@ -193,17 +193,17 @@ class Builder:
             "profiles": [profile.shapes["pixels"] for profile in config.profiles],
             "unfused": self.unfused,
             "detailed": config.profiling_verbosity is ProfilingVerbosity.DETAILED,
-            "capabilities": self.capabilities(config),
+            "capabilities": self._capabilities(config),
         }
         self._describe(network, header)
         return IHostMemory(b"PLAN" + json.dumps(header).encode() + b"\n" + network.graph)
 
-    def capabilities(self, config: IBuilderConfig) -> list[Capability]:
+    def _capabilities(self, config: IBuilderConfig) -> list[Capability]:
         return [self.device.capability]
 
     def _rejection(self, network: INetworkDefinition, config: IBuilderConfig) -> str | None:
         smallest = [profile.shapes["pixels"][0][0] for profile in config.profiles]
-        return builder_rejection(onnx.load_from_string(network.graph), self.capabilities(config), smallest)
+        return builder_rejection(onnx.load_from_string(network.graph), self._capabilities(config), smallest)
 
     def _describe(self, network: INetworkDefinition, header: dict[str, Any]) -> None:
         """TensorRT for data centers describes a plan only through its inspector."""

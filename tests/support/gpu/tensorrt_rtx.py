@@ -73,7 +73,7 @@ class RtxBuilder(Builder):
     def create_builder_config(self) -> IBuilderConfig:
         return RtxConfig()
 
-    def capabilities(self, config: IBuilderConfig) -> list[Capability]:
+    def _capabilities(self, config: IBuilderConfig) -> list[Capability]:
         assert isinstance(config, RtxConfig)
         assert BuilderFlag.REQUIRE_USER_ALLOCATION in config.flags, "the plan could not be captured in a CUDA graph"
         digits = [target.name.removeprefix("SM") for target in config.targets]
