@@ -41,7 +41,9 @@ def attention(
         nodes.append(
             helper.make_node("MatMul", ["typed", f"{name}_weight"], [f"{name}_by_token"], name=f"{name}_product")
         )
-        nodes.append(helper.make_node("Transpose", [f"{name}_by_token"], [f"{name}_all"], name, perm=[0, 2, 1, 3]))
+        nodes.append(
+            helper.make_node("Transpose", [f"{name}_by_token"], [f"{name}_all"], f"{name}_turned", perm=[0, 2, 1, 3])
+        )
     for name, value in (("start", 0), ("end", queries), ("axis", 2)):
         constants.append(numpy_helper.from_array(np.asarray([value]), name))
     nodes.append(helper.make_node("Slice", ["q_all", "start", "end", "axis"], ["q"], name="q"))
