@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vitserve.export.artifacts import (
     check_precisions,
     float32_artifacts,
+    recorded_outputs,
     reduced_artifacts,
     remove_unused_files,
     with_limit,
@@ -97,6 +99,7 @@ def build_bundle(
         remove_unused_files(workspace, artifacts)
 
         progress("writing the bundle")
+        golden = replace(golden, recorded=recorded_outputs(workspace, artifacts))
         save_golden(directory / "golden.npz", golden)
         labels = write_labels(directory, checkpoint.labels)
         if training is not None:

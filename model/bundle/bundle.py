@@ -128,6 +128,8 @@ class Golden:
     pixels: Pixels  # [k, H, W, 3]; textures, then images of the model's domain
     reference: Outputs
     domain_images: int = 0  # how many of the last images are of the model's domain
+    # The outputs that artifacts had at export, by engine and precision. Empty in bundles of earlier versions.
+    recorded: Mapping[tuple[str, str], Outputs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,13 @@ class Bundle:
     def golden(self) -> Golden:
         with np.load(self.path / "golden.npz", allow_pickle=False) as arrays:
             domain_images = int(arrays["domain_images"]) if "domain_images" in arrays else 0
-            return Golden(arrays["pixels"], Outputs(arrays["logits"], arrays["embedding"]), domain_images)
+            reference = Outputs(arrays["logits"], arrays["embedding"])
+            recorded = dict[tuple[str, str], Outputs]()
+            for artifact in self.manifest.artifacts:
+                names = _recorded_names(artifact.engine, artifact.precision)
+                if names[0] in arrays:
+                    recorded[artifact.engine, artifact.precision] = Outputs(*(arrays[name] for name in names))
+            return Golden(arrays["pixels"], reference, domain_images, recorded)
 
     def summary(self) -> dict[str, Any]:
         """The manifest as JSON-compatible values, without the training report and the labels."""
@@ -240,7 +248,16 @@ def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
 
 def save_golden(path: Path, golden: Golden) -> None:
     arrays: Mapping[str, Any] = {"pixels": golden.pixels, **golden.reference._asdict()}
-    np.savez_compressed(path, **arrays, domain_images=np.array(golden.domain_images))
+    recorded: Mapping[str, Any] = {
+        name: array
+        for key, outputs in golden.recorded.items()
+        for name, array in zip(_recorded_names(*key), outputs, strict=True)
+    }
+    np.savez_compressed(path, **arrays, **recorded, domain_images=np.array(golden.domain_images))
+
+
+def _recorded_names(engine: str, precision: str) -> list[str]:
+    return [f"{engine}-{precision}-{name}" for name in Outputs._fields]
 
 
 def sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -48,9 +49,14 @@ def distribution_names(requirements: list[str]) -> set[str]:
 
 
 @cache
+def installed() -> Mapping[str, list[str]]:
+    return packages_distributions()
+
+
+@cache
 def distributions_of(package: str) -> set[str]:
     """The distributions that install a package; for one that is not installed, its own name."""
-    names = {normalized(name) for name in packages_distributions().get(package, [package])}
+    names = {normalized(name) for name in installed().get(package, [package])}
     return {PART_OF.get(name, name) for name in names}
 
 
