@@ -25,6 +25,7 @@ from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.reference import ReferenceNetwork
 from vitserve.export.graph.trace import trace
 from vitserve.export.model_card import model_card
+from vitserve.export.tensorrt.bundle_plans import PlanRequest, check_plan_request, plan_artifacts
 from vitserve.export.workspace import ONNXRUNTIME_GRAPH, Workspace
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import (
@@ -57,6 +58,7 @@ def build_bundle(
     calibration_images: Images | None = None,
     evaluation_images: Images | None = None,
     max_loss: float = MAX_LOSS,
+    plans: PlanRequest | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
     """Exports the checkpoint, verifies every artifact and writes the bundle to ``path``.
@@ -65,13 +67,15 @@ def build_bundle(
     ``calibration_images`` calibrate int8 and fp8. A reduced precision may lose ``max_loss`` percentage points of
     accuracy on the ``evaluation_images``, or on the golden images if there are none. Without labels, half of the
     changed predictions count as lost.
+    ``plans`` adds TensorRT plans, built without a GPU.
     ``golden_images`` of the evaluation images become golden images too, so that the bundle contains them.
 
-    Raises ExportError if float32 or a required precision fails, BundleError if a bundle cannot be written to ``path``.
-    ``path`` is then unchanged.
+    Raises ExportError if float32, a required precision or a plan fails, BundleError if a bundle cannot be written to
+    ``path``. ``path`` is then unchanged.
     """
     check_destination(path)
     check_precisions(precisions or (), calibration_images)
+    check_plan_request(plans)
     checked_labels(checkpoint.labels, checkpoint.network.config.classes, "the checkpoint")
     network = ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval()
     variant, image_size = variant_of(checkpoint.network.config), checkpoint.preprocessing.image_size
@@ -90,6 +94,8 @@ def build_bundle(
         float32 = float32_artifacts(workspace)
         workspace = with_limit(workspace, float32[0], evaluation_images, max_loss)
         artifacts = (*float32, *reduced_artifacts(workspace, precisions))
+        if plans is not None:
+            artifacts = (*artifacts, *plan_artifacts(workspace, artifacts, plans))
         remove_unused_files(workspace, artifacts)
 
         progress("writing the bundle")

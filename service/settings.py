@@ -95,13 +95,14 @@ class Settings(HttpSettings):
     )
     plan_dir: str = setting(
         "auto",
-        "Directory for TensorRT plans and other files that are built for this machine's GPU. auto: in "
-        f"$XDG_CACHE_HOME/vitserve. none: {' and '.join(_PLAN_DIR_ENGINES)} are not used.",
+        "Directory for TensorRT plans, compiled kernels and other files that are made for this machine's GPU. auto: in "
+        f"$XDG_CACHE_HOME/vitserve. none: {' and '.join(_PLAN_DIR_ENGINES)} are not used, except for plans that the "
+        "bundle has.",
     )
     while_building: str = setting(
         "wait",
-        "What to do while a missing TensorRT plan is built, which takes minutes. wait: become ready afterwards. serve: "
-        "use the next engine until then and switch without downtime.",
+        "What to do while a missing TensorRT plan is built, which takes seconds to minutes. wait: become ready "
+        "afterwards. serve: use the next engine until then and switch without downtime.",
         ("wait", "serve"),
     )
     torch_compile: bool = setting(

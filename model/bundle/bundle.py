@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass as validated
 from vitserve.model.arrays import Activation, Outputs, Pixels, Precision
 from vitserve.model.bundle.labels import LABELS, read_labels
 from vitserve.model.bundle.parity import Parity
+from vitserve.model.bundle.plan import PlanReport
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig
 
@@ -100,6 +101,7 @@ class Artifact:
     evaluation: Evaluation | None = None
     simulated: bool = False  # verified by simulating the precision, on a machine that does not support it
     quantization: Quantization | None = None  # of a calibrated precision
+    plan: PlanReport | None = None  # ``path`` is this TensorRT plan, which is used on the GPUs that it was built for
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -118,6 +118,14 @@ def export(
             "that change count as lost."
         ),
     ] = 0.5,
+    plan: Annotated[
+        str,
+        typer.Option(
+            help="Add TensorRT plans, built without a GPU by TensorRT for RTX: rtx, for every GPU with bf16 that it "
+            "supports, or rtx: with compute capabilities, such as rtx:sm75,sm89. See docs/gpu.md.",
+            metavar="rtx[:SM,…]",
+        ),
+    ] = "",
 ) -> None:
     """Export a checkpoint to a bundle.
 
@@ -134,6 +142,7 @@ def export(
         from vitserve.export.checkpoint.labels import read_label_file
         from vitserve.export.checkpoint.load import load_checkpoint
         from vitserve.export.checkpoint.overrides import Overrides, model_arguments
+        from vitserve.export.tensorrt.bundle_plans import plan_request
         from vitserve.model.bundle.evaluation import read_images
 
         def progress(step: str) -> None:
@@ -145,6 +154,7 @@ def export(
 
         if golden_images and images is None:
             raise ValueError("--golden-images needs --images")
+        plans = plan_request(plan) if plan else None
         overrides = Overrides(
             image_size=image_size or None,
             labels=read_label_file(labels, labels_encoding) if labels else None,
@@ -175,6 +185,7 @@ def export(
             calibration_images=calibration,
             evaluation_images=evaluation,
             max_loss=max_loss,
+            plans=plans,
             progress=progress,
         )
     print_artifacts(bundle)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.bundles import artifact_in
-from tests.support.gpu.fixtures import Gpu
 from tests.support.paths import ROOT
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.service.engines import selection
@@ -37,16 +36,30 @@ def test_torch_on_a_gpu_needs_no_plan_directory(fp8_bundle: Bundle, monkeypatch:
     assert [artifact.precision for artifact in candidates] == ["bf16", "fp16", "fp32"]
 
 
-def test_gpu_without_fp8_is_rejected(
-    fp8_bundle: Bundle, tmp_path: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("target", "precision", "message"),
+    [
+        (
+            Target("NVIDIA A100", (8, 0), "11.4", "data-center"),
+            "fp8",
+            r"fp8 needs compute capability \(8, 9\); the NVIDIA A100 has \(8, 0\)",
+        ),
+        (Target("Tesla T4", (7, 5), "1.7", "rtx"), "bf16", r"bf16 needs .* \(8, 0\); the Tesla T4 has \(7, 5\)"),
+        (
+            Target("NVIDIA H100", (9, 0), "1.7", "rtx"),
+            "bf16",
+            r"TensorRT for RTX does not support the NVIDIA H100, which is sm90: pip install 'vitserve\[tensorrt\]'",
+        ),
+    ],
+)
+def test_a_gpu_without_the_type_or_the_library_is_rejected_before_a_build(
+    fp8_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Target, precision: str, message: str
 ) -> None:
-    target = "vitserve.service.engines.gpu_artifacts.local_target"
-    monkeypatch.setattr(target, lambda: Target("NVIDIA A100", (8, 0), "11.4"))
-    options = EngineOptions(engine="tensorrt", precision="fp8", plan_dir=str(tmp_path))
-    (fp8,) = selection.candidates(fp8_bundle, options)
-    message = r"fp8 needs compute capability \(8, 9\); the NVIDIA A100 has \(8, 0\)"
+    monkeypatch.setattr("vitserve.service.engines.gpu_artifacts.local_target", lambda: target)
+    options = EngineOptions(engine="tensorrt", precision=precision, plan_dir=str(tmp_path))
+    (artifact,) = selection.candidates(fp8_bundle, options)
     with pytest.raises(EngineUnavailableError, match=message):
-        selection.open_artifact(fp8_bundle, fp8, options)
+        selection.open_artifact(fp8_bundle, artifact, options)
 
 
 def test_fp8_plan_matches_the_verified_graph(fp8_bundle: Bundle, tmp_path: Path, environment: dict[str, str]) -> None:
