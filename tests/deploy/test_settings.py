@@ -76,7 +76,7 @@ def test_every_file_uses_the_same_port() -> None:
     }
     container_ports = container(manifest("base/deployment.yaml"))["ports"]
     named = {each["name"]: str(each["containerPort"]) for each in container_ports}
-    assert named == {"http": port, "admin": admin_port}
+    assert named == {"http": port, "admin": admin_port, "probes": settings_env()["VITSERVE_PROBE_PORT"]}
     (service_port,) = manifest("base/service.yaml")["spec"]["ports"]
     assert (service_port["name"], str(service_port["port"]), service_port["targetPort"]) == ("http", port, "http")
     assert set(backends()) == {("vitserve", int(port)), ("vitserve", "http")}
@@ -110,7 +110,8 @@ def test_probes_and_health_check_request_existing_routes(client: httpx.Client) -
     (health_check,) = re.findall(r"HEALTHCHECK .*?(/\w+)'", DOCKERFILE, re.DOTALL)
     for path in {*paths.values(), health_check}:
         assert client.get(path).status_code == 200
-    assert all(probe["port"] == "http" for probe in probes.values())
+    ports = {name: probe["port"] for name, probe in probes.items()}
+    assert ports == {"startup": "probes", "readiness": "http", "liveness": "probes"}
 
 
 def test_ingress_and_gateway_expose_only_public_routes(client: httpx.Client) -> None:
