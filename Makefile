@@ -6,6 +6,7 @@ DATA ?= data/cifar10_jpeg.npz
 RUN ?= runs/default
 TARGET ?= cpu
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vitserve/__init__.py)
+TENSORRT_RTX := "tensorrt-rtx-cu13-libs>=1.7,<1.8" "tensorrt-rtx-cu13-bindings>=1.7,<1.8"
 TOOLS := .tools
 INPUTS := docker/requirements
 LOCKS := $(patsubst %,docker/requirements-%.txt,build cpu gpu tensorrt export)
@@ -69,10 +70,10 @@ image:
 lock: $(TOOLS)/stamp
 	$(COMPILE) $(INPUTS)/build.in -o docker/requirements-build.txt
 	$(COMPILE) pyproject.toml $(INPUTS)/image.in --excludes $(INPUTS)/excludes-cpu.txt -o docker/requirements-cpu.txt
-	$(COMPILE) pyproject.toml $(INPUTS)/image.in $(INPUTS)/gpu.in --extra gpu --excludes $(INPUTS)/excludes-gpu.txt \
+	$(COMPILE) pyproject.toml $(INPUTS)/image.in $(INPUTS)/gpu.in --extra gpu --extra tensorrt-rtx --excludes $(INPUTS)/excludes-gpu.txt \
 		-o docker/requirements-gpu.txt
 	$(COMPILE) $(INPUTS)/tensorrt.in -o docker/requirements-tensorrt.txt
-	$(COMPILE) pyproject.toml $(INPUTS)/image.in --extra export --extra int8 --extra train \
+	$(COMPILE) pyproject.toml $(INPUTS)/image.in $(INPUTS)/export.in --extra export --extra int8 --extra train \
 		--excludes $(INPUTS)/excludes-export.txt --no-emit-package torch -o docker/requirements-export.txt
 
 # Checks every locked package for known vulnerabilities. Strict: a package that the database does not have is a failure.
@@ -117,8 +118,11 @@ $(VENV)/serve.stamp: pyproject.toml | $(VENV)/bin/python
 
 # torch is installed first, so that the packages after it do not choose another build of it.
 # The tests compare with timm and torchvision. They are installed without dependencies, which would replace torch.
+# TensorRT for RTX has wheels for x86-64 only.
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q "torch==2.13.0"
 	$(BIN)/python -m pip install -q -e ".[dev]"
 	$(BIN)/python -m pip install -q --no-deps timm torchvision
+	$(BIN)/python -m pip install -q $(TENSORRT_RTX) || \
+		echo "TensorRT for RTX cannot be installed here: the tests that build plans with it are skipped"
 	touch $@ $(VENV)/serve.stamp

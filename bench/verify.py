@@ -30,12 +30,14 @@ from vitserve.service.engines.selection import (
     open_artifact,
     openable,
 )
-from vitserve.service.engines.tensorrt.plan_report import PlanReport
 
 if TYPE_CHECKING:
     from vitserve.service.engines.tensorrt.engine import TensorRtEngine
 
-_PACKAGES = ("vitserve", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "cuda-bindings", "torch", "numpy")
+_PACKAGES = (
+    *("vitserve", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13-libs"),
+    *("cuda-bindings", "torch", "numpy"),
+)
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,8 @@ def _attention(bundle: Bundle, artifact: Artifact, engine: Engine) -> AttentionR
     """Returns None if unknown: torch does not report its kernels, and ONNX Runtime on CUDA only in a profile."""
     if engine.name == "tensorrt":
         plan: TensorRtEngine = engine  # type: ignore[assignment]  # the engine of that name
-        report = PlanReport.from_json(plan.plan.with_suffix(".json").read_text())
-        layers = plan.layer_milliseconds(engine.max_batch)
-        names = {layer.name for layer in report.attention}
+        report, layers = plan.report, plan.layer_milliseconds(engine.max_batch)
+        names = {name for profile in report.profiles for name in profile.attention}
         attention_ms = sum(milliseconds for name, milliseconds in layers.items() if name in names)
         return AttentionReport(str(report), report.fused, attention_ms / max(sum(layers.values()), 1e-9))
     if artifact.attention is None or engine.name not in ("openvino", "onnxruntime"):

@@ -8,10 +8,11 @@ from dataclasses import replace
 from vitserve.export.candidates import float32_searches, reduced_search
 from vitserve.export.verify import AccuracyLimit, EvaluationSet, best_artifact
 from vitserve.export.workspace import ONNXRUNTIME_GRAPH, Workspace, opened
-from vitserve.model.arrays import Precision
+from vitserve.model.arrays import Outputs, Precision
 from vitserve.model.bundle.bundle import GRAPH, WEIGHTS, Artifact
 from vitserve.model.bundle.evaluation import Images
 from vitserve.model.config import LibraryConfig
+from vitserve.service import machine
 
 DEFAULT_PRECISIONS: tuple[Precision, ...] = ("bf16",)  # besides float32
 
@@ -78,6 +79,20 @@ def reduced_artifacts(workspace: Workspace, precisions: Sequence[Precision] | No
         else:
             workspace.progress(f"skipped: {outcome.reason}")
     return artifacts
+
+
+def recorded_outputs(workspace: Workspace, artifacts: Sequence[Artifact]) -> dict[tuple[str, str], Outputs]:
+    """The outputs for the golden images of the artifacts that are later held to them, by engine and precision.
+
+    These are OpenVINO's int8 artifacts, if this CPU's products are exact. ONNX Runtime's depend on the other images of
+    a batch, and the outputs of other precisions are close to the source network's.
+    """
+    recorded = {}
+    for artifact in artifacts:
+        if (artifact.engine, artifact.precision) == ("openvino", "int8") and machine.multiplies_int8_exactly():
+            with opened(workspace, "openvino", "int8", artifact.path, artifact.weights) as candidate:
+                recorded["openvino", "int8"] = candidate.run(workspace.golden.pixels)
+    return recorded
 
 
 def remove_unused_files(workspace: Workspace, artifacts: Sequence[Artifact]) -> None:

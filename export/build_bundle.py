@@ -14,6 +14,7 @@ import onnx_ir as ir
 from vitserve.export.artifacts import (
     check_precisions,
     float32_artifacts,
+    recorded_outputs,
     reduced_artifacts,
     remove_unused_files,
     with_limit,
@@ -23,6 +24,7 @@ from vitserve.export.golden_images import make_golden
 from vitserve.export.graph.onnxruntime_attention import write_onnxruntime_graph
 from vitserve.export.model_card import model_card
 from vitserve.export.source_model import Exportable
+from vitserve.export.tensorrt.bundle_plans import PlanRequest, check_plan_request, plan_artifacts
 from vitserve.export.workspace import ONNXRUNTIME_GRAPH, Workspace
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import (
@@ -55,6 +57,7 @@ def build_bundle(
     calibration_images: Images | None = None,
     evaluation_images: Images | None = None,
     max_loss: float = MAX_LOSS,
+    plans: PlanRequest | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
     """Exports the checkpoint, verifies every artifact and writes the bundle to ``path``.
@@ -63,13 +66,15 @@ def build_bundle(
     ``calibration_images`` calibrate int8 and fp8. A reduced precision may lose ``max_loss`` percentage points of
     accuracy on the ``evaluation_images``, or on the golden images if there are none. Without labels, half of the
     changed predictions count as lost.
+    ``plans`` adds TensorRT plans, built without a GPU.
     ``golden_images`` of the evaluation images become golden images too, so that the bundle contains them.
 
-    Raises ExportError if float32 or a required precision fails, BundleError if a bundle cannot be written to ``path``.
-    ``path`` is then unchanged.
+    Raises ExportError if float32, a required precision or a plan fails, BundleError if a bundle cannot be written to
+    ``path``. ``path`` is then unchanged.
     """
     check_destination(path)
     check_precisions(precisions or (), calibration_images)
+    check_plan_request(plans)
     checked_labels(checkpoint.labels, checkpoint.classes, "the checkpoint")
     progress("building the source network")
     source = checkpoint.source_model(progress)
@@ -88,9 +93,12 @@ def build_bundle(
         float32 = float32_artifacts(workspace)
         workspace = with_limit(workspace, float32[0], evaluation_images, max_loss)
         artifacts = (*float32, *reduced_artifacts(workspace, precisions))
+        if plans is not None:
+            artifacts = (*artifacts, *plan_artifacts(workspace, artifacts, plans))
         remove_unused_files(workspace, artifacts)
 
         progress("writing the bundle")
+        golden = replace(golden, recorded=recorded_outputs(workspace, artifacts))
         save_golden(directory / "golden.npz", golden)
         labels = write_labels(directory, checkpoint.labels)
         if training is not None:

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores, GPUs, cache directory."""
+"""What this process may use of the machine: cores, memory, GPUs, cache directory."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import os
 import platform
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup/cpu.max")
+from vitserve.service import cache_directory, cgroup
 
 
-def cores(quota_file: Path = _CGROUP) -> int:
-    """The number of cores, limited by CPU affinity and by the container's quota.
+def cores() -> int:
+    """The number of cores, limited by CPU affinity and by the CPU quota of the control groups.
 
-    ``quota_file`` is cgroup v2's cpu.max: "<microseconds or max> <period in microseconds>".
+    A fraction of a core is dropped, except that one core is left.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = quota_file.read_text().split()
-        return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return allowed
+    quota = cgroup.cpu_quota()
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def memory_limit() -> int:
+    """Bytes that this process and its children may use: the least of the control groups' limits and the memory."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = cgroup.memory_limit_bytes()
+    return physical if limit is None else min(physical, limit)
 
 
 def cpu() -> str:
@@ -46,6 +50,14 @@ def multiplies_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(flags & {"avx512_vnni", "avx_vnni", "asimddp"})
 
 
+def multiplies_int8_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether int8 products are exact on this CPU, so that another CPU computes nearly the same: x86 with VNNI.
+
+    Without VNNI, sums of two products saturate at 16 bits (VPMADDUBSW, Intel SDM). ARM was not measured.
+    """
+    return platform.machine() in ("x86_64", "AMD64") and multiplies_int8(cpuinfo)
+
+
 def gpus(drivers: Path = Path("/proc/driver/nvidia/gpus"), devices: Path = Path("/dev")) -> list[str]:
     """The NVIDIA GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -60,11 +72,13 @@ def gpus(drivers: Path = Path("/proc/driver/nvidia/gpus"), devices: Path = Path(
 
 
 def plan_dir() -> Path:
-    """The default directory of TensorRT plans and other artifacts built for the GPU of this machine."""
-    return cache_dir() / "plans"
+    """The default directory of TensorRT plans and other artifacts built for the GPU of this machine.
+
+    Raises CacheError as cache_dir().
+    """
+    return cache_directory.private_directory(cache_dir(), "plans")
 
 
 def cache_dir() -> Path:
-    """The directory for files that can be made again, per the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "vitserve"
+    """The directory for files that can be made again. Raises CacheError: see cache_directory.py."""
+    return cache_directory.cache_dir()

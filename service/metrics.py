@@ -48,7 +48,9 @@ class Metrics:
         self.images = counter("vitserve_images", "Images by outcome: ok, or the code of the error.", "outcome")
         self.images_ok = self.images.labels("ok")
         self.images_shed = counter(
-            "vitserve_images_shed", "Images rejected by admission control, by reason: deadline or full.", "reason"
+            "vitserve_images_shed",
+            "Images rejected by admission control, by reason: deadline, full, large (images), or memory.",
+            "reason",
         )
         self.images_retried = counter(
             "vitserve_images_retried", "Images submitted again after their engine worker exited."
@@ -64,9 +66,12 @@ class Metrics:
         # Prometheus misses the first increase of a series that did not exist before, and alerts may depend on it.
         for status in ("200", "429", "500", "503", "504"):
             self.requests.labels("/v1/classify", status)
+        for status in ("400", "404", "405", "408", "414", "431", "503"):
+            self.requests.labels("other", status)
         # Looking up labels takes longer than counting, so those of rejections are looked up once.
         self.images_overloaded = self.images.labels("overloaded")
-        self.images_shed_by_reason = {reason: self.images_shed.labels(reason) for reason in ("deadline", "full")}
+        reasons = "deadline", "full", "large", "memory"
+        self.images_shed_by_reason = {reason: self.images_shed.labels(reason) for reason in reasons}
 
 
 def in_files(process: str) -> Metrics:

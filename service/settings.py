@@ -6,154 +6,136 @@ nothing itself: vitserve/cli passes the values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vitserve.service.engines.catalog import ENGINES, PRECISIONS
+from vitserve.service.http_settings import HttpSettings, SettingsError, check_least, setting
+
+__all__ = ["DEFAULT_BUNDLE", "THREAD_BYTES", "Settings", "SettingsError"]
 
 DEFAULT_BUNDLE = Path(__file__).parent / "default_bundle"  # of the default model
-
-
-class SettingsError(ValueError):
-    """A setting is invalid, or settings contradict each other or the machine. The service does not start."""
-
-
-def _setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": help_text, "choices": choices})
-
+THREAD_BYTES = 32 * 2**20  # that decoding an image on a decode thread may take; larger ones have processes
 
 _PLAN_DIR_ENGINES = tuple(name for name, kind in ENGINES.items() if kind.needs_plan_dir)
+_LEAST = {"max_batch": 1, "slots": 1, "max_image_pixels": 1}
+_AUTOMATIC = dict.fromkeys(("workers", "engines", "streams", "threads", "decode_threads", "image_memory_bytes"), 0)
 
 
 @dataclass(frozen=True)
-class Settings:
-    host: str = _setting(
-        "127.0.0.1",
-        "Address to listen on. 0.0.0.0 accepts connections from the network: vitserve has no authentication.",
-    )
-    port: int = _setting(8000, "Port to listen on. 0: a free port, which is logged.")
-    bundle: str = _setting("", "Directory of the bundle to serve. Empty: the default model.")
-    engine: str = _setting(
+class Settings(HttpSettings):
+    bundle: str = setting("", "Directory of the bundle to serve. Empty: the default model.")
+    engine: str = setting(
         "auto",
         f"auto, {', '.join(ENGINES)}. auto: the fastest GPU engine that works here, otherwise the result of "
         "`vitserve tune`, otherwise the fastest CPU engine.",
         ("auto", *ENGINES),
     )
-    precision: str = _setting(
+    precision: str = setting(
         "auto",
         f"auto, {', '.join(PRECISIONS)}. auto: the fastest precision that the bundle and the engine support.",
         ("auto", *PRECISIONS),
     )
-    workers: int = _setting(
+    workers: int = setting(
         0,
         "HTTP workers, which handle requests and decode images. 0: one per four cores, or one per core if the network "
         "takes less than a quarter of a millisecond per image; at most eight.",
     )
-    engines: int = _setting(0, "Engine workers. 0: one per GPU, or one for the CPU.")
-    streams: int = _setting(
+    engines: int = setting(0, "Engine workers. 0: one per GPU, or one for the CPU.")
+    streams: int = setting(
         0,
         "Batches that an engine worker runs at the same time. 0: the result of `vitserve tune`, otherwise one per "
         "core, at most eight, for a small network on a CPU, and 1 for others. More than one helps on CPUs "
         "with many cores.",
     )
-    threads: int = _setting(
+    threads: int = setting(
         0,
         "Threads per stream. 0: the result of `vitserve tune`, otherwise 1 for a small network on a CPU, and the "
         "machine's cores divided by the number of streams for others.",
     )
-    max_batch: int = _setting(
+    max_batch: int = setting(
         8,
         "Largest batch size. All sizes up to it are measured at start-up, and the smallest one within 5% of the best "
         "throughput is preferred.",
     )
-    decode: str = _setting(
+    decode: str = setting(
         "cpu",
         "Where JPEGs are decoded: cpu or gpu. gpu helps when decoding is the bottleneck. It requires "
         "vitserve[gpu-decode].",
         ("cpu", "gpu"),
     )
-    decode_threads: int = _setting(
+    decode_threads: int = setting(
         0,
         "Threads per HTTP worker that decode images. 0: the machine's cores divided by the number of HTTP workers, "
         "without those that are added for a light network; 32 with decode gpu.",
     )
-    slots: int = _setting(
+    slots: int = setting(
         256, "Maximum number of in-flight images across all HTTP workers. Further images are rejected with 429."
     )
-    timeout_ms: int = _setting(
-        10_000,
-        "Default request deadline in milliseconds. A request may override it with `timeout_ms`. Images that cannot "
-        "meet their deadline are rejected with 429.",
-    )
-    max_body_bytes: int = _setting(33_554_432, "Maximum size of a request body, checked while it is received.")
-    max_image_pixels: int = _setting(
+    max_image_pixels: int = setting(
         50_000_000, "Maximum number of pixels of an image, checked in its header before decoding."
     )
-    max_images: int = _setting(64, "Maximum number of images per request.")
-    jpeg_draft: bool = _setting(
+    max_decode_seconds: float = setting(
+        10.0, "Maximum time for decoding one large image. Afterwards it is rejected with 422, and its decoder is ended."
+    )
+    image_memory_bytes: int = setting(
+        0,
+        "Memory for request bodies and for decoding, of all HTTP workers together. 0: half of the memory limit of the "
+        "container or machine, at most 4 GiB.",
+    )
+    jpeg_draft: bool = setting(
         True,
         "Decode a JPEG at 1/2, 1/4 or 1/8 of its size if at least three times the needed size remains. This is faster "
         "and changes the pixels slightly.",
     )
-    engine_cache_dir: str = _setting(
+    engine_cache_dir: str = setting(
         "auto",
         "Directory where engines cache compiled models for a faster start. auto: in $XDG_CACHE_HOME/vitserve. none: no "
         "cache.",
     )
-    plan_dir: str = _setting(
+    plan_dir: str = setting(
         "auto",
-        "Directory for TensorRT plans and other files that are built for this machine's GPU. auto: in "
-        f"$XDG_CACHE_HOME/vitserve. none: {' and '.join(_PLAN_DIR_ENGINES)} are not used.",
+        "Directory for TensorRT plans, compiled kernels and other files that are made for this machine's GPU. auto: in "
+        f"$XDG_CACHE_HOME/vitserve. none: {' and '.join(_PLAN_DIR_ENGINES)} are not used, except for plans that the "
+        "bundle has.",
     )
-    while_building: str = _setting(
+    while_building: str = setting(
         "wait",
-        "What to do while a missing TensorRT plan is built, which takes minutes. wait: become ready afterwards. serve: "
-        "use the next engine until then and switch without downtime.",
+        "What to do while a missing TensorRT plan is built, which takes seconds to minutes. wait: become ready "
+        "afterwards. serve: use the next engine until then and switch without downtime.",
         ("wait", "serve"),
     )
-    torch_compile: bool = _setting(
+    torch_compile: bool = setting(
         False, "Use torch.compile in engine torch. It takes minutes at start-up and requires a C compiler."
     )
-    admin_key: str = _setting(
-        "",
-        "Bearer token for POST /v1/admin/reload. Empty: that route is disabled. Reloading with SIGHUP needs no token.",
-    )
-    hang_seconds: float = _setting(
+    hang_seconds: float = setting(
         10.0,
         "A worker is restarted when it sends no heartbeat for this long, or when a batch exceeds both this and 5× its "
         "expected duration.",
     )
-    drain_seconds: float = _setting(
+    drain_seconds: float = setting(
         30.0,
         "After SIGTERM, how long admitted requests may take to finish. A second SIGTERM stops the service at once.",
     )
-    log_level: str = _setting("info", "debug, info, warning or error.", ("debug", "info", "warning", "error"))
+    log_level: str = setting("info", "debug, info, warning or error.", ("debug", "info", "warning", "error"))
+
+    @property
+    def body_memory_bytes(self) -> int:
+        """Of all HTTP workers together."""
+        return self.image_memory_bytes // 4
+
+    @property
+    def decode_memory_bytes(self) -> int:
+        """Of all decode processes together. The rest is for decode threads."""
+        threads = max(1, self.workers) * max(1, self.decode_threads)
+        return max(0, self.image_memory_bytes - self.body_memory_bytes - threads * THREAD_BYTES)
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        self._check_choices()
+        super().__post_init__()
+        check_least(self, _LEAST)
+        check_least(self, _AUTOMATIC, " (0: automatic)")
         self._check_engine()
         self._check_slots()
-
-    def _check_numbers(self) -> None:
-        for name in ("max_batch", "slots", "timeout_ms", "max_body_bytes", "max_image_pixels", "max_images"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("workers", "engines", "streams", "threads", "decode_threads"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 0 (0: automatic)")
-        for name in ("hang_seconds", "drain_seconds"):
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        if not 0 <= self.port <= 65535:
-            raise SettingsError(f"port is {self.port}; it must be from 0 to 65535")
-
-    def _check_choices(self) -> None:
-        for name, setting in self.__dataclass_fields__.items():
-            choices = setting.metadata["choices"]
-            if choices and getattr(self, name) not in choices:
-                raise SettingsError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
 
     def _check_engine(self) -> None:
         if self.torch_compile and self.engine not in ("auto", "torch"):

@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass as validated
 from vitserve.model.arrays import Activation, Outputs, Pixels, Precision
 from vitserve.model.bundle.labels import LABELS, read_labels
 from vitserve.model.bundle.parity import Parity
+from vitserve.model.bundle.plan import PlanReport
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import NetworkConfig
 
@@ -100,6 +101,7 @@ class Artifact:
     evaluation: Evaluation | None = None
     simulated: bool = False  # verified by simulating the precision, on a machine that does not support it
     quantization: Quantization | None = None  # of a calibrated precision
+    plan: PlanReport | None = None  # ``path`` is this TensorRT plan, which is used on the GPUs that it was built for
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -127,6 +129,8 @@ class Golden:
     pixels: Pixels  # [k, H, W, 3]; textures, then images of the model's domain
     reference: Outputs
     domain_images: int = 0  # how many of the last images are of the model's domain
+    # The outputs that artifacts had at export, by engine and precision. Empty in bundles of earlier versions.
+    recorded: Mapping[tuple[str, str], Outputs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,13 @@ class Bundle:
     def golden(self) -> Golden:
         with np.load(self.path / "golden.npz", allow_pickle=False) as arrays:
             domain_images = int(arrays["domain_images"]) if "domain_images" in arrays else 0
-            return Golden(arrays["pixels"], Outputs(arrays["logits"], arrays["embedding"]), domain_images)
+            reference = Outputs(arrays["logits"], arrays["embedding"])
+            recorded = dict[tuple[str, str], Outputs]()
+            for artifact in self.manifest.artifacts:
+                names = _recorded_names(artifact.engine, artifact.precision)
+                if names[0] in arrays:
+                    recorded[artifact.engine, artifact.precision] = Outputs(*(arrays[name] for name in names))
+            return Golden(arrays["pixels"], reference, domain_images, recorded)
 
     def summary(self) -> dict[str, Any]:
         """The manifest as JSON-compatible values, without the training report and the labels.
@@ -243,7 +253,16 @@ def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
 
 def save_golden(path: Path, golden: Golden) -> None:
     arrays: Mapping[str, Any] = {"pixels": golden.pixels, **golden.reference._asdict()}
-    np.savez_compressed(path, **arrays, domain_images=np.array(golden.domain_images))
+    recorded: Mapping[str, Any] = {
+        name: array
+        for key, outputs in golden.recorded.items()
+        for name, array in zip(_recorded_names(*key), outputs, strict=True)
+    }
+    np.savez_compressed(path, **arrays, **recorded, domain_images=np.array(golden.domain_images))
+
+
+def _recorded_names(engine: str, precision: str) -> list[str]:
+    return [f"{engine}-{precision}-{name}" for name in Outputs._fields]
 
 
 def sha256(path: Path) -> str:

@@ -1,25 +1,49 @@
 """Encoded image → pixels, identical to the evaluation transform of the source library. Uses Pillow and numpy only.
 
-Steps: header → size check → decode (JPEGs at a reduced scale if allowed) → EXIF orientation → RGB → resize → crop.
-
-    ImageError
-    ├── NotAnImageError       the bytes are in none of the allowed formats
-    ├── DamagedImageError     the header is valid, the data is truncated or broken
-    └── TooManyPixelsError    decoding or resizing would exceed the limit; decided from the header alone
+Steps: header → limits → decode (JPEGs at a reduced scale if allowed) → RGB and EXIF orientation → resize → crop.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
+import ctypes
 import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, _imaging
 
 from vitserve.model.arrays import Pixels
+from vitserve.model.bundle.images.decoded import EncodedImage
+from vitserve.model.bundle.images.errors import (
+    DamagedImageError,
+    ImageError,
+    NotAnImageError,
+    TooComplexError,
+    TooManyPixelsError,
+    UnsupportedImageError,
+)
+from vitserve.model.bundle.images.formats.jpeg import JpegImage
+from vitserve.model.bundle.images.header import allowed_formats, read_header
+from vitserve.model.bundle.images.resample import Target, is_transposed, peak_bytes, resized
+
+__all__ = [
+    "DamagedImageError",
+    "Decoder",
+    "Header",
+    "ImageError",
+    "Interpolation",
+    "NotAnImageError",
+    "OpenedImage",
+    "Preprocessing",
+    "TooComplexError",
+    "TooManyPixelsError",
+    "UnsupportedImageError",
+    "allowed_formats",
+    "prepare_pillow",
+]
 
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 
@@ -29,36 +53,16 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_ORIENTATION_TAG = 0x0112
-# EXIF 2.32, 4.6.4: orientation → the transposition that undoes it. 1 is upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # JPEGs are decoded at a reduced scale only if at least this multiple of the resized size remains.
 # docs/experiments.md has the measured differences.
 _DRAFT_GAP = 3.0
-
-
-class ImageError(ValueError):
-    """The image cannot be decoded. The message is for the client."""
-
-
-class NotAnImageError(ImageError):
-    pass
-
-
-class DamagedImageError(ImageError):
-    pass
-
-
-class TooManyPixelsError(ImageError):
-    pass
+# Freed memory is returned to the system after images of this size. After others, keeping it saves time.
+_LARGE_PIXELS, _LARGE_BYTES = 2_000_000, 64 * 2**20
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
+# Estimates of the time, measured on a core of an AMD EPYC; docs/experiments.md compares them with the measured times.
+_OVERHEAD_SECONDS = 5e-5
+_CONVERT_SECONDS = 2.5e-9  # for each byte of the converted image
+_RESIZE_SECONDS = 5e-9  # for each pixel; bicubic
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,72 @@ class Header:
 
     format: str  # Pillow's name
     mode: str  # Pillow's name
-    orientation: int  # EXIF; 1 is upright
+    orientation: int  # EXIF; 1 is upright, and also the value where only decoding shows the orientation
     pixels: int  # width × height as stored
     wanted: tuple[int, int]  # width and height after the resize, as stored
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """An image whose header was read and is within all limits. Nothing of it is decoded yet."""
+
+    wanted: tuple[int, int]  # width and height after the resize, as stored
+    _encoded: EncodedImage
+    _preprocessing: Preprocessing
+
+    @property
+    def header(self) -> Header:
+        image = self._encoded
+        return Header(image.format, image.mode, image.orientation, math.prod(image.size), self.wanted)
+
+    @property
+    def seconds(self) -> float:
+        """An estimate of the time that pixels() takes on one core, from the header."""
+        image = self._encoded
+        footprint = image.footprint
+        pixels = math.prod(image.size) / footprint.scale**2
+        resizing = (pixels + math.prod(self.wanted)) * _RESIZE_SECONDS
+        converting = pixels * footprint.converted * _CONVERT_SECONDS
+        return _OVERHEAD_SECONDS + image.seconds + converting + resizing
+
+    @property
+    def peak_bytes(self) -> int:
+        """An upper bound of the memory that pixels() takes, from the header. Without the encoded image."""
+        image = self._encoded
+        return peak_bytes(image.footprint, image.size, image.orientation, self._target(image.orientation))
+
+    def pixels(self) -> Pixels:
+        """uint8 [height, width, channels]. Raises ImageError."""
+        try:
+            return self._decoded()
+        # Without the traceback, whose frames would keep the pixels as long as the error lives.
+        except ImageError as error:
+            raise error.with_traceback(None) from None
+        except MemoryError:
+            raise TooManyPixelsError(f"decoding the image takes more than {self.peak_bytes:,} bytes") from None
+        except Exception as error:  # Pillow's decoders may raise any exception for hostile bytes
+            raise DamagedImageError("the image's data is truncated or damaged") from error.with_traceback(None)
+        finally:
+            if self.header.pixels >= _LARGE_PIXELS and self.peak_bytes >= _LARGE_BYTES:
+                _return_freed_memory()
+
+    def _decoded(self) -> Pixels:
+        image, (height, width, channels) = self._encoded, self._preprocessing.shape
+        # Nothing is left to do after decoding.
+        is_final = isinstance(image, JpegImage) and image.scaled == self.wanted == (width, height) and image.is_plain
+        if isinstance(image, JpegImage) and is_final and channels == 3:
+            pixels = image.array()
+            if pixels is not None:
+                return pixels
+        decoded = image.decode()
+        return np.asarray(resized(decoded, self._target(decoded.orientation))).reshape(height, width, channels)
+
+    def _target(self, orientation: int) -> Target:
+        wanted = self.wanted[::-1] if is_transposed(orientation) else self.wanted
+        preprocessing = self._preprocessing
+        border = tuple(round(255 * value) for value in preprocessing.mean) if preprocessing.border else None
+        box = preprocessing.cropped(*wanted)
+        return Target(wanted, *box, preprocessing.channels, _RESAMPLING[preprocessing.interpolation], border)
 
 
 @dataclass(frozen=True)
@@ -142,51 +209,27 @@ class Decoder:
     jpeg_draft: bool = True  # let libjpeg decode at 1/2, 1/4 or 1/8 if three times the needed size remains
 
     def open(self, encoded: bytes | memoryview) -> OpenedImage:
-        """Reads the header and checks the size limits. Raises ImageError."""
-        image = self._open(encoded)
-        return OpenedImage(self, image, self._size_to_resize_to(image))
+        """Reads the header and checks all limits. Raises ImageError. The data after the header is not checked."""
+        image = _read_header(encoded if isinstance(encoded, bytes) else bytes(encoded))
+        wanted = self._size_to_resize_to(*image.size)
+        if self.jpeg_draft and isinstance(image, JpegImage):
+            image = image.reduced(*(math.ceil(side * _DRAFT_GAP) for side in wanted))
+        return OpenedImage(wanted, image, self.preprocessing)
+
+    @property
+    def on_cpu(self) -> Decoder:
+        return self
 
     def decode(self, encoded: bytes | memoryview) -> Pixels:
         """Raises ImageError."""
-        return self.open(encoded).decode()
-
-    def decode_opened(self, image: Image.Image, wanted: tuple[int, int]) -> Pixels:
-        """``wanted``: width and height after the resize, as stored. Raises DamagedImageError."""
-        try:
-            stored = image.size
-            self._load(image, wanted)
-            upright = _upright(image)
-            # Transposed, or decoded at a reduced scale: the size was computed from the sides as stored.
-            if upright.size != stored and (upright.width < upright.height) != (wanted[0] < wanted[1]):
-                wanted = wanted[::-1]
-            return self._resize_and_crop(self._converted(upright), wanted)
-        except Exception as error:  # Pillow's decoders may raise any exception for hostile bytes
-            raise DamagedImageError("the image's data is truncated or damaged") from error
-        finally:
-            image.close()
+        return self.open(encoded).pixels()
 
     def header(self, encoded: bytes | memoryview) -> Header:
-        """Raises NotAnImageError, TooManyPixelsError or DamagedImageError. Does not check the data after the header."""
-        with self._open(encoded) as image:
-            return Header(
-                image.format or "",
-                image.mode,
-                _orientation(image),
-                image.width * image.height,
-                self._size_to_resize_to(image),
-            )
+        """Raises ImageError. Does not check the data after the header."""
+        return self.open(encoded).header
 
-    def _open(self, encoded: bytes | memoryview) -> Image.Image:
-        try:
-            return Image.open(io.BytesIO(encoded), formats=allowed_formats())
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise TooManyPixelsError(f"{error}; the limit is {self.max_pixels:,} pixels") from error
-        except Exception as error:
-            raise NotAnImageError(f"not an image in one of the formats {', '.join(allowed_formats())}") from error
-
-    def _size_to_resize_to(self, image: Image.Image) -> tuple[int, int]:
+    def _size_to_resize_to(self, width: int, height: int) -> tuple[int, int]:
         """Checks the size limits, from the header alone."""
-        width, height = image.size
         if width < 1 or height < 1:
             raise DamagedImageError(f"the image is {width} × {height} pixels")
         if width * height > self.max_pixels:
@@ -199,80 +242,40 @@ class Decoder:
             )
         return wide, high
 
-    def _load(self, image: Image.Image, wanted: tuple[int, int]) -> None:
-        if self.jpeg_draft and image.format in ("JPEG", "MPO"):
-            image.draft(None, (math.ceil(wanted[0] * _DRAFT_GAP), math.ceil(wanted[1] * _DRAFT_GAP)))
-        image.load()
 
-    def _resize_and_crop(self, image: Image.Image, wanted: tuple[int, int]) -> Pixels:
-        if image.size != wanted:
-            image = image.resize(wanted, _RESAMPLING[self.preprocessing.interpolation])
-        left, top, wide, high = self.preprocessing.cropped(image.width, image.height)
-        if min(left, top) < 0:
-            color = tuple(round(255 * value) for value in self.preprocessing.mean)
-            framed = Image.new(image.mode, (max(wide, image.width), max(high, image.height)), color)
-            framed.paste(image, (max(0, -left), max(0, -top)))
-            image, left, top = framed, max(0, left), max(0, top)
-        if image.size != (wide, high):
-            image = image.crop((left, top, left + wide, top + high))
-        return np.asarray(image) if self.preprocessing.channels == 3 else np.asarray(image)[:, :, None]
-
-    def _converted(self, image: Image.Image) -> Image.Image:
-        return _rgb(image) if self.preprocessing.channels == 3 else _rgb(image).convert("L")
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedImage:
-    """An image whose header was read. decode() may be called once, on any thread."""
-
-    decoder: Decoder
-    image: Image.Image
-    wanted: tuple[int, int]  # width and height after the resize, as stored
-
-    @property
-    def work(self) -> int:
-        """Pixels to decode plus pixels to produce, which the time of decode() roughly follows."""
-        return self.image.width * self.image.height + self.wanted[0] * self.wanted[1]
-
-    def decode(self) -> Pixels:
-        """uint8 [height, width, channels]. Raises DamagedImageError."""
-        return self.decoder.decode_opened(self.image, self.wanted)
-
-
-def allowed_formats() -> tuple[str, ...]:
-    return ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+def _read_header(encoded: bytes) -> EncodedImage:
+    try:
+        return read_header(encoded)
+    except ImageError:
+        raise
+    except Exception as error:  # a header that no check covers
+        raise DamagedImageError("the image's header is damaged") from error
 
 
 def prepare_pillow() -> None:
     """Configures Pillow for a process that decodes untrusted images with Decoder only. Applies to the whole process.
 
-    Decoder replaces Pillow's own size limit. Pillow's warnings about broken metadata are suppressed, because they would
-    let any client write to the log.
+    Decoder replaces Pillow's own size limit. Messages of Pillow and libtiff about broken images are suppressed, because
+    they would let any client write to the log. AVIF images are decoded by the thread that decode() is called in.
     """
     Image.MAX_IMAGE_PIXELS = None
     warnings.filterwarnings("ignore", module="PIL")
+    if "AVIF" in allowed_formats():
+        from PIL import AvifImagePlugin
+
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    _silence_libtiff()
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        orientation: int = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # broken metadata is ignored, as in browsers
-        return 1
-    return orientation
+def _silence_libtiff() -> None:
+    """libtiff writes to stderr by default. Pillow switches off its warnings, but not its errors."""
+    with contextlib.suppress(AttributeError, OSError):  # Pillow was built without libtiff, or hides its symbols
+        set_handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
+        set_handler.argtypes, set_handler.restype = (ctypes.c_void_p,), ctypes.c_void_p
+        set_handler(None)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    orientation = _orientation(image)
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Converts any Pillow mode to RGB: transparency is composed over white, 16 bits are scaled to 8."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        deep = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((deep // 257).astype(np.uint8)).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _return_freed_memory() -> None:
+    """glibc keeps freed blocks of up to 32 MiB, several for each thread: 1.6 GB after large images in 4 threads."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from vitserve.model.bundle.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, BundleError, open_bundle, sha256
-from vitserve.service import machine
+from vitserve.service import cache_directory, machine
+from vitserve.service.cache_directory import CacheError
 from vitserve.service.engine_worker.tuning_cache import TuningResult, load_tuning_result
 from vitserve.service.engines.catalog import ENGINES
 from vitserve.service.engines.engine import Engine, EngineOptions
@@ -113,24 +113,36 @@ def _engine_options(settings: Settings, tuning_result: TuningResult | None) -> E
         threads,
         settings.max_batch,
         _engine_cache_dir(settings),
-        {"none": "", "auto": str(machine.plan_dir())}.get(settings.plan_dir, settings.plan_dir),
+        _plan_dir(settings),
         defer_builds=settings.while_building == "serve",
         compile=settings.torch_compile,
     )
 
 
 def _engine_cache_dir(settings: Settings) -> str:
-    """Empty if no directory is set or it cannot be written: then engines compile at every start."""
+    """Empty if no directory is set or it cannot be used: then engines compile at every start."""
     if settings.engine_cache_dir == "none":
         return ""
-    automatic = settings.engine_cache_dir == "auto"
-    directory = machine.cache_dir() / "compiled" if automatic else Path(settings.engine_cache_dir)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return str(directory)
-    except OSError as error:
+        base = machine.cache_dir() if settings.engine_cache_dir == "auto" else Path(settings.engine_cache_dir)
+        directory = cache_directory.private_directory(base, "compiled")
+        cache_directory.check_writable(directory)
+        return str(directory)
+    except CacheError as error:
         log.warning("cannot use the engine cache, so engines compile at every start: %s", error)
+        return ""
+
+
+def _plan_dir(settings: Settings) -> str:
+    """Empty if no directory is set or it cannot be used: then the engines that need plans are not used."""
+    if settings.plan_dir == "none":
+        return ""
+    try:
+        automatic = settings.plan_dir == "auto"
+        return str(machine.plan_dir() if automatic else cache_directory.usable_directory(Path(settings.plan_dir)))
+    except CacheError as error:
+        if machine.gpus():
+            log.warning("cannot use the directory for plans, so the engines that need it are not used: %s", error)
         return ""
 
 
@@ -245,7 +257,7 @@ def describe(bundle: Bundle, opened: Opened) -> ModelInfo:
 def create_slot_table(
     bundle: Bundle, opened: Opened, model_info: ModelInfo, settings: Settings, workers: int, engines: int
 ) -> int:
-    """Returns a file descriptor."""
+    """Returns a file descriptor. Raises BundleRejectedError if the memory cannot be allocated."""
     engine, golden = opened.engine, bundle.golden()
     classes = golden.reference.logits.shape[1]
     shape = Shape(
@@ -258,4 +270,9 @@ def create_slot_table(
         classes,
         *golden.pixels.shape[2:],
     )
-    return memory_layout.create(shape, model_info.to_json())
+    try:
+        return memory_layout.create(shape, model_info.to_json())
+    except OSError as error:
+        mebibytes = memory_layout.regions(shape)["logits"].end >> 20
+        reason = f"{mebibytes} MiB of shared memory for {shape.slots} slots cannot be allocated: {error.strerror}"
+        raise BundleRejectedError("no_engine", f"{reason}; lower the setting slots, or raise the limit") from error

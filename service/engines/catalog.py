@@ -27,6 +27,8 @@ class EngineKind:
 
     package: str  # the library is installed if this package can be imported
     extra: str = ""  # installed by ``pip install 'vitserve[extra]'``; empty: by vitserve itself
+    other_package: str = ""  # of another library that the engine can use instead
+    other_extra: str = ""
     cpu: tuple[Precision, ...] = ()  # precisions on a CPU, in order of preference
     gpu: tuple[Precision, ...] = ()  # precisions on a GPU, in order of preference
     artifact: Literal["bundle", "plan", "cast_graph", "reference_graph"] = "bundle"
@@ -48,14 +50,28 @@ class EngineKind:
 
     @property
     def install_command(self) -> str:
-        return f"pip install 'vitserve[{self.extra}]'" if self.extra else "pip install vitserve"
+        command = f"pip install 'vitserve[{self.extra}]'" if self.extra else "pip install vitserve"
+        return f"{command}, or 'vitserve[{self.other_extra}]'" if self.other_extra else command
+
+    @property
+    def installed(self) -> bool:
+        return any(find_spec(package) is not None for package in (self.package, self.other_package) if package)
 
 
 # Fastest first, per device. Measured with ViT-B/16: docs/benchmarks.md (two cores with VNNI and bf16) and docs/gpu.md.
 ENGINES: dict[str, EngineKind] = {
-    "tensorrt": EngineKind("tensorrt", "tensorrt", gpu=("fp8", "bf16", "fp16"), artifact="plan"),
+    "tensorrt": EngineKind(
+        "tensorrt_rtx_bindings",
+        "tensorrt-rtx",
+        other_package="tensorrt",
+        other_extra="tensorrt",
+        gpu=("fp8", "bf16", "fp16"),
+        artifact="plan",
+    ),
     "onnxruntime-cuda": EngineKind("cuda", "gpu", gpu=("bf16", "fp16"), artifact="cast_graph"),
-    "torch": EngineKind("torch", "torch", ("fp32", "bf16"), ("bf16", "fp16", "fp32"), artifact="reference_graph"),
+    "torch": EngineKind(
+        "torch", "torch", cpu=("fp32", "bf16"), gpu=("bf16", "fp16", "fp32"), artifact="reference_graph"
+    ),
     "openvino": EngineKind("openvino", cpu=("int8", "bf16", "fp32")),
     "onnxruntime": EngineKind("onnxruntime", "onnxruntime", cpu=("int8", "fp32")),  # it has no bf16 on x86
 }
@@ -64,5 +80,5 @@ ENGINES: dict[str, EngineKind] = {
 def wants_gpu_workers(engine: str) -> bool:
     """Whether to start one engine worker per GPU. For ``auto``: if the library of any GPU engine is installed."""
     if engine == "auto":
-        return any(find_spec(kind.package) is not None for kind in ENGINES.values() if kind.gpu)
+        return any(kind.installed for kind in ENGINES.values() if kind.gpu)
     return bool(ENGINES[engine].gpu)

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from vitserve.model.arrays import Precision
+from vitserve.model.bundle.plan import PlanReport
 from vitserve.service import machine
 from vitserve.service.engines.catalog import ENGINES
 from vitserve.service.engines.engine import Engine, EngineOptions, EngineUnavailableError
+from vitserve.service.engines.gpu_artifacts import report_beside
 
 
-def construct_engine(name: str, precision: Precision, graph: Path, options: EngineOptions) -> Engine:
+def construct_engine(
+    name: str, precision: Precision, graph: Path, options: EngineOptions, plan: PlanReport | None = None
+) -> Engine:
     """``graph`` is the file that the engine runs: an ONNX or OpenVINO graph, a TensorRT plan or a cast graph.
+
+    ``plan`` describes a TensorRT plan of a bundle. The report of a plan that was built here lies beside it.
 
     Raises EngineUnavailableError if the library is missing or the hardware does not support it, and the library's own
     errors.
@@ -31,7 +37,10 @@ def construct_engine(name: str, precision: Precision, graph: Path, options: Engi
             case "tensorrt":
                 from vitserve.service.engines.tensorrt.engine import TensorRtEngine
 
-                return TensorRtEngine(graph, precision, streams, max_batch)
+                report = plan or report_beside(graph)
+                if report is None:
+                    raise EngineUnavailableError(f"{graph} is not a TensorRT plan with a report")
+                return TensorRtEngine(graph, report, precision, streams, max_batch, options.plan_dir)
             case "onnxruntime-cuda":
                 from vitserve.service.engines.onnxruntime_cuda_engine import OnnxRuntimeCudaEngine
 

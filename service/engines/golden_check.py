@@ -6,7 +6,8 @@ import numpy as np
 
 from vitserve.model.arrays import Outputs
 from vitserve.model.bundle.bundle import Artifact, Bundle
-from vitserve.model.bundle.parity import CALIBRATED, Parity, compare
+from vitserve.model.bundle.parity import CALIBRATED, Parity, artifact_failure, compare
+from vitserve.service import machine
 from vitserve.service.engines.engine import Engine
 
 # On another CPU an artifact may differ twice as much from its source as at export, because CPUs round and saturate
@@ -22,7 +23,8 @@ def golden_check(engine: Engine, bundle: Bundle, artifact: Artifact) -> Parity:
     """Runs the golden images and returns how close the outputs are.
 
     Raises GoldenCheckError if they are further from the source network's outputs than the precision allows or, for a
-    calibrated precision, than ``artifact`` was at export.
+    calibrated precision, than ``artifact`` was at export. int8 must also have the outputs that it had at export, if
+    the bundle records them and products are exact on this CPU.
     """
     golden = bundle.golden()
     if not len(golden.pixels):
@@ -34,6 +36,10 @@ def golden_check(engine: Engine, bundle: Bundle, artifact: Artifact) -> Parity:
     failure = parity.failure(engine.precision)
     if failure is None and engine.precision in CALIBRATED:
         failure = _drift(parity, artifact.parity)
+    recorded = golden.recorded.get((artifact.engine, artifact.precision))
+    if failure is None and recorded is not None and machine.multiplies_int8_exactly():
+        same = compare(outputs, recorded, bundle.manifest.activation, golden.domain_images)
+        failure = artifact_failure(same)
     if failure:
         raise GoldenCheckError(f"golden images: {failure}")
     return parity

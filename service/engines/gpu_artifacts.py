@@ -9,23 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import GRAPH, WEIGHTS, Artifact, Bundle
-from vitserve.model.config import LibraryConfig, ViTConfig
+from vitserve.model.bundle.plan import TITLES, Capability, PlanReport, name_of
 from vitserve.service.engines.catalog import ENGINES
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
+from vitserve.service.engines.tensorrt.provider import DATA_CENTER, RTX, RTX_CAPABILITIES
 from vitserve.service.engines.tensorrt.target import Target, local_target
 from vitserve.service.python_process import python_command, python_environment
 
 # Modules that are run and never imported, so that a service without a GPU does not need their libraries.
 PLAN_BUILDER = "vitserve.export.build_plan"
 CAST_GRAPH_BUILDER = "vitserve.export.graph.cast_precision"
-FP8_CAPABILITY = (8, 9)  # Ada: https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html
+# The first compute capability with each type: Ada and Ampere.
+# https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html
+FP8_CAPABILITY, BF16_CAPABILITY = (8, 9), (8, 0)
 
 Progress = Callable[[str], None]
 
@@ -38,14 +41,25 @@ class NotBuiltError(EngineUnavailableError):
 class PlanOptions:
     precision: Literal["bf16", "fp16", "fp8"] = "bf16"
     max_batch: int = 64
+    capabilities: tuple[Capability, ...] = ()  # empty: the GPU of this machine
+
+    @staticmethod
+    def of(plain: dict[str, Any]) -> PlanOptions:
+        """From asdict(), after JSON turned its tuples into lists."""
+        capabilities = tuple((major, minor) for major, minor in plain["capabilities"])
+        return PlanOptions(**plain | {"capabilities": capabilities})
 
 
 def gpu_artifact(bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Progress) -> Path | None:
     """The plan or cast graph that ``artifact`` runs from, built if it is missing. None if it runs from the bundle.
 
+    A plan that is part of the bundle is never built here.
+
     Raises ImportError without the engine's library, NotBuiltError with ``defer_builds``, and EngineUnavailableError
     without a GPU or if the build fails.
     """
+    if artifact.plan is not None:
+        return None
     match ENGINES[artifact.engine].artifact:
         case "plan":
             return _plan(bundle, artifact, options, progress)
@@ -57,18 +71,29 @@ def gpu_artifact(bundle: Bundle, artifact: Artifact, options: EngineOptions, pro
 
 def _plan(bundle: Bundle, artifact: Artifact, options: EngineOptions, progress: Progress) -> Path:
     target, precision = local_target(), artifact.precision
-    if precision == "fp8" and target.compute_capability < FP8_CAPABILITY:
-        raise EngineUnavailableError(
-            f"fp8 needs compute capability {FP8_CAPABILITY}; the {target.gpu} has {target.compute_capability}"
-        )
+    _check_target(target, precision)
     assert precision in ("bf16", "fp16", "fp8")
     plan_options = PlanOptions(precision, options.max_batch)
     path = plan_path(Path(options.plan_dir), bundle, artifact.path, plan_options, target)
-    if not path.exists():
+    if report_beside(path) is None:
         if options.defer_builds:
             _reject_unbuilt(path)
         _build_plan_once(bundle, artifact.path, path, plan_options, progress)
     return path
+
+
+def _check_target(target: Target, precision: Precision) -> None:
+    """Raises EngineUnavailableError if there is no plan in the precision for the GPU."""
+    first = {"fp8": FP8_CAPABILITY, "bf16": BF16_CAPABILITY}.get(precision, (0, 0))
+    if target.compute_capability < first:
+        raise EngineUnavailableError(
+            f"{precision} needs compute capability {first}; the {target.gpu} has {target.compute_capability}"
+        )
+    if target.library == RTX.library and target.compute_capability not in RTX_CAPABILITIES:
+        raise EngineUnavailableError(
+            f"{TITLES[RTX.library]} does not support the {target.gpu}, which is {name_of(target.compute_capability)}: "
+            f"pip install 'vitserve[{DATA_CENTER.extra}]'"
+        )
 
 
 def _reject_unbuilt(path: Path) -> None:
@@ -82,7 +107,7 @@ def _reject_unbuilt(path: Path) -> None:
 def _build_plan_once(bundle: Bundle, graph: str, path: Path, options: PlanOptions, progress: Progress) -> None:
     failure = _failure_of(path)
     try:
-        build_plan(bundle, graph, path, options, progress)
+        build_plan(bundle.path / graph, path, options, progress)
     except EngineUnavailableError as error:
         path.parent.mkdir(parents=True, exist_ok=True)
         failure.write_text(str(error))
@@ -110,10 +135,19 @@ def plan_path(directory: Path, bundle: Bundle, graph: str, options: PlanOptions,
     return directory / f"{_digest(bundle, graph)}-{options.precision}-b{options.max_batch}-{target.slug}.plan"
 
 
+def report_beside(plan: Path) -> PlanReport | None:
+    """The report of a plan that was built on this machine. None if the plan or a readable report is missing."""
+    try:
+        return PlanReport.from_json(plan.with_suffix(".json").read_text()) if plan.exists() else None
+    except (OSError, ValueError):
+        return None
+
+
 def plans_of(directory: Path, bundle: Bundle) -> list[Path]:
     """The bundle's plans in ``directory``, for any GPU. Beside each plan lies its PlanReport, with the suffix .json."""
     plan_engines = {name for name, kind in ENGINES.items() if kind.artifact == "plan"}
-    own_graphs = {each.path for each in bundle.manifest.artifacts if each.engine in plan_engines}
+    artifacts = [each for each in bundle.manifest.artifacts if each.plan is None]
+    own_graphs = {each.path for each in artifacts if each.engine in plan_engines}
     return [
         path
         for graph in sorted({GRAPH, *own_graphs})
@@ -130,42 +164,43 @@ def _digest(bundle: Bundle, graph: str) -> str:
     return hashlib.sha256(f"{files[graph]} {files[WEIGHTS]}".encode()).hexdigest()[:12]
 
 
-def attention_layers(bundle: Bundle) -> int:
-    config = bundle.manifest.config
-    if isinstance(config, LibraryConfig):
-        return config.attention_layers
-    return config.depth if isinstance(config, ViTConfig) else 0
+def build_plan(graph: Path, path: Path, options: PlanOptions, progress: Progress) -> None:
+    """Builds the plan of the graph at ``path``, with its report beside it. Raises EngineUnavailableError.
 
-
-def build_plan(bundle: Bundle, graph: str, path: Path, options: PlanOptions, progress: Progress) -> None:
-    """Takes minutes. Raises EngineUnavailableError."""
-    arguments = [str(bundle.path / graph), str(path), str(attention_layers(bundle)), json.dumps(asdict(options))]
+    Takes seconds with TensorRT for RTX, and minutes with TensorRT for data centers.
+    """
+    # A build for listed compute capabilities is independent of this machine's GPU.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.capabilities else {}
 
     def report(line: str) -> None:
         progress(f"building the TensorRT plan: {line}")
 
-    _run_builder(PLAN_BUILDER, arguments, report, "the TensorRT plan could not be built")
+    arguments = [str(graph), str(path), json.dumps(asdict(options))]
+    _run_builder(PLAN_BUILDER, arguments, report, "the TensorRT plan could not be built", hidden)
 
 
 def build_cast_graph(bundle: Bundle, path: Path, precision: Precision, progress: Progress) -> None:
     """Takes seconds. Raises EngineUnavailableError."""
     progress(f"writing the {precision} graph")
     arguments = [str(bundle.path / GRAPH), str(path), precision]
-    _run_builder(CAST_GRAPH_BUILDER, arguments, progress, f"the {precision} graph could not be written")
+    _run_builder(CAST_GRAPH_BUILDER, arguments, progress, f"the {precision} graph could not be written", {})
 
 
-def _run_builder(module: str, arguments: Sequence[str], progress: Progress, failure: str) -> None:
+def _run_builder(
+    module: str, arguments: Sequence[str], progress: Progress, failure: str, environment: Mapping[str, str]
+) -> None:
     """Runs ``module`` in its own process, so that this one does not load its libraries.
 
     Each line of its output is a step, and the last line of a failed run is the reason.
     """
     last_line = ""
-    command = python_command(module, *arguments)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=python_environment()) as process:
+    command, variables = python_command(module, *arguments), {**python_environment(), **environment}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
         assert process.stdout is not None
         for line in process.stdout:
             last_line = line.strip()
             progress(last_line)
     if process.returncode != 0:
-        reason = last_line or f"the builder exited with status {process.returncode}"
+        stated = process.returncode == 1 and last_line  # otherwise it crashed, and the last line is a step
+        reason = stated or f"the builder exited with status {process.returncode}"
         raise EngineUnavailableError(f"{failure}: {reason}")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vitserve.model.arrays import Outputs, Pixels, Precision
+from vitserve.service.engines.compiled_models import compiled_models
 from vitserve.service.engines.engine import EngineUnavailableError, select_rows
 from vitserve.service.engines.telemetry import disable_telemetry
+
+if TYPE_CHECKING:
+    import openvino
 
 
 class OpenVinoEngine:
@@ -29,8 +34,6 @@ class OpenVinoEngine:
         has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and not has_bf16:
             raise EngineUnavailableError("this CPU has no bf16 arithmetic")
-        if engine_cache_dir:
-            core.set_property({"CACHE_DIR": engine_cache_dir})
         # In an int8 graph the layers that were not quantized run in bf16. The hint is always given, because by default
         # a CPU with AVX-512 BF16 would run an fp32 graph in bf16.
         uses_bf16 = has_bf16 and precision in ("bf16", "int8")
@@ -39,7 +42,7 @@ class OpenVinoEngine:
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": threads * streams,
         }
-        self.compiled = core.compile_model(graph, "CPU", config)  # the path is the key of OpenVINO's cache
+        self.compiled = _compile(core, graph, config, engine_cache_dir)
         self._requests = [self.compiled.create_infer_request() for _ in range(streams)]
         self._tensor = openvino.Tensor
 
@@ -57,3 +60,14 @@ class OpenVinoEngine:
     def close(self) -> None:
         self._requests.clear()
         del self.compiled
+
+
+def _compile(
+    core: openvino.Core, graph: Path, config: Mapping[str, object], engine_cache_dir: str
+) -> openvino.CompiledModel:
+    """The path, its modification time and the configuration are the key of OpenVINO's cache."""
+    if not engine_cache_dir:
+        return core.compile_model(graph, "CPU", config)
+    with compiled_models(Path(engine_cache_dir), graph.absolute(), *config.items()) as directory:
+        cached = config if directory is None else {**config, "CACHE_DIR": str(directory)}
+        return core.compile_model(graph, "CPU", cached)

@@ -162,14 +162,14 @@ def open_artifact(
         graph = gpu_artifact(bundle, artifact, options, progress) or bundle.path / artifact.path
     except ImportError as error:
         raise not_installed(artifact.engine, error) from error
-    return construct_engine(artifact.engine, artifact.precision, graph, options)
+    return construct_engine(artifact.engine, artifact.precision, graph, options, artifact.plan)
 
 
 def build_missing(bundle: Bundle, options: EngineOptions, rejected: Iterable[EngineRejection]) -> bool:
     """Builds the first plan that was rejected as not built, or the next one if that fails. Whether one was built."""
     not_built = {(each.engine, each.precision) for each in rejected if each.cause == "not_built"}
     for artifact in candidates(bundle, options):
-        if (artifact.engine, artifact.precision) in not_built:
+        if artifact.plan is None and (artifact.engine, artifact.precision) in not_built:
             try:
                 gpu_artifact(bundle, artifact, dataclasses.replace(options, defer_builds=False), log.debug)
             except Exception as error:  # the current engine continues to serve
@@ -198,18 +198,22 @@ def runs_on_gpu(artifact: Artifact) -> bool:
 
 
 def _on_gpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artifact]:
-    """Calibrated artifacts come from the bundle; the others are made from the reference graph."""
+    """For each engine, the plans of the bundle, and then the artifacts from which it builds its own.
+
+    Calibrated artifacts come from the bundle; the others are made from the reference graph.
+    """
     requested = options.engine in ENGINES and ENGINES[options.engine].device == "gpu"
     if not (requested or machine.gpus()):
         return
     for engine, kind in ENGINES.items():
+        plans = [each for each in bundle.manifest.artifacts if each.engine == engine and each.plan is not None]
+        yield from sorted(plans, key=lambda artifact: PRECISIONS.index(artifact.precision))
         if kind.needs_plan_dir and not options.plan_dir:
             continue
         for precision in kind.gpu:
             if precision in CALIBRATED:
-                yield from (
-                    each for each in bundle.manifest.artifacts if (each.engine, each.precision) == (engine, precision)
-                )
+                own = [each for each in bundle.manifest.artifacts if each.plan is None]
+                yield from (each for each in own if (each.engine, each.precision) == (engine, precision))
             elif precision != "fp32" or options.engine == engine:  # fp32 is slow on a GPU: only on request
                 yield from _from_reference_graph(bundle, engine, precision)
 

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable
 
+from vitserve.service.http_worker.connections.listener import drop_new_connections
 from vitserve.service.http_worker.turn import Turns
 from vitserve.service.ipc.shared_memory import SlotTable
 
@@ -39,6 +40,7 @@ class Acceptor:
         self._servers: list[asyncio.Server] = []
         self._last_long_turn = 0.0
         self._tasks: set[asyncio.Task[object]] = set()
+        self._paused = False
         self._slot_table: SlotTable | None = None  # of several HTTP workers
         self._closed = False
         listener.setblocking(False)
@@ -63,12 +65,42 @@ class Acceptor:
         elif self._loop.time() - self._last_long_turn > _CALM_SECONDS:
             self._close_servers(keep=1)
 
-    def close(self) -> None:
-        """Accepts no more connections. Other HTTP workers may have the socket open."""
+    def pause(self) -> None:
+        """New connections wait in the backlog until resume()."""
+        self._paused = True
+        self._close_servers(keep=0)
+        self._loop.remove_reader(self._listener)
+
+    def resume(self) -> None:
+        self._paused = False
+        if self._closed:
+            return
+        if self._slot_table is not None:
+            self._loop.add_reader(self._listener, self._accept)
+        elif not self._servers and not self._tasks:
+            self._run(self._add_registrations(1))
+
+    async def close(self) -> None:
+        """Accepts the connections that wait in the backlog, and then no more. The clients of others are not reset.
+
+        The kernel resets connections that have not been accepted when the last process closes the listening socket.
+        reject_new_connections() must have been called a moment before.
+        """
         self._closed = True
         self._close_servers(keep=0)
         self._loop.remove_reader(self._listener)
+        while (connection := self._next()) is not None:
+            self._run(self._loop.connect_accepted_socket(self._create_protocol, connection))
         self._listener.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def reject_new_connections(self) -> None:
+        """For all HTTP workers: clients that begin to connect get no response, and an error once the socket is closed.
+
+        Connections whose handshake has begun are still completed.
+        """
+        drop_new_connections(self._listener)
 
     # -- one HTTP worker
 
@@ -78,14 +110,18 @@ class Acceptor:
 
     def _register_more(self) -> None:
         self._last_long_turn = self._loop.time()
-        if not self._tasks and len(self._servers) < _REGISTRATIONS and self._slot_table is None:
-            self._run(self._add_registrations())
+        if not self._tasks and 0 < len(self._servers) < _REGISTRATIONS and self._uses_servers:
+            self._run(self._add_registrations(_REGISTRATIONS))
 
-    async def _add_registrations(self) -> None:
-        while len(self._servers) < _REGISTRATIONS and not self._closed and self._slot_table is None:
+    async def _add_registrations(self, count: int) -> None:
+        while len(self._servers) < count and self._uses_servers:
             self._servers.append(await self._register())
-        if self._closed or self._slot_table is not None:
+        if not self._uses_servers:
             self._close_servers(keep=0)
+
+    @property
+    def _uses_servers(self) -> bool:
+        return self._slot_table is None and not self._paused and not self._closed
 
     async def _register(self) -> asyncio.Server:
         """Listens again, so the backlog must be that of the supervisor: it applies to the shared socket."""
@@ -104,22 +140,31 @@ class Acceptor:
 
     def _accept_after_yielding(self) -> None:
         """Accepts one connection if no other HTTP worker has: the others may be busy."""
-        if not self._closed:
+        if not self._closed and not self._paused:
             self._loop.add_reader(self._listener, self._accept)
             self._accept_one()
 
     def _accept_one(self) -> None:
+        connection = self._next()
+        if connection is not None:
+            assert self._slot_table is not None
+            self._slot_table.connections[self._worker] += 1
+            self._run(self._loop.connect_accepted_socket(self._create_protocol, connection))
+
+    def _next(self) -> socket.socket | None:
+        """The next connection of the backlog. None if there is none, or none can be accepted."""
         try:
-            connection, _ = self._listener.accept()
-        except OSError as error:
-            if not isinstance(error, (BlockingIOError, ConnectionAbortedError)):  # no file descriptor is free
-                log.error("cannot accept connections: %s", error)
+            return self._listener.accept()[0]
+        except BlockingIOError:
+            return None
+        except ConnectionAbortedError:
+            return self._next()
+        except OSError as error:  # no file descriptor is free
+            log.error("cannot accept connections: %s", error)
+            if not self._closed:
                 self._loop.remove_reader(self._listener)
                 self._loop.call_later(1.0, self._accept_after_yielding)
-            return
-        assert self._slot_table is not None
-        self._slot_table.connections[self._worker] += 1
-        self._run(self._loop.connect_accepted_socket(self._create_protocol, connection))
+            return None
 
     def _run(self, work: asyncio._CoroutineLike[object]) -> None:
         task = self._loop.create_task(work)

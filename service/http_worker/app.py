@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
-import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from functools import partial
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -20,9 +17,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vitserve import __version__
 from vitserve.service import errors
 from vitserve.service.http_worker import openapi
+from vitserve.service.http_worker.admin_key import AdminKey
 from vitserve.service.http_worker.classify.asgi import classify
 from vitserve.service.http_worker.classify.call import ROUTE
 from vitserve.service.http_worker.classify.request_parsing import reject_unknown
+from vitserve.service.http_worker.exchange.middleware import exchange_of, observed
 from vitserve.service.http_worker.gauges import gauges
 from vitserve.service.http_worker.state import State
 from vitserve.service.metrics import Exposition
@@ -30,6 +29,8 @@ from vitserve.service.metrics import Exposition
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+ADMIN_PATHS = ("/metrics", "/v1/admin/")  # only on the admin port, if there is one
 
 
 def create_app(state: State) -> FastAPI:
@@ -39,32 +40,51 @@ def create_app(state: State) -> FastAPI:
         yield
         state.end()
 
+    key = AdminKey(state.settings.admin_key)
     exposition = Exposition(lambda: gauges(state), state.stored_metrics)
-    app = FastAPI(title="vitserve", version=__version__, lifespan=lifespan, openapi_url="/openapi.json")
+    app = FastAPI(
+        title="vitserve",
+        version=__version__,
+        lifespan=lifespan,
+        root_path=state.settings.root_path,
+        redirect_slashes=False,  # a redirect would lead from https to http behind a proxy that ends TLS
+        exception_handlers={HTTPException: _http_problem, Exception: _internal_error},
+    )
     handlers: dict[tuple[str, str], Handler] = {
+        ("POST", ROUTE): lambda request: classify(state, request),
         ("GET", "/v1/model"): lambda request: _model(state),
-        ("POST", "/v1/admin/reload"): lambda request: _reload(state, request),
+        ("POST", "/v1/admin/reload"): lambda request: _reload(state, key, request),
         ("GET", "/livez"): lambda request: _livez(),
         ("GET", "/readyz"): lambda request: _readyz(state),
         ("GET", "/metrics"): lambda request: _metrics(exposition),
     }
-    guarded = {(method, path): _guarded(state, path, handler) for (method, path), handler in handlers.items()}
-    app.router.routes += [Route(path, handler, methods=[method]) for (method, path), handler in guarded.items()]
-    app.router.routes.append(Route(ROUTE, partial(classify, state), methods=["POST"]))
+    guarded = {(method, path): _guarded(handler) for (method, path), handler in handlers.items()}
+    reserved = {key for key in guarded if state.settings.admin_port and key[1].startswith(ADMIN_PATHS)}
+    app.router.routes += [
+        Route(path, handler, methods=[method])
+        for (method, path), handler in guarded.items()
+        if (method, path) not in reserved
+    ]
     openapi.describe(app)
-    app.middleware_stack = _bypass(app.build_middleware_stack(), guarded)
+    routes = frozenset(path for _, path in handlers)
+    app.middleware_stack = observed(_bypass(app.build_middleware_stack(), guarded, reserved, state), state, routes)
     return app
 
 
-def _bypass(app: ASGIApp, handlers: dict[tuple[str, str], Handler]) -> ASGIApp:
+def _bypass(
+    app: ASGIApp, handlers: dict[tuple[str, str], Handler], reserved: Collection[tuple[str, str]], state: State
+) -> ASGIApp:
     """Calls our handlers without FastAPI's middleware, which cost a third of the throughput.
 
-    The handlers raise no exceptions: see _guarded(). All other requests go to ``app``.
+    The handlers raise no exceptions: see _guarded(). All other requests go to ``app``, and those for ``reserved``
+    handlers that did not arrive on the admin port: ``app`` does not know these routes.
     """
+    prefix = len(state.settings.root_path)
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        handler = handlers.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
-        if handler is None:
+        key = (scope["method"], scope["path"][prefix:]) if scope["type"] == "http" else ("", "")
+        handler = handlers.get(key)
+        if handler is None or (key in reserved and scope["server"][1] != state.settings.admin_port):
             await app(scope, receive, send)
         else:
             response = await handler(Request(scope, receive, send))
@@ -73,32 +93,47 @@ def _bypass(app: ASGIApp, handlers: dict[tuple[str, str], Handler]) -> ASGIApp:
     return route
 
 
-def _guarded(state: State, path: str, handler: Handler) -> Handler:
-    """Counts and times requests, and turns every exception into a problem response."""
+def _guarded(handler: Handler) -> Handler:
+    """Turns every exception into a problem response."""
 
     async def guarded(request: Request) -> Response:
-        began = time.monotonic()
         try:
-            response = await handler(request)
+            return await handler(request)
         except errors.ServiceError as error:
-            response = problem_response(error)
+            return _problem(request, error)
         except ClientDisconnect:
-            response = Response(status_code=499)  # nginx's code for it; only the metrics see it
-        except Exception:  # the client receives only an id; the details are in the log
-            request_id = uuid.uuid4().hex
-            log.exception("request %s failed", request_id)
-            response = problem_response(errors.ServiceError(f"internal server error (request id {request_id})"))
-        if state.draining.is_set():
-            response.headers["Connection"] = "close"
-        seconds = time.monotonic() - began
-        state.count_request(path, str(response.status_code), seconds)
-        return response
+            return Response(status_code=499)  # nginx's code for it; only metrics and the log see it
+        except Exception as error:
+            return await _internal_error(request, error)
 
     return guarded
 
 
+def _problem(request: Request, error: errors.ServiceError) -> Response:
+    exchange_of(request.scope).code = error.code
+    return problem_response(error)
+
+
 def problem_response(error: errors.ServiceError) -> Response:
     return Response(error.body(), error.status, error.headers(), media_type="application/problem+json")
+
+
+async def _http_problem(request: Request, error: Exception) -> Response:
+    """Starlette's exceptions of its router."""
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"].removeprefix(request.scope["root_path"])[:200]
+    if error.status_code == 405:
+        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+        detail = f"the path {path!r} supports {allowed}, not {request.method}"
+        return _problem(request, errors.MethodNotAllowedError(detail, allowed))
+    return _problem(request, errors.NotFoundError(f"the path {path!r} does not exist; GET /docs lists all paths"))
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """The client receives only the id; the details are in the log."""
+    request_id = exchange_of(request.scope).request_id.decode()
+    log.error("request %s failed", request_id, exc_info=error)
+    return _problem(request, errors.internal(request_id))
 
 
 async def _model(state: State) -> Response:
@@ -108,14 +143,9 @@ async def _model(state: State) -> Response:
     return JSONResponse(model_info.details | {"labels": model_info.labels, "serving": serving})
 
 
-async def _reload(state: State, request: Request) -> Response:
+async def _reload(state: State, key: AdminKey, request: Request) -> Response:
     """Reloads the configured bundle. Clients cannot choose a path."""
-    key = state.settings.admin_key
-    authorization = request.headers.get("authorization", "")
-    if not key:
-        raise errors.ForbiddenError("no admin_key is set, so this route is disabled; SIGHUP also reloads the bundle")
-    if not hmac.compare_digest(authorization.encode(), f"Bearer {key}".encode()):
-        raise errors.ForbiddenError("the bearer token is not the admin key")
+    key.check(request.headers.get("authorization", ""))
     reject_unknown("query parameter", request.query_params)
     reloaded = await state.reload()
     if reloaded.result != "ok":

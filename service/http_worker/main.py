@@ -6,16 +6,20 @@ python -m vitserve.service.http_worker.main <file descriptor of the control chan
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
-import logging
 import socket
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
 
 from vitserve.service.http_worker.acceptor import Acceptor
 from vitserve.service.http_worker.app import create_app
+from vitserve.service.http_worker.connections.capacity import Capacity
+from vitserve.service.http_worker.connections.limits import LINGER_SECONDS, ConnectionLimits, open_files_limit
+from vitserve.service.http_worker.connections.rejections import Rejections
 from vitserve.service.http_worker.dispatch.decoding import preload
 from vitserve.service.http_worker.protocol import ClassifyProtocol, protocol_class
 from vitserve.service.http_worker.state import State
@@ -23,21 +27,25 @@ from vitserve.service.ipc.child_runtime import start_child
 from vitserve.service.ipc.control_messages import StartHttpWorker
 from vitserve.service.metrics import in_files
 
-# Longer than the 60 s of load balancers, which should close an idle connection first: if the server closed it, a
-# request could already be on its way.
-KEEP_ALIVE_SECONDS = 75
 # Requests allocate few objects in cycles. With Python's default of 700 objects, collections take 3% of the time.
 GC_THRESHOLD = 10_000
-LINGER_SECONDS = 1.0  # after a drain began, idle connections stay open this long for requests that are on their way
+_HANDSHAKE_SECONDS = 0.1  # for handshakes that have begun when new connections are no longer accepted
+_DRAIN_INTERVAL_SECONDS = 0.05
 
 
 class _Server(uvicorn.Server):
     """Stops when the supervisor orders a drain, instead of after a signal."""
 
-    def __init__(self, config: uvicorn.Config, state: State, listener: socket.socket) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: State, listener: socket.socket, admin_listeners: Sequence[socket.socket]
+    ) -> None:
         super().__init__(config)
-        self._state, self._listener = state, listener
-        self._protocol = protocol_class(state)
+        self._state, self._listener, self._admin_listeners = state, listener, admin_listeners
+        self._limits = ConnectionLimits(state.settings, open_files_limit())
+        self._rejections = Rejections()
+        self._capacity = Capacity(self._limits, self.server_state.connections)
+        self._protocol = protocol_class(state, self._limits, self._capacity, self._rejections)
+        self._checked = time.monotonic()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to the whole process group, such as Ctrl-C, is handled by the supervisor."""
@@ -46,35 +54,53 @@ class _Server(uvicorn.Server):
         """Uvicorn's own loop wakes ten times a second to check whether to stop."""
         acceptor = Acceptor(self._listener, self._state.worker, self._state.turns, self._create_protocol)
         await acceptor.start()
+        loop = asyncio.get_running_loop()
+        admin = [await loop.create_server(self._create_protocol, sock=socket) for socket in self._admin_listeners]
+        self._capacity.control(acceptor.pause, acceptor.resume)
         self._state.on_slot_table(acceptor.share)
         while not self._state.draining.is_set():
             await self.on_tick(0)  # sets the Date header
             acceptor.check(len(self.server_state.connections))
-            self._close_idle_connections()
-            try:
-                async with asyncio.timeout(1.0):
+            self._check_connections()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._limits.interval):
                     await self._state.draining.wait()
-            except TimeoutError:
-                continue
-        ends = asyncio.get_running_loop().time() + LINGER_SECONDS
-        while self.server_state.connections and asyncio.get_running_loop().time() < ends:
-            await asyncio.sleep(0.02)
-        acceptor.close()
+        await self._drain(acceptor, admin)
+
+    async def _drain(self, acceptor: Acceptor, admin: Sequence[asyncio.Server]) -> None:
+        """Ends when every complete request has its response. Others do not hold it up.
+
+        Connections, new ones too, are served for another moment, for clients that were about to send a request.
+        """
+        ends = time.monotonic() + LINGER_SECONDS
+        while self.server_state.connections and time.monotonic() < ends:
+            await asyncio.sleep(_DRAIN_INTERVAL_SECONDS)
+        acceptor.reject_new_connections()
+        await asyncio.sleep(_HANDSHAKE_SECONDS)
+        await acceptor.close()
+        for server in admin:
+            server.close()
+        self._limits.drain()
+        while self.server_state.connections:
+            self._check_connections()
+            await asyncio.sleep(_DRAIN_INTERVAL_SECONDS)
+        self._rejections.log()
 
     def _create_protocol(self) -> asyncio.Protocol:
         return self._protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-    def _close_idle_connections(self) -> None:
+    def _check_connections(self) -> None:
         now = time.monotonic()
+        self._limits.tick(now - self._checked)
+        self._checked = now
         for connection in list(self.server_state.connections):
             if isinstance(connection, ClassifyProtocol):
-                connection.close_if_idle(now, KEEP_ALIVE_SECONDS)
+                connection.check()
+        self._rejections.log()
 
 
 def main() -> None:
     channel, start, descriptors = start_child(StartHttpWorker)
-    # It logs a warning for every malformed form. Clients get an error response and must not be able to fill the log.
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     preload(start.settings)
     metrics = in_files(start.process)
     state = State(start.settings, channel, metrics, start.worker, start.incarnation, start.decode_threads)
@@ -87,9 +113,9 @@ def main() -> None:
         ws="none",
     )
     gc.freeze()  # or full collections would scan all these objects and stop the event loop for tens of milliseconds
-    listener = socket.socket(fileno=descriptors[0])
+    listener, *admin_listeners = (socket.socket(fileno=descriptor) for descriptor in descriptors)
     gc.set_threshold(GC_THRESHOLD)
-    _Server(config, state, listener).run(sockets=[])
+    _Server(config, state, listener, admin_listeners).run(sockets=[])
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ class Classification(BaseModel):
 
 
 class ClassifyJson(BaseModel):
-    images: list[str] = Field(description="Base64-encoded image files.")
+    images: list[str] = Field(
+        description="Image files in base64. Also as data: URLs, in lines, with the URL-safe alphabet, without padding."
+    )
     top_k: int | None = None
     timeout_ms: int | None = None
 
@@ -110,7 +112,7 @@ class Readiness(BaseModel):
 
 _MODELS = (Problem, Classification, ClassifyJson, ClassifyForm, ModelDescription, ReloadedModel, Liveness, Readiness)
 _REFERENCE = "#/components/schemas/{model}"
-_ADMIN_ERRORS = (errors.ForbiddenError, errors.ReloadRejectedError)
+_ADMIN_ERRORS = (errors.ForbiddenError, errors.ReloadRejectedError, errors.TooManyAttemptsError)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -147,12 +149,14 @@ def _paths() -> dict[str, Any]:
                         minimum=0,
                         maximum=9,
                     ),
+                    _text_header("Content-Encoding", "gzip or deflate. The limit of the body's size applies to both."),
+                    _text_header("X-Request-ID", "An id for the log. The response has it, or a new one."),
                 ],
                 "requestBody": {
                     "required": True,
                     "content": {
                         "multipart/form-data": {"schema": _schema(ClassifyForm)},
-                        "image/jpeg": _BINARY,
+                        "image/*": _BINARY,
                         "application/octet-stream": _BINARY,
                         "application/json": {"schema": _schema(ClassifyJson)},
                     },
@@ -195,6 +199,10 @@ def _paths() -> dict[str, Any]:
 
 def _parameter(name: str, location: str, description: str, **limits: int) -> dict[str, Any]:
     return {"name": name, "in": location, "description": description, "schema": {"type": "integer"} | limits}
+
+
+def _text_header(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "description": description, "schema": {"type": "string"}}
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:

@@ -9,16 +9,20 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from vitserve.model.bundle.preprocess import prepare_pillow
 from vitserve.service import errors
+from vitserve.service.http_worker.classify.body_memory import BodyMemory
 from vitserve.service.http_worker.classify.request_parsing import ImageBytes
 from vitserve.service.http_worker.classify.response import ResponseEncoder
-from vitserve.service.http_worker.dispatch.decode_pool import DecodePool
+from vitserve.service.http_worker.dispatch.decode_stage import DecodeWorkers
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
+from vitserve.service.http_worker.exchange.cors import Cors
+from vitserve.service.http_worker.exchange.request_log import RequestLog
 from vitserve.service.http_worker.metric_buffer import MetricBuffer
 from vitserve.service.http_worker.turn import Turns
 from vitserve.service.ipc.child_runtime import HEARTBEATS, received_messages, send_heartbeat
@@ -43,19 +47,27 @@ class State:
     current: Dispatcher | None = field(default=None, init=False)
     status: Status = field(default_factory=Status, init=False)  # the supervisor's latest
     image_bytes: ImageBytes = field(default_factory=ImageBytes, init=False)
+    body_memory: BodyMemory = field(init=False)
+    # One thread: several would compete with the event loop for the interpreter lock.
+    parsing_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "parse"), init=False)
     _encoders: WeakKeyDictionary[Dispatcher, ResponseEncoder] = field(default_factory=WeakKeyDictionary, init=False)
     _use_slot_table: Callable[[SlotTable], None] | None = field(default=None, init=False)
     _generation: int = field(default=-1, init=False)
     _reloads: dict[int, asyncio.Future[Reloaded]] = field(default_factory=dict, init=False)
     _reload_ids: Iterator[int] = field(default_factory=itertools.count, init=False)
 
+    def __post_init__(self) -> None:
+        self.cors = Cors(self.settings.cors_origins)
+        self.request_log = RequestLog(self.settings.request_log, self.settings.request_log_sample)
+
     def begin(self) -> None:
         """Starts to handle the supervisor's messages and to send heartbeats, on the running event loop."""
         prepare_pillow()
         self._loop = asyncio.get_running_loop()
+        self.body_memory = BodyMemory(self.settings.body_memory_bytes // max(1, self.settings.workers))
         self.turns = Turns(self._loop)
         self.metrics = MetricBuffer(self.stored_metrics, self.turns)
-        self._decoders = DecodePool(self.decode_threads)
+        self._decoders = DecodeWorkers(self.decode_threads, self.worker, self.settings)
         # Looking up labels takes longer than counting.
         self._request_counter = functools.cache(self.stored_metrics.requests.labels)
         self._request_seconds = functools.cache(self.stored_metrics.request_seconds.labels)
@@ -65,6 +77,7 @@ class State:
 
     def end(self) -> None:
         self._decoders.close()
+        self.parsing_threads.shutdown()
 
     def reasons(self) -> list[str]:
         """Why the service is not ready. Empty when it is."""
@@ -152,6 +165,7 @@ class State:
 
     def _replace_model(self, slot_table: SlotTable) -> None:
         previous = self.current
+        self.body_memory.capacity = self.settings.body_memory_bytes // slot_table.shape.workers
         self.current = Dispatcher(
             slot_table,
             self.worker,

@@ -16,7 +16,7 @@ class Turns:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._started = 0.0  # of the turn that read a request last
+        self.started = 0.0  # when the turn that read data last did so first
         self._arrived = 0.0
         self._read = False  # a request was read in this turn
         self._scheduled = False
@@ -32,8 +32,8 @@ class Turns:
         """
         if not self._read:
             now = time.monotonic()
-            self._arrived = self._started if self._scheduled else now
-            self._started, self._read = now, True
+            self._arrived = self.started if self._scheduled else now
+            self.started, self._read = now, True
             self._schedule()
         return self._arrived
 
@@ -56,7 +56,7 @@ class Turns:
         callbacks, self._at_end = self._at_end, {}
         for callback in callbacks:
             callback()
-        if self._read and time.monotonic() - self._started > self._long:
+        if self._read and time.monotonic() - self.started > self._long:
             self._on_long()
         again, self._read, self._scheduled = self._read or bool(self._at_end), False, False
         if again:

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn, TypeVar
 
-from vitserve.service.ipc.control_channel import METRICS_DIR, Channel
+from vitserve.service.ipc.control_channel import METRICS_DIR, Channel, LostDescriptorsError
 from vitserve.service.ipc.control_messages import Heartbeat, Message, StartEngineWorker, StartHttpWorker
+
+log = logging.getLogger("vitserve.control")
 
 HEARTBEATS = 4  # sent per hang_seconds, so that one that is late does no harm
 
@@ -41,12 +43,19 @@ def set_up_logging(process: str, level: str) -> None:
 
 
 def received_messages(channel: Channel) -> Iterator[tuple[Message, list[int]]]:
-    """Yields the messages that have arrived, without waiting. Exits the process if the supervisor has exited."""
+    """Yields the messages that have arrived, without waiting.
+
+    Exits the process if the supervisor has exited. Also exits it if file descriptors of a message were lost: the
+    supervisor sends them to the replacement, while this process could never be connected again.
+    """
     while True:
         try:
             received = channel.receive()
         except BlockingIOError:
             return
+        except LostDescriptorsError as error:
+            log.critical("%s; exiting, to be replaced", error)
+            os._exit(1)
         if received is None:
             exit_orphaned()
         yield received

@@ -1,7 +1,7 @@
 """The control protocol: every message between the supervisor and the processes that it starts.
 
 The messages are rare and small. Each is sent as one JSON object, together with the file descriptors named in its
-docstring. Images are not sent this way: see wire_format.py.
+docstring, and their number. Images are not sent this way: see wire_format.py.
 
     supervisor → HTTP worker     StartHttpWorker, ConnectEngine, Status, Reloaded, Drain
     HTTP worker → supervisor     Heartbeat, Reload
@@ -31,7 +31,7 @@ class ControlMessageError(ValueError):
 
 @dataclass(frozen=True)
 class StartHttpWorker:
-    """The first message. Descriptors: the listening socket."""
+    """The first message. Descriptors: the listening socket, and that of the admin port if there is one."""
 
     process: str  # unique among the running processes; used in log lines and as the name of the metrics files
     incarnation: int  # unique among all processes that this supervisor has started
@@ -161,22 +161,31 @@ Message = ToHttpWorker | ToEngineWorker | ToSupervisor
 _CLASSES: dict[str, type[Message]] = {message.__name__: message for message in get_args(Message)}
 
 
-def encode(message: Message) -> bytes:
-    return json.dumps({"kind": type(message).__name__, **dataclasses.asdict(message)}).encode()
+def encode(message: Message, descriptors: int = 0) -> bytes:
+    """``descriptors``: the number of file descriptors that are sent with the message."""
+    fields = dataclasses.asdict(message)
+    return json.dumps({"kind": type(message).__name__, "descriptors": descriptors, **fields}).encode()
 
 
-def decode(data: bytes) -> Message:
-    """Raises ControlMessageError for text that is not JSON, an unknown kind, and an unknown or missing field."""
+def decode(data: bytes) -> tuple[Message, int]:
+    """Returns the message and the number of file descriptors that were sent with it.
+
+    Raises ControlMessageError for text that is not JSON, an unknown kind, and an unknown or missing field. The error
+    does not contain the message, which may hold the admin key.
+    """
     try:
         values = json.loads(data)
-    except ValueError as error:
-        raise ControlMessageError(f"not a JSON message: {data[:100]!r}") from error
+    except ValueError:
+        raise ControlMessageError(f"not a JSON message, of {len(data)} bytes") from None
     kind = values.pop("kind", None) if isinstance(values, dict) else None
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise ControlMessageError(f"unknown kind of control message: {kind!r}")
+    descriptors = values.pop("descriptors", None)
+    if not isinstance(descriptors, int):
+        raise ControlMessageError(f"{kind} lacks the field descriptors")
     if "settings" in values:
         values["settings"] = _construct(Settings, values["settings"])
-    return _construct(_CLASSES[kind], values)
+    return _construct(_CLASSES[kind], values), descriptors
 
 
 def _construct(cls: type[T], values: Mapping[str, Any]) -> T:

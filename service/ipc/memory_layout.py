@@ -20,6 +20,8 @@ import tempfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vitserve.service.ipc.allocation import allocate
+
 # States of a slot. HELD: the HTTP worker has the image (it is being decoded, or no engine worker is connected).
 # WAITING and RUNNING: an engine worker has it.
 FREE, HELD, WAITING, RUNNING = range(4)
@@ -96,7 +98,11 @@ def regions(shape: Shape) -> dict[str, Region]:
 
 
 def create(shape: Shape, description: bytes) -> int:
-    """Creates anonymous shared memory of fixed size and returns its file descriptor."""
+    """Creates anonymous shared memory of fixed size and returns its file descriptor.
+
+    All of it is allocated now: a process that writes later to memory that cannot be had is killed by SIGBUS. Raises
+    OSError.
+    """
     start = regions(shape)["logits"].end
     header = _HEADER.pack(_MAGIC, *dataclasses.astuple(shape), len(description))
     if hasattr(os, "memfd_create"):
@@ -104,7 +110,11 @@ def create(shape: Shape, description: bytes) -> int:
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, start + len(description))
+    try:
+        allocate(descriptor, start + len(description))
+    except OSError:
+        os.close(descriptor)
+        raise
     if hasattr(fcntl, "F_ADD_SEALS"):
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     os.pwrite(descriptor, header, 0)

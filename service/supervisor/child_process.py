@@ -12,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from vitserve.service.ipc.control_channel import Channel
+from vitserve.service.ipc.control_channel import Channel, LostDescriptorsError
 from vitserve.service.ipc.control_messages import Message, StartMessage
 from vitserve.service.python_process import python_command, python_environment
 
 log = logging.getLogger("vitserve.supervisor")
+
+EXIT_SECONDS = 5.0  # for a child to exit after it has closed its channel
 
 
 class ChildProcess:
@@ -63,6 +65,9 @@ class ChildProcess:
         while True:
             try:
                 return self._channel.receive()
+            except LostDescriptorsError as error:
+                log.error("%s: %s; killing it", self.name, error)
+                self.kill()
             except BlockingIOError:
                 if self._exited:
                     return None
@@ -76,11 +81,19 @@ class ChildProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def reap(self) -> str:
-        """Kills the rest of the child's process group. Returns the exit status in words, for log lines."""
-        self._close_pidfd()
+        """Kills the rest of the child's process group. Returns the exit status in words, for log lines.
+
+        A child that has closed its channel gets a moment to exit by itself: SIGKILL would hide its own exit status.
+        """
         if self._channel.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
             self._channel.close()
+        if self._pidfd is not None:
+            self._readable.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EXIT_SECONDS):
+                    await self._readable.wait()
+            self._close_pidfd()
         self.kill()
         code = await asyncio.to_thread(self._process.wait)
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
+import resource
 import shutil
 import socket
-import tempfile
 
 from vitserve.service import machine
 from vitserve.service.engines.catalog import wants_gpu_workers
+from vitserve.service.ipc import metrics_directory
 from vitserve.service.ipc.child_runtime import set_up_logging
 from vitserve.service.ipc.control_channel import METRICS_DIR
 from vitserve.service.settings import Settings
@@ -23,21 +25,28 @@ log = logging.getLogger("vitserve.supervisor")
 GPU_DECODE_THREADS = (
     32  # per HTTP worker; they wait for the GPU, which decodes the images of all waiting threads together
 )
+MOST_IMAGE_MEMORY_BYTES = 4 * 2**30  # unless a setting allows more
 
 
 def serve(settings: Settings) -> int:
     """Blocks until SIGTERM or SIGINT. Returns the exit status: 0 if every admitted request was answered.
 
-    Raises SettingsError, and OSError if it cannot listen on the address.
+    Raises SettingsError, and OSError if it cannot listen on the address or has no room for the metrics files.
     """
     set_up_logging("supervisor", settings.log_level)
+    raise_open_files_limit()
     light_workers = settings.workers or _most_workers(settings, machine.cores())
     settings = for_this_machine(settings, machine.cores())
-    directory = tempfile.mkdtemp(prefix="vitserve-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    names = metrics_directory.process_names(max(light_workers, settings.workers), settings.engines)
+    directory = metrics_directory.create(list(names))
     os.environ[METRICS_DIR] = directory  # inherited by the child processes
     try:
-        with _listen(settings) as listener:
-            return asyncio.run(Supervisor(settings, listener, light_workers).run())
+        with (
+            _listen(settings.host, settings.port) as listener,
+            _listen_also(settings, settings.admin_port, "metrics and administration on") as admin,
+            _listen_also(settings, settings.probe_port, "liveness probes on") as probes,
+        ):
+            return asyncio.run(Supervisor(settings, listener, light_workers, admin, probes).run())
     except SupervisorGaveUpError as error:
         log.critical("giving up: %s", error)
         return 1
@@ -45,12 +54,24 @@ def serve(settings: Settings) -> int:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def raise_open_files_limit() -> None:
+    """Raises the limit of open files to its hard limit, for this process and its children."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:  # macOS has a lower limit than the one that it reports
+        log.info("the limit of open files stays %d: %s", soft, error)
+
+
 def for_this_machine(settings: Settings, cores: int) -> Settings:
     """Replaces the settings that are 0 (automatic) by values for this machine. Raises SettingsError."""
     workers = settings.workers or _most_workers(settings, cores // 4)
     engines = settings.engines or (max(1, len(machine.gpus())) if wants_gpu_workers(settings.engine) else 1)
     threads = settings.decode_threads or (GPU_DECODE_THREADS if settings.decode == "gpu" else max(1, cores // workers))
-    return dataclasses.replace(settings, workers=workers, engines=engines, decode_threads=threads)
+    memory = settings.image_memory_bytes or min(MOST_IMAGE_MEMORY_BYTES, machine.memory_limit() // 2)
+    return dataclasses.replace(
+        settings, workers=workers, engines=engines, decode_threads=threads, image_memory_bytes=memory
+    )
 
 
 def _most_workers(settings: Settings, cores: int) -> int:
@@ -58,9 +79,15 @@ def _most_workers(settings: Settings, cores: int) -> int:
     return max(1, min(8, cores, settings.slots // settings.max_images))
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    log.info("running on http://%s:%d", host, listener.getsockname()[1])
+def _listen(host: str, port: int, purpose: str = "running on") -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=2048)
+    log.info("%s http://%s:%d", purpose, f"[{host}]" if ":" in host else host, listener.getsockname()[1])
     return listener
+
+
+def _listen_also(
+    settings: Settings, port: int, purpose: str
+) -> contextlib.AbstractContextManager[socket.socket | None]:
+    """``port``: 0 for none."""
+    return _listen(settings.host, port, purpose) if port else contextlib.nullcontext()

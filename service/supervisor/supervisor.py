@@ -18,6 +18,7 @@ from vitserve.service.supervisor.children import Children, SupervisorGaveUpError
 from vitserve.service.supervisor.engine_starter import EngineStarter, StartFailedError
 from vitserve.service.supervisor.generation import Generation
 from vitserve.service.supervisor.http_workers import HttpWorkers
+from vitserve.service.supervisor.probe import Probe
 
 log = logging.getLogger("vitserve.supervisor")
 
@@ -25,8 +26,16 @@ ENGINE_EXIT_SECONDS = 5.0  # for the engine workers to exit at the end of a drai
 
 
 class Supervisor:
-    def __init__(self, settings: Settings, listener: socket.socket, light_workers: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        light_workers: int,
+        admin_listener: socket.socket | None = None,
+        probe_listener: socket.socket | None = None,
+    ) -> None:
         """``light_workers``: number of HTTP workers if the network is light. Else it is settings.workers."""
+        self._admin_listener, self._probe_listener = admin_listener, probe_listener  # of admin_port and probe_port
         self._settings, self._listener = settings, listener
         self._stopping = asyncio.Event()
         self._children = Children(settings.hang_seconds, self._stopping)
@@ -50,10 +59,15 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 loader = group.create_task(self._run_model_loader(group))
                 self._run_workers(group, self._settings.workers)
+                probe = None
+                if self._probe_listener is not None:
+                    probe = group.create_task(Probe().run(self._probe_listener))
                 while self._worker_tasks:
                     await asyncio.wait(self._worker_tasks)
                 loader.cancel()
                 await self._stop_engines()
+                if probe is not None:
+                    probe.cancel()
         except* SupervisorGaveUpError as errors:
             raise SupervisorGaveUpError(str(errors.exceptions[0])) from None
         finally:
@@ -85,6 +99,8 @@ class Supervisor:
             if self._stopping.is_set():
                 return
             attempts = 0 if started else attempts + 1
+            if started:
+                log.error("%s exited (%s); restarting", worker.name, status)
             await self._children.back_off(attempts, f"{worker.name} exited ({status})")
             self._workers.count_restart("http_worker", worker)
 
@@ -96,7 +112,9 @@ class Supervisor:
             worker=index,
             decode_threads=self._settings.decode_threads,
         )
-        worker = self._children.start("vitserve.service.http_worker.main", start, [self._listener.fileno()])
+        listeners = [self._listener, *([] if self._admin_listener is None else [self._admin_listener])]
+        descriptors = [listener.fileno() for listener in listeners]
+        worker = self._children.start("vitserve.service.http_worker.main", start, descriptors)
         self._workers.add(index, worker)
         if self._serving is not None:
             self._serving.connect_worker(index)
@@ -166,6 +184,7 @@ class Supervisor:
         log.info("draining")
         self._stopping.set()
         self._workers.drain()
+        self._listener.close()  # else clients could connect after the HTTP workers have closed theirs
         seconds = self._settings.drain_seconds
         asyncio.get_running_loop().call_later(seconds, self._force, f"drain_seconds={seconds:g} exceeded")
 

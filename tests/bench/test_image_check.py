@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.bundles import fp8_bundle
 from tests.support.images import random_image
 from tests.support.paths import CIFAR10, ROOT
 from vitserve.bench.image_check import check_images, lines
@@ -79,10 +78,10 @@ def test_images_of_the_domain_pass() -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])
 def test_a_good_bundle_passes_and_a_spoiled_one_fails_on_a_gpu(
-    precision: Precision, bundle: Bundle, tmp_path: Path, environment: dict[str, str]
+    precision: Precision, bundle: Bundle, fp8_bundle: Bundle, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     """With the double of TensorRT. fp8 has its own graph, over the weights of the reference graph."""
-    good = bundle if precision == "fp16" else fp8_bundle(tmp_path / "fp8")
+    good = bundle if precision == "fp16" else fp8_bundle
     bad = spoiled(good.path, "model.onnx.data", tmp_path / "spoiled")
     options = shlex.split(f"--engine tensorrt --precision {precision} --batch-sizes 1 --seconds 0.01 --rounds 1")
     # tests/service/engines/test_fp8_plan.py verifies a good bundle in fp8.

@@ -42,7 +42,7 @@ def test_compose_services_are_hardened_and_limited() -> None:
     for name, service in COMPOSE["services"].items():
         hardening = (service["read_only"], service["cap_drop"], service["restart"])
         assert hardening == (True, ["ALL"], "unless-stopped"), name
-        assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory"}, name
+        assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory", "pids"}, name
         assert not any("docker.sock" in volume for volume in service["volumes"]), name
     for name in COMPOSE_SERVICES:
         assert "cache:/var/cache/vitserve" in COMPOSE["services"][name]["volumes"]

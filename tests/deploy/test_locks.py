@@ -50,7 +50,12 @@ def exclusions(target: str) -> set[str]:
     ("target", "extras", "other_files", "excluded"),
     [
         ("cpu", (), (), {TELEMETRY}),
-        ("gpu", ("gpu", "tensorrt"), ("requirements-tensorrt.txt",), {"onnxruntime", "openvino", TELEMETRY}),
+        (
+            "gpu",
+            ("gpu", "tensorrt", "tensorrt-rtx"),
+            ("requirements-tensorrt.txt",),
+            {"onnxruntime", "openvino", TELEMETRY},
+        ),
         ("export", ("export", "int8", "train"), ("torch.txt",), {TELEMETRY}),
     ],
 )

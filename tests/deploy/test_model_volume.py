@@ -120,7 +120,8 @@ def test_change_before_the_first_check_is_reloaded(volume: Volume, reload: Modul
 def test_script_reloads_and_exits_on_sigterm(volume: Volume) -> None:
     environment = os.environ | {
         "VITSERVE_BUNDLE": str(volume.current),
-        "VITSERVE_PORT": str(volume.port),
+        "VITSERVE_PORT": "1",  # not used: administration has a port of its own
+        "VITSERVE_ADMIN_PORT": str(volume.port),
         "VITSERVE_ADMIN_KEY": KEY,
     }
     before = volume.served_version()

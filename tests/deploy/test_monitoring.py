@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.support.manifests import settings_env
 from tests.support.paths import ROOT
 from tests.support.promql import (
     COMPONENTS,
@@ -224,5 +225,6 @@ def test_scrape_job_has_the_same_name_everywhere() -> None:
     (job,) = read_yaml(CONFIGURATION)["scrape_configs"]
     monitor = read_yaml(COMPONENTS / "monitoring" / "podmonitor.yaml")["spec"]
     assert job["job_name"] == monitor["selector"]["matchLabels"][monitor["jobLabel"]] == "vitserve"
-    assert job["static_configs"] == [{"targets": ["vitserve:8000"]}]
+    assert job["static_configs"] == [{"targets": [f"vitserve:{settings_env()['VITSERVE_ADMIN_PORT']}"]}]
+    assert monitor["podMetricsEndpoints"][0]["port"] == "admin"
     assert read_yaml(CONFIGURATION)["global"]["scrape_interval"] == monitor["podMetricsEndpoints"][0]["interval"]

@@ -22,6 +22,7 @@ from tests.support.manifests import (
     read_manifests,
     settings_env,
 )
+from vitserve.service.http_worker.classify.request_parsing import PRIORITY_HEADER
 from vitserve.service.settings import Settings
 from vitserve.service.supervisor.supervisor import ENGINE_EXIT_SECONDS
 
@@ -69,12 +70,36 @@ def test_every_file_uses_the_same_port() -> None:
     assert f"EXPOSE {port}\n" in DOCKERFILE
     for name in COMPOSE_SERVICES:
         assert [mapping.rpartition(":")[2] for mapping in COMPOSE["services"][name]["ports"]] == [port]
-    (container_port,) = container(manifest("base/deployment.yaml"))["ports"]
+    admin_port = settings_env()["VITSERVE_ADMIN_PORT"]
+    assert {COMPOSE["services"][name]["environment"]["VITSERVE_ADMIN_PORT"] for name in COMPOSE_SERVICES} == {
+        admin_port
+    }
+    container_ports = container(manifest("base/deployment.yaml"))["ports"]
+    named = {each["name"]: str(each["containerPort"]) for each in container_ports}
+    assert named == {"http": port, "admin": admin_port, "probes": settings_env()["VITSERVE_PROBE_PORT"]}
     (service_port,) = manifest("base/service.yaml")["spec"]["ports"]
-    assert (container_port["name"], str(container_port["containerPort"])) == ("http", port)
     assert (service_port["name"], str(service_port["port"]), service_port["targetPort"]) == ("http", port, "http")
-    assert manifest("base/networkpolicy.yaml")["spec"]["ingress"][0]["ports"][0]["port"] == "http"
     assert set(backends()) == {("vitserve", int(port)), ("vitserve", "http")}
+
+
+def test_only_namespaces_with_a_label_may_connect_and_only_prometheus_to_the_admin_port() -> None:
+    requests, administration = manifest("base/networkpolicy.yaml")["spec"]["ingress"]
+    assert [port["port"] for port in requests["ports"]] == ["http"]
+    clients = {"namespaceSelector": {"matchLabels": {"vitserve-clients": "true"}}}
+    assert requests["from"] == [{"podSelector": {}}, clients]
+    assert [port["port"] for port in administration["ports"]] == ["admin"]
+    (source,) = administration["from"]  # both conditions apply
+    assert source["namespaceSelector"] == {"matchLabels": {"vitserve-metrics": "true"}}
+    assert source["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}
+    assert manifest("base/networkpolicy.yaml")["spec"]["egress"] == []
+
+
+def test_clients_outside_the_cluster_cannot_set_the_priority() -> None:
+    for rule in manifest("components/gateway/route.yaml")["spec"]["rules"]:
+        (header_filter,) = rule["filters"]
+        assert header_filter["type"] == "RequestHeaderModifier"
+        assert header_filter["requestHeaderModifier"] == {"remove": [PRIORITY_HEADER]}
+    assert manifest("components/ingress/headers.yaml")["data"] == {PRIORITY_HEADER: ""}
 
 
 def test_probes_and_health_check_request_existing_routes(client: httpx.Client) -> None:
@@ -85,7 +110,8 @@ def test_probes_and_health_check_request_existing_routes(client: httpx.Client) -
     (health_check,) = re.findall(r"HEALTHCHECK .*?(/\w+)'", DOCKERFILE, re.DOTALL)
     for path in {*paths.values(), health_check}:
         assert client.get(path).status_code == 200
-    assert all(probe["port"] == "http" for probe in probes.values())
+    ports = {name: probe["port"] for name, probe in probes.items()}
+    assert ports == {"startup": "probes", "readiness": "http", "liveness": "probes"}
 
 
 def test_ingress_and_gateway_expose_only_public_routes(client: httpx.Client) -> None:

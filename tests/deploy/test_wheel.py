@@ -46,6 +46,12 @@ def build_wheel(source: Path, directory: Path) -> Path:
     return wheel
 
 
+def run_backend(step: str, source: Path, directory: Path) -> None:
+    """Without pip, which calls the same function."""
+    script = f"from setuptools.build_meta import {step}; {step}({str(directory)!r})"
+    run(sys.executable, "-W", "ignore", "-c", script, directory=source)
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources: building writes into the directory of the sources."""
@@ -65,8 +71,7 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("sdist")
-    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(directory)!r})"
-    run(sys.executable, "-W", "ignore", "-c", build, directory=checkout)
+    run_backend("build_sdist", checkout, directory)
     (archive,) = directory.glob("*.tar.gz")
     return archive
 
@@ -146,7 +151,9 @@ def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
-    assert set(members(build_wheel(source, tmp_path))) == set(members(wheel))
+    run_backend("build_wheel", source, tmp_path)
+    (built,) = tmp_path.glob("*.whl")
+    assert set(members(built)) == set(members(wheel))
 
 
 @pytest.mark.parametrize("command", [("bin/vitserve",), ("bin/python", "-m", "vitserve")], ids=" ".join)

@@ -14,9 +14,8 @@ from onnx.reference import ReferenceEvaluator
 
 from tests.support.bundles import random_images
 from tests.support.networks import TINY, network
+from tests.support.traces import traced as traced_graph
 from vitserve.export.graph.cast_precision import CastPrecision, cast_graph
-from vitserve.export.graph.optimize import OptimizedNetwork
-from vitserve.export.graph.trace import trace
 from vitserve.export.quantize.fp8 import GREATEST_E4M3, write_fp8_graph
 from vitserve.model.arrays import Outputs, Pixels
 from vitserve.model.bundle.bundle import Bundle
@@ -50,8 +49,7 @@ VARIANTS = {
 def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ViTConfig, Path]:
     config, path = VARIANTS[request.param], tmp_path_factory.mktemp("cast_graph") / "model.onnx"
     source = ViT(config) if config is UNTRAINED else network(config)
-    trace(OptimizedNetwork(source, Preprocessing(config.image_size)).eval(), config.image_size, path)
-    return config, path
+    return config, traced_graph(source, Preprocessing(config.image_size), path)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ def test_a_directory_is_exported_at_another_size_with_other_labels(timm: ModuleT
 
 @pytest.fixture
 def vit(transformers: ModuleType, tmp_path: Path) -> Path:
+    torch.manual_seed(0)  # the same network for each test, which is then traced once
     arguments = SMALL_TRANSFORMERS | {"intermediate_size": 96}
     save_with_transformers(transformers, tmp_path / "vit", "ViTConfig", "ViTForImageClassification", arguments)
     return tmp_path / "vit"

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.bundles import artifact_in, fp8_bundle
+from tests.support.bundles import artifact_in
 from tests.support.networks import TINY, checkpoint
 from vitserve.export.artifacts import ExportError
 from vitserve.export.build_bundle import build_bundle
-from vitserve.model.bundle.bundle import Quantization, open_bundle
+from vitserve.model.bundle.bundle import Bundle, Quantization, open_bundle
 
 
-def test_fp8_is_verified_by_simulation(tmp_path: Path) -> None:
-    exported = fp8_bundle(tmp_path / "bundle")
+def test_fp8_is_verified_by_simulation(fp8_bundle: Bundle) -> None:
+    exported = fp8_bundle
     fp8 = artifact_in(open_bundle(exported.path), "fp8")
     assert (fp8.engine, fp8.path, fp8.weights, fp8.simulated) == ("tensorrt", "fp8.onnx", "model.onnx.data", True)
     assert fp8.evaluation is not None

@@ -15,12 +15,12 @@ import openvino
 import pytest
 import torch
 
-from tests.support.bundles import SMALL, artifact_in, confident_checkpoint, int8_bundle, random_images
+from tests.support import bundles
+from tests.support.bundles import SMALL, artifact_in, confident_checkpoint, random_images
 from tests.support.networks import checkpoint, network
+from tests.support.traces import traced as traced_graph
 from vitserve.export.artifacts import ExportError
 from vitserve.export.build_bundle import build_bundle
-from vitserve.export.graph.optimize import OptimizedNetwork
-from vitserve.export.graph.trace import trace
 from vitserve.export.quantize import int8
 from vitserve.export.quantize.coverage import of_onnx, of_openvino
 from vitserve.model.arrays import Pixels
@@ -37,18 +37,11 @@ def nncf() -> None:
 
 
 def traced(source: Network, directory: Path) -> Path:
-    trace(OptimizedNetwork(source, Preprocessing(32)).eval(), 32, directory / "model.onnx")
-    return directory / "model.onnx"
+    return traced_graph(source, Preprocessing(32), directory / "model.onnx")
 
 
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    pytest.importorskip("nncf", reason="nncf is not installed")
-    return int8_bundle(tmp_path_factory.mktemp("int8") / "bundle")
-
-
-def test_calibrated_int8_is_quantized_and_evaluated(calibrated: Bundle) -> None:
-    bundle, artifact = calibrated, artifact_in(calibrated, "int8")
+def test_calibrated_int8_is_quantized_and_evaluated(int8_bundle: Bundle) -> None:
+    bundle, artifact = int8_bundle, artifact_in(int8_bundle, "int8")
     assert (artifact.engine, artifact.weights) == ("openvino", artifact.path.replace(".xml", ".bin"))
     assert artifact.evaluation is not None
     assert artifact.evaluation.images == 100
@@ -110,9 +103,9 @@ def test_int8_without_images_is_for_onnxruntime(tmp_path: Path) -> None:
     assert opened.engine.precision == "int8"
 
 
-def test_quantized_layers_are_counted(calibrated: Bundle) -> None:
+def test_quantized_layers_are_counted(int8_bundle: Bundle) -> None:
     """The patch projection, four layers in each block, of which the last has one more, and the head."""
-    layers, bundle = 4 * SMALL.depth + 3, calibrated
+    layers, bundle = 4 * SMALL.depth + 3, int8_bundle
     assert artifact_in(bundle, "int8").quantization == Quantization(layers, layers)
     assert {artifact.quantization for artifact in bundle.manifest.artifacts if artifact.precision == "fp32"} == {None}
     compiled = openvino.compile_model(bundle.path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -126,7 +119,7 @@ def test_an_artifact_without_a_quantized_layer_is_rejected(tmp_path: Path, monke
     monkeypatch.setattr(int8, "quantize", lambda graph, images, smooth: openvino.Core().read_model(graph))
     message = rf"openvino in int8 has none of its {4 * SMALL.depth + 3} layers with weights quantized"
     with pytest.raises(ExportError, match=message):
-        int8_bundle(tmp_path / "bundle")
+        bundles.int8_bundle(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.support.networks import TINY, network
+from tests.support.traces import traced
 from vitserve.export.graph.optimize import (
     OptimizedNetwork,
     fold_layer_scale,
@@ -22,7 +23,6 @@ from vitserve.export.graph.optimize import (
     trim_last_block,
 )
 from vitserve.export.graph.reference import ReferenceNetwork
-from vitserve.export.graph.trace import trace
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig
 from vitserve.model.network.vit import ViT
@@ -95,7 +95,7 @@ def test_normalization_before_padding_is_not_folded() -> None:
 
 def test_graph_holds_no_skipped_work(tmp_path: Path) -> None:
     """One Attention per block, no arithmetic on pixels before the projection, a last MLP for one token."""
-    trace(OptimizedNetwork(network(TINY), PREPROCESSING).eval(), 16, tmp_path / "model.onnx")
+    traced(network(TINY), PREPROCESSING, tmp_path / "model.onnx")
     graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx")).graph
     producers = {name: node for node in graph.node for name in node.output}
     attentions = [node for node in graph.node if node.op_type == "Attention"]

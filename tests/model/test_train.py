@@ -206,7 +206,22 @@ FAMILIES = {
 }
 
 
+# The exporter is tested with every family in tests/export and in tests/service/engines/test_torch_engine.py.
+EXPORTED = [
+    pytest.param(config, id=name, marks=() if name in ("class token", "hybrid of a ResNet") else pytest.mark.slow)
+    for name, config in FAMILIES.items()
+]
+
+
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+def test_every_family_trains(config: ViTConfig | ResNetConfig, archive: Path, tmp_path: Path) -> None:
+    report = train(config, replace(RECIPE, epochs=4, mixup_share=0.0), archive, tmp_path)
+    stored = load_checkpoint(tmp_path / "weights.safetensors").network
+    assert stored.config == config
+    assert evaluate(stored, ImageArchive(archive).split("test"), RECIPE)[0] == report["test_accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("config", EXPORTED)
 def test_every_family_trains_exports_and_runs(config: ViTConfig | ResNetConfig, archive: Path, tmp_path: Path) -> None:
     """The exported bundle, opened as the service opens it, classifies the test images."""
     train(config, replace(RECIPE, epochs=4, mixup_share=0.0), archive, tmp_path)

@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -48,9 +49,14 @@ def distribution_names(requirements: list[str]) -> set[str]:
 
 
 @cache
+def installed() -> Mapping[str, list[str]]:
+    return packages_distributions()
+
+
+@cache
 def distributions_of(package: str) -> set[str]:
     """The distributions that install a package; for one that is not installed, its own name."""
-    names = {normalized(name) for name in packages_distributions().get(package, [package])}
+    names = {normalized(name) for name in installed().get(package, [package])}
     return {PART_OF.get(name, name) for name in names}
 
 
@@ -81,8 +87,8 @@ def test_imports_of_the_benchmarks_are_declared(declared: dict[str, set[str]]) -
 
 
 def test_imports_of_export_are_declared_by_its_extras(declared: dict[str, set[str]]) -> None:
-    """build_plan.py runs on a GPU machine with the extra ``tensorrt``."""
-    paths = [path for path in sources("export") if path.name != "build_plan.py"]
+    """export/tensorrt/builder.py needs the extra ``tensorrt`` or ``tensorrt-rtx``."""
+    paths = [path for path in sources("export") if path != ROOT / "export" / "tensorrt" / "builder.py"]
     packages = set().union(*(imported_packages(path.read_text()) for path in paths))
     extras = set().union(*(declared.get(extra, set()) for extra in ("", "export", "int8", "onnxruntime")))
     assert not undeclared(packages, extras)

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -29,12 +30,14 @@ from tests.support.images import encoded, random_image
 from tests.support.networks import TINY, network
 from tests.support.paths import ROOT
 from tests.support.server import Server, start_server
+from vitserve import __version__
 from vitserve.cli.main import app
+from vitserve.export.cache import cached_bundle
 from vitserve.model.bundle.bundle import Bundle
 
 DOCUMENTS = ("README.md", "docs/quickstart.md", "examples/images/README.md")
 ADDRESS = "http://127.0.0.1:8000"
-ADMIN_KEY = "secret"  # as the quickstart sets it
+ADMIN_KEY = "at-least-16-characters"  # as the quickstart sets it
 
 # Options added to commands that measure: what they compute does not change, only for how long.
 SHORTER = {
@@ -126,6 +129,7 @@ def save_trained(path: Path) -> None:
 def save_transformers(transformers: ModuleType, path: Path) -> None:
     """A small ViT as Transformers writes it."""
     sizes = {"image_size": 32, "patch_size": 16, "hidden_size": 32, "intermediate_size": 64}
+    torch.manual_seed(0)  # the same network for each command, which is then traced once
     config = transformers.ViTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_labels=5)
     transformers.ViTForImageClassification(config).save_pretrained(path)
     transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(path)
@@ -187,9 +191,13 @@ def test_curl_commands_run(command: str, running_server: Server, directory: Path
 
 @pytest.mark.parametrize("command", commands_of("vitserve serve"))
 def test_serve_commands_become_ready(command: str, directory: Path) -> None:
+    """Sources are exported beforehand: tests/export/test_cache.py has a server that exports its source."""
     assignments, _, arguments = command.rpartition("vitserve serve")
     environment = dict(assignment.split("=", 1) for assignment in assignments.split())
     paths = [str(directory / part) if (directory / part).exists() else part for part in shlex.split(arguments)]
+    for source in paths:
+        if source in (str(directory / "my-checkpoint"), str(directory / "my-model/weights.safetensors")):
+            cached_bundle(source, __version__)
     assert start_server(*paths, environment=environment).stop() == 0
 
 

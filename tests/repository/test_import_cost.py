@@ -54,7 +54,7 @@ def test_measuring_imports_no_torch() -> None:
     assert not loaded & {*TORCH, "vitserve.export", "matplotlib"}
 
 
-@pytest.mark.parametrize("statement", [OPEN_OPENVINO, IMPORT_NNCF, f"{IMPORT_NNCF}\n{OPEN_OPENVINO}"])
+@pytest.mark.parametrize("statement", [OPEN_OPENVINO, f"{IMPORT_NNCF}\n{OPEN_OPENVINO}"])
 def test_openvino_and_nncf_report_no_usage(statement: str) -> None:
     pytest.importorskip("nncf", reason="nncf is not installed")
     loaded = modules_after(f"{statement}\nimport openvino.tools.ovc")

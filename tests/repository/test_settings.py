@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import traceback
 
 import pytest
 from typer.testing import CliRunner
 
 from tests.support.paths import ROOT
 from vitserve.cli.main import app
+from vitserve.service.ipc.control_messages import StartHttpWorker
 from vitserve.service.settings import Settings, SettingsError
 
 FIELDS = {setting.name: setting for setting in dataclasses.fields(Settings)}
@@ -54,6 +56,16 @@ def test_choices_are_in_the_help_text_and_include_the_default(name: str) -> None
         ({"threads": -1}, "threads is -1; it must be at least 0 (0: automatic)"),
         ({"engines": -1}, "engines is -1; it must be at least 0 (0: automatic)"),
         ({"port": 65536}, "port is 65536; it must be from 0 to 65535"),
+        ({"admin_port": -1}, "admin_port is -1; it must be from 0 to 65535"),
+        (
+            {"port": 8001, "admin_port": 8001},
+            "admin_port and port are both 8001; they must differ (0: no port of its own)",
+        ),
+        ({"probe_port": -1}, "probe_port is -1; it must be from 0 to 65535"),
+        ({"header_seconds": 0.0}, "header_seconds is 0.0; it must be greater than 0"),
+        ({"max_header_bytes": 100}, "max_header_bytes is 100; it must be at least 1024"),
+        ({"max_headers": 3}, "max_headers is 3; it must be at least 16"),
+        ({"max_connections": 0}, "max_connections is 0; it must be at least 1"),
         ({"hang_seconds": 0.0}, "hang_seconds is 0.0; it must be greater than 0"),
         (
             {"engine": "tpu"},
@@ -61,6 +73,11 @@ def test_choices_are_in_the_help_text_and_include_the_default(name: str) -> None
         ),
         ({"precision": "int4"}, "precision is 'int4'; it must be one of auto, fp8, int8, bf16, fp16, fp32"),
         ({"decode": "tpu"}, "decode is 'tpu'; it must be one of cpu, gpu"),
+        ({"request_log_sample": 1.5}, "request_log_sample is 1.5; it must be from 0 to 1"),
+        ({"root_path": "/vision/"}, "root_path is '/vision/'; it must be like /vision, without a / at the end"),
+        ({"root_path": "vision"}, "root_path is 'vision'; it must be like /vision"),
+        ({"cors_origins": "*, app.example"}, "cors_origins has 'app.example'; an origin is like https://app.example"),
+        ({"cors_origins": "https://app.example/"}, "cors_origins has 'https://app.example/'; an origin is like"),
         (
             {"engine": "onnxruntime", "precision": "bf16"},
             "engine onnxruntime does not support bf16; it supports int8, fp32",
@@ -108,3 +125,22 @@ def test_the_command_line_rejects_contradictions_in_one_line() -> None:
     result = CliRunner().invoke(app, ["serve", "--slots", "4", "--max-images", "4"])
     assert result.exit_code == 2
     assert "vitserve: slots is 4; streams × max_batch is 1 × 8" in result.output
+
+
+def test_the_admin_key_is_in_no_repr_and_no_traceback() -> None:
+    settings = Settings(admin_key="0123456789abcdef")
+    assert settings.admin_key == "0123456789abcdef"
+    start = StartHttpWorker("http-worker-0", 1, settings, worker=0, decode_threads=1)
+    key = settings.admin_key  # a local variable of the frame
+    try:
+        raise ValueError(repr(start))
+    except ValueError as error:
+        text = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+    assert "admin_key='***'" in text
+    assert key not in text
+
+
+def test_a_short_admin_key_is_rejected_and_not_shown() -> None:
+    with pytest.raises(SettingsError) as raised:
+        Settings(admin_key="k" * 15)
+    assert str(raised.value) == "admin_key has 15 characters; it must have at least 16"

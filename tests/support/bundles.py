@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,13 @@ from tests.support.images import random_image
 from tests.support.networks import TINY, checkpoint, network
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.load import Checkpoint
-from vitserve.model.bundle.bundle import Artifact, Bundle
+from vitserve.model.bundle.bundle import Artifact, Bundle, open_bundle
 from vitserve.model.bundle.evaluation import Images
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ViTConfig
+from vitserve.model.network.vit import ViT
 
+SLOW = ViTConfig(image_size=448, patch_size=16, width=256, depth=2, heads=4, mlp_width=1024, classes=7)
 SMALL = ViTConfig(image_size=32, patch_size=8, width=64, depth=3, heads=2, mlp_width=128, classes=5)
 
 
@@ -32,6 +36,23 @@ def confident_checkpoint(config: ViTConfig = SMALL) -> Checkpoint:
         confident.head.weight.mul_(4)
     labels = tuple(f"class {index}" for index in range(config.classes))
     return Checkpoint(confident, labels, Preprocessing(config.image_size))
+
+
+def slow_bundle(path: Path) -> Bundle:
+    """Only float32, of a network that takes tens of milliseconds per image on one core."""
+    torch.manual_seed(0)
+    labels = tuple(f"class {index}" for index in range(SLOW.classes))
+    source = Checkpoint(ViT(SLOW).eval(), labels, Preprocessing(SLOW.image_size))
+    return build_bundle(source, path, name="slow", precisions=[])
+
+
+def built_once(path: Path, build: Callable[[Path], Bundle]) -> Bundle:
+    """Processes of one run that need the same bundle wait for the first of them to build it. Do not change it."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            build(path)
+    return open_bundle(path)
 
 
 def int8_bundle(path: Path) -> Bundle:

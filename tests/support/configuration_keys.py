@@ -52,7 +52,7 @@ _UNDECLARED: dict[str, list[Any]] = {
     "is_causal": [True],
     "is_decoder": [True],
     "add_cross_attention": [True],
-    "per_layer_config": [{"0": {"hidden_act": "relu"}}, {"1": {"layer_norm_eps": 0.3}}],
+    "per_layer_config": [{"0": {"hidden_act": "relu"}}, {"0": {"layer_norm_eps": 0.3}}],
     "pruned_heads": [{"0": [1]}],
     "attn_implementation": ["eager", "sdpa"],
     "output_attentions": [True],

@@ -20,7 +20,7 @@ from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.service.engine_worker.batch_loop import BatchLoop
 from vitserve.service.engines.engine import select_rows
-from vitserve.service.http_worker.dispatch.decode_pool import DecodePool
+from vitserve.service.http_worker.dispatch.decode_stage import DecodeWorkers
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.http_worker.dispatch.image_job import ImageResult, Outcome
 from vitserve.service.http_worker.metric_buffer import MetricBuffer
@@ -187,9 +187,10 @@ def run_dispatcher(
         memory = memory_layout.create(Shape(1, slots, 2, 1, 4, 16, 3), MODEL_INFO.to_json())
         metrics = Metrics(CollectorRegistry())
         loop = asyncio.get_running_loop()
-        turns, decoders = Turns(loop), DecodePool(2)
+        settings = Settings(image_memory_bytes=2**30)
+        turns, decoders = Turns(loop), DecodeWorkers(2, 0, settings)
         buffer = MetricBuffer(metrics, turns)
-        dispatcher = Dispatcher(SlotTable(memory), 0, 1, Settings(), buffer, decoders, turns, loop)
+        dispatcher = Dispatcher(SlotTable(memory), 0, 1, settings, buffer, decoders, turns, loop)
         harness = Harness(dispatcher, memory)
         if engine is not None:
             harness.start(engine, seconds)

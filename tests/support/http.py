@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from http.client import HTTPResponse
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,3 +37,16 @@ def connect(server: Server) -> socket.socket:
     """A TCP connection to the server's HTTP port."""
     host, port = server.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=60)
+
+
+def head(length: int, path: str = "/v1/classify", *headers: str) -> bytes:
+    """The head of a classify request whose body has ``length`` bytes."""
+    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: image/png", f"Content-Length: {length}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def response(connection: socket.socket) -> tuple[int, dict[str, object], HTTPResponse]:
+    """Status, body and the response, which has the headers. Reads nothing of the next response."""
+    received = HTTPResponse(connection)
+    received.begin()
+    return received.status, json.loads(received.read()), received

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,13 +19,19 @@ from vitserve.service.ipc.shared_memory import SlotTable
 ENGINE_WORKER = "vitserve.service.engine_worker.main"
 HTTP_WORKER = "vitserve.service.http_worker.main"
 READY = "vitserve.http_worker: ready"
+ADMIN_KEY = "key of the tests 0123"
 LONG_TIMEOUT = ("--timeout-ms", "60000")
 
 
 @contextmanager
-def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    open_files: int | None = None,
+) -> Iterator[Server]:
     """A service that is ready. Processes that still run at the end of the test are killed."""
-    running = start_server(*arguments, environment=environment)
+    running = start_server(*arguments, environment=environment, prefix=prefix, open_files=open_files)
     try:
         yield running
     finally:
@@ -76,6 +82,12 @@ def slot_table_of(engine_worker: int) -> SlotTable:
     raise AssertionError("the engine worker has no slot table")
 
 
+def resident_bytes(pid: int) -> int:
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert match is not None
+    return int(match.group(1)) * 1024
+
+
 class BundleLink:
     """A symbolic link to a bundle, replaced atomically."""
 
@@ -89,5 +101,5 @@ class BundleLink:
         new.replace(self.path)
 
 
-def reload(client: httpx.Client, key: str = "secret") -> httpx.Response:
+def reload(client: httpx.Client, key: str = ADMIN_KEY) -> httpx.Response:
     return client.post("/v1/admin/reload", headers={"Authorization": f"Bearer {key}"})

@@ -48,9 +48,9 @@ def prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
     """A Prometheus that scrapes ``target`` (host:port) instead of the configured target."""
     shutil.copytree(CONFIGURATION.parent, directory / "etc")
     configuration = CONFIGURATION.read_text()
-    assert configuration.count("vitserve:8000") == 1
+    assert configuration.count("vitserve:8001") == 1
     (directory / "etc" / CONFIGURATION.name).write_text(
-        configuration.replace("vitserve:8000", target).replace("15s", INTERVAL)
+        configuration.replace("vitserve:8001", target).replace("15s", INTERVAL)
     )
     address = f"127.0.0.1:{free_port()}"
     options = [

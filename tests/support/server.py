@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -69,14 +69,21 @@ def _command_line(process: psutil.Process) -> list[str]:
 
 
 def start_server(
-    *arguments: str, until: str = "vitserve.http_worker: ready", environment: Mapping[str, str] | None = None
+    *arguments: str,
+    until: str = "vitserve.http_worker: ready",
+    environment: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    open_files: int | None = None,
 ) -> Server:
     """Returns once the log contains ``until``. If the server exits before that, the AssertionError shows its log.
 
+    ``prefix`` is a command that runs the server's command. ``open_files``: the limit of open files, soft and hard.
     The networks of the tests are light, so the default number of HTTP workers would be that of the cores.
     """
     workers = () if "--workers" in arguments else ("--workers", "1")
-    command = [sys.executable, "-m", "vitserve", "serve", "--port", "0", *workers, *arguments]
+    command = [*prefix, sys.executable, "-m", "vitserve", "serve", "--port", "0", *workers, *arguments]
+    if open_files is not None:
+        command = ["bash", "-c", f'ulimit -n {open_files}; exec "$@"', "bash", *command]
     complete = os.environ | {"PYTHONWARNINGS": "default"} | dict(environment or {})
     process = subprocess.Popen(
         command, cwd=ROOT, env=complete, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

@@ -71,6 +71,9 @@ def print_artifacts(bundle: Bundle) -> None:
             typer.echo(
                 f"attention, {artifact.engine} in {artifact.precision}: {kernels}; separate softmax layers: {softmax}"
             )
+    for artifact in bundle.manifest.artifacts:
+        if artifact.plan is not None:
+            typer.echo(f"plan, {artifact.engine} in {artifact.precision}: {artifact.plan}")
 
 
 def _row(artifact: Artifact) -> tuple[str, ...]:

@@ -190,6 +190,14 @@ def export(
             "that change count as lost."
         ),
     ] = 0.5,
+    plan: Annotated[
+        str,
+        typer.Option(
+            help="Add TensorRT plans, built without a GPU by TensorRT for RTX: rtx, for every GPU with bf16 that it "
+            "supports, or rtx: with compute capabilities, such as rtx:sm75,sm89. See docs/gpu.md.",
+            metavar="rtx[:SM,…]",
+        ),
+    ] = "",
 ) -> None:
     """Export a checkpoint to a bundle.
 
@@ -206,6 +214,7 @@ def export(
         from vitserve.export.checkpoint.labels import read_label_file
         from vitserve.export.checkpoint.overrides import Overrides, channel_values, model_arguments
         from vitserve.export.load_source import load_source
+        from vitserve.export.tensorrt.bundle_plans import plan_request
         from vitserve.model.bundle.evaluation import read_images
 
         def progress(step: str) -> None:
@@ -217,6 +226,7 @@ def export(
 
         if golden_images and images is None:
             raise ValueError("--golden-images needs --images")
+        plans = plan_request(plan) if plan else None
         overrides = Overrides(
             image_size=image_size or None,
             labels=read_label_file(labels, labels_encoding) if labels else None,
@@ -256,6 +266,7 @@ def export(
             calibration_images=calibration,
             evaluation_images=evaluation,
             max_loss=max_loss,
+            plans=plans,
             progress=progress,
         )
     print_artifacts(bundle)

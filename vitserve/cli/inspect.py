@@ -26,8 +26,7 @@ def inspect(
     with one_line_errors():
         from vitserve.model.bundle.bundle import open_bundle
         from vitserve.service import machine
-        from vitserve.service.engines.gpu_artifacts import plans_of
-        from vitserve.service.engines.tensorrt.plan_report import PlanReport
+        from vitserve.service.engines.gpu_artifacts import plans_of, report_beside
         from vitserve.service.settings import DEFAULT_BUNDLE
 
         opened = open_bundle(bundle or DEFAULT_BUNDLE)
@@ -42,7 +41,7 @@ def inspect(
         console.print(f"{title}: {shape}", highlight=False)
         print_artifacts(opened)
         for plan in plans_of(machine.plan_dir(), opened):
-            report = PlanReport.from_json(plan.with_suffix(".json").read_text())
-            console.print(f"{plan.stem}: {report}", highlight=False)
+            if (report := report_beside(plan)) is not None:
+                console.print(f"{plan.stem}: {report}", highlight=False)
         for reason in opened.damaged_files.values():
             console.print(f"[red]damaged: {reason}[/red]")

@@ -67,7 +67,7 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     watcher = Watcher(
         Path(os.environ["VITSERVE_BUNDLE"]) / "bundle.json",
-        int(os.environ["VITSERVE_PORT"]),
+        int(os.environ.get("VITSERVE_ADMIN_PORT", "0")) or int(os.environ["VITSERVE_PORT"]),
         os.environ["VITSERVE_ADMIN_KEY"],
     )
     while signal.sigtimedwait({signal.SIGTERM}, seconds) is None:

@@ -1,37 +1,27 @@
-"""TensorRT on one GPU. Runs a plan that export/build_plan.py built.
+"""TensorRT on one GPU. Runs a plan that export/build_plan.py built, with either library (provider.py).
 
 Reference: TensorRT 11's Python API, https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
 from pathlib import Path
-from typing import SupportsFloat
-
-import tensorrt as trt
+from typing import TYPE_CHECKING, SupportsFloat
 
 from vitserve.model.arrays import Precision
+from vitserve.model.bundle.plan import PlanReport
 from vitserve.service.engines.cuda import runtime
-from vitserve.service.engines.cuda.batching import Buffers, GpuEngine
+from vitserve.service.engines.cuda.batching import Buffers, GpuEngine, candidate_sizes
 from vitserve.service.engines.engine import EngineUnavailableError
+from vitserve.service.engines.tensorrt.logger import LOGGER
+from vitserve.service.engines.tensorrt.provider import Contexts, choose
+from vitserve.service.engines.tensorrt.target import local_target
 
-log = logging.getLogger(__name__)
-
-
-class TensorRtLogger(trt.ILogger):  # type: ignore[misc, unused-ignore]  # untyped unless TensorRT is installed
-    """Forwards to our log and keeps the errors: a failed TensorRT call returns only None or False."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.errors: list[str] = []
-
-    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-            self.errors.append(msg)
-            log.error("TensorRT: %s", msg)
-        else:
-            log.log(logging.WARNING if severity == trt.ILogger.Severity.WARNING else logging.DEBUG, "TensorRT: %s", msg)
+if TYPE_CHECKING:
+    import tensorrt as trt
+else:
+    trt = choose().load()
 
 
 class TensorRtEngine(GpuEngine):
@@ -39,28 +29,37 @@ class TensorRtEngine(GpuEngine):
 
     name = "tensorrt"
 
-    def __init__(self, plan: Path, precision: Precision, streams: int, max_batch: int) -> None:
-        """Raises EngineUnavailableError without a device, or if the plan is for another GPU, TensorRT or batch size."""
+    def __init__(
+        self, plan: Path, report: PlanReport, precision: Precision, streams: int, max_batch: int, cache_dir: str = ""
+    ) -> None:
+        """``report`` describes the plan. ``cache_dir`` keeps kernels that are compiled here; empty: nothing is kept.
+
+        Raises EngineUnavailableError without a device, or if the plan is for another GPU, TensorRT or batch size.
+        """
         runtime.count_devices()
-        logger = TensorRtLogger()
-        self._runtime = trt.Runtime(logger)
-        engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
-        if engine is None:
-            raise EngineUnavailableError(f"{plan} cannot be used here: {'; '.join(logger.errors)}")
-        largest = _largest_batch(engine)
-        if largest < max_batch:
-            raise EngineUnavailableError(f"{plan} supports batches of up to {largest}; max_batch is {max_batch}")
+        target = local_target()
+        mismatch = target.mismatch(report)
+        if mismatch is None and report.max_batch < max_batch:
+            mismatch = f"the plan supports batches of up to {report.max_batch}; max_batch is {max_batch}"
+        if mismatch is not None:
+            raise EngineUnavailableError(f"{plan.name} cannot be used: {mismatch}")
+        content = plan.read_bytes()
+        self.plan, self.report = plan, report
+        self._runtime = trt.Runtime(LOGGER)
+        engine = self._engine = _deserialize(self._runtime, plan.name, content)
+        kernels = f"{hashlib.sha256(content).hexdigest()[:12]}-{target.slug}.jit"
+        self._contexts = Contexts(trt, engine, Path(cache_dir) / kernels if cache_dir else None)
         image = shape_of(engine.get_tensor_shape("pixels"))[1:]
         classes, width = (int(engine.get_tensor_shape(name)[1]) for name in ("logits", "embedding"))
-        self.plan, self._engine = plan, engine
         super().__init__(
             precision,
             streams,
             max_batch,
-            range(1, max_batch + 1),
+            candidate_sizes(max_batch) if choose().compiles_late else range(1, max_batch + 1),
             lambda: Buffers(image, classes, width, max_batch),
-            lambda buffers: _Program(engine, buffers),
+            lambda buffers: _Program(engine, self._contexts, buffers),
         )
+        self._contexts.save()
 
     def layer_milliseconds(self, size: int) -> dict[str, float]:
         """Milliseconds per layer of one batch, from TensorRT's profiler. No stream may run at the same time.
@@ -68,7 +67,7 @@ class TensorRtEngine(GpuEngine):
         The profiler runs layers one by one: use the layers' shares, because their sum exceeds the time of a batch.
         """
         buffers, _ = self._streams[0]
-        program, profiler = _Program(self._engine, buffers), _Profiler()
+        program, profiler = _Program(self._engine, self._contexts, buffers), _Profiler()
         try:
             program.profile(size, profiler)
         finally:
@@ -92,8 +91,8 @@ class _Program:
     time. A graph holds the kernels and the copies of the outputs to the host.
     """
 
-    def __init__(self, engine: trt.ICudaEngine, buffers: Buffers) -> None:
-        self._engine, self._buffers = engine, buffers
+    def __init__(self, engine: trt.ICudaEngine, contexts: Contexts, buffers: Buffers) -> None:
+        self._engine, self._contexts, self._buffers = engine, contexts, buffers
         self._scratch_bytes = max(engine.device_memory_size_v2, 1)
         self._scratch = runtime.DeviceMemory(self._scratch_bytes)
         self._prepared = dict[int, tuple[trt.IExecutionContext, runtime.Graph]]()
@@ -115,7 +114,7 @@ class _Program:
 
     def _context(self, size: int) -> trt.IExecutionContext:
         stream, profile = self._buffers.stream, _profile_of(self._engine, size)
-        context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context: trt.IExecutionContext | None = self._contexts.create()
         if context is None:
             raise runtime.CudaError("TensorRT cannot create an execution context: too little device memory")
         context.set_device_memory(self._scratch.address, self._scratch_bytes)
@@ -145,6 +144,15 @@ class _Program:
         self._scratch.close()
 
 
+def _deserialize(loader: trt.Runtime, name: str, plan: bytes) -> trt.ICudaEngine:
+    """Raises EngineUnavailableError with TensorRT's own reasons."""
+    with LOGGER.collected() as messages:
+        engine = loader.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise EngineUnavailableError(f"{name} cannot be used: TensorRT rejects it: {'; '.join(messages.errors)}")
+    return engine
+
+
 def _check(succeeded: bool, call: str) -> None:
     if not succeeded:
         raise runtime.CudaError(f"TensorRT's {call} failed; its log has the reason")
@@ -152,10 +160,6 @@ def _check(succeeded: bool, call: str) -> None:
 
 def shape_of(dims: trt.Dims) -> tuple[int, ...]:
     return tuple(int(dims[index]) for index in range(len(dims)))
-
-
-def _largest_batch(engine: trt.ICudaEngine) -> int:
-    return max(_largest_of(engine, profile) for profile in range(engine.num_optimization_profiles))
 
 
 def _profile_of(engine: trt.ICudaEngine, size: int) -> int:

@@ -10,20 +10,24 @@ from starlette.requests import ClientDisconnect, Request
 
 from vitserve.service.http_worker.classify.call import ClassifyCall
 from vitserve.service.http_worker.classify.response import Response
+from vitserve.service.http_worker.exchange.middleware import exchange_of
 from vitserve.service.http_worker.state import State
 
 
 async def classify(state: State, request: Request) -> responses.Response:
     result: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
     call = ClassifyCall(state, result.set_result)
-    call.begin(request.scope["query_string"], request.headers.raw, time.monotonic())
+    exchange_of(request.scope).recorded = True  # by the call
+    arrived = time.monotonic()
+    call.begin(request.scope["query_string"], request.headers.raw, arrived, request.scope["client"])
     try:
         async for chunk in request.stream():
             if call.finished:
                 break
             call.receive(chunk)
+            arrived = time.monotonic()
         if not call.finished:
-            call.end()
+            call.end(arrived)
         response = await result
     except (asyncio.CancelledError, ClientDisconnect):
         call.cancel()

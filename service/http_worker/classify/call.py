@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from vitserve.service import errors
+from vitserve.service.http_worker.classify.body_memory import memory_of
+from vitserve.service.http_worker.classify.counting import count_images, count_rejected
 from vitserve.service.http_worker.classify.request_parsing import (
     ClassifyRequest,
     Headers,
@@ -17,19 +18,19 @@ from vitserve.service.http_worker.classify.request_parsing import (
     check_length,
     parse_body,
     parse_head,
+    takes_long,
 )
-from vitserve.service.http_worker.classify.response import Outcome, Response, problem
+from vitserve.service.http_worker.classify.response import Outcome, Response, problem, server_timing
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.http_worker.dispatch.image_job import ImageJob
 from vitserve.service.http_worker.dispatch.image_job import Outcome as JobOutcome
+from vitserve.service.http_worker.exchange import request_id
 from vitserve.service.http_worker.state import State
 
 log = logging.getLogger(__name__)
 
 ROUTE = "/v1/classify"
-# Larger bodies that must be parsed are parsed on a thread: a megabyte of JSON takes milliseconds.
-_MAX_PARSED_ON_LOOP = 262_144
-_CLIENT_CLOSED_REQUEST = "499"  # nginx's code for a client that disconnects; only the metrics see it
+_CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that disconnects; only metrics and the log see it
 
 
 class ClassifyCall:
@@ -47,22 +48,39 @@ class ClassifyCall:
         self._head: RequestHead | None = None
         self._chunks: list[bytes] = []
         self._length = 0
+        self._reserved = 0  # bytes of memory
         self._dispatcher: Dispatcher | None = None
         self._request: ClassifyRequest | None = None
         self._jobs: list[ImageJob] = []
         self._outcomes: list[JobOutcome | None] = []
         self._missing = 0  # outcomes that have not arrived
+        self._client: tuple[str, int] | None = None
+        self._request_id = b""
+        self._cors_headers: list[tuple[bytes, bytes]] = []
         self.finished = False
 
-    def begin(self, query: bytes, headers: Headers, arrived: float, awaits_continue: bool = False) -> None:
-        """``arrived``: the earliest time at which the request can have arrived. Its deadline counts from then.
+    def begin(
+        self,
+        query: bytes,
+        headers: Headers,
+        arrived: float,
+        client: tuple[str, int] | None,
+        awaits_continue: bool = False,
+    ) -> None:
+        """``arrived``: the earliest time at which the headers can have arrived, in monotonic seconds.
 
-        ``awaits_continue``: the client sends the body only after a response with status 100.
+        ``client``: address and port. ``awaits_continue``: the client sends the body only after a response with
+        status 100.
         """
-        self._arrived = arrived
+        self._arrived, self._client = arrived, client
+        self._request_id = request_id.of(headers)
+        self._cors_headers = self._state.cors.headers(headers)
         with _Errors(self):
             self._dispatcher = self._state.serving()
             self._head = parse_head(query, headers, self._state.settings)
+            self._check_memory(
+                self._dispatcher, self._head, memory_of(self._head.media_type, self._head.content_length or 0)
+            )
             self._reject_early(self._dispatcher, self._head, None if awaits_continue else self._head.content_length)
 
     def _reject_early(self, dispatcher: Dispatcher, head: RequestHead, body_bytes: int | None) -> None:
@@ -70,55 +88,88 @@ class ClassifyCall:
         images = self._state.image_bytes.expected_images(head)
         rejected = dispatcher.admission.reject_early(self._arrived, head.timeout_ms, head.priority, images, body_bytes)
         if rejected is not None:
-            self._state.metrics.inc(self._state.metrics.all.images_overloaded, images)
+            count_rejected(self._state.metrics, rejected, images)
             self.fail(rejected)
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """Of the query, or the default. None if the headers were rejected."""
+        return None if self._head is None else self._head.timeout_ms / 1000
 
     def receive(self, chunk: bytes) -> None:
         self._length += len(chunk)
         with _Errors(self):
             check_length(self._length, self._state.settings)
+            assert self._head is not None
+            assert self._dispatcher is not None
+            self._reserve(self._dispatcher, self._head, memory_of(self._head.media_type, len(chunk)))
             self._chunks.append(chunk)
 
-    def end(self) -> None:
-        """The body is complete."""
+    def _reserve(self, dispatcher: Dispatcher, head: RequestHead, more: int) -> None:
+        self._check_memory(dispatcher, head, more)
+        self._state.body_memory.used += more
+        self._reserved += more
+
+    def _check_memory(self, dispatcher: Dispatcher, head: RequestHead, more: int) -> None:
+        """Raises OverloadedError or BodyTooLargeError if ``more`` bytes of memory are not free."""
+        memory = self._state.body_memory
+        if memory.fits(self._reserved, more):
+            return
+        if self._reserved + more > memory.largest():
+            raise errors.BodyTooLargeError(
+                f"the body takes {self._reserved + more:,} bytes of memory or more; the limit is {memory.largest():,}"
+            )
+        error = errors.OverloadedError("other request bodies take all of the memory for them", "memory", 1.0)
+        images = self._state.image_bytes.expected_images(head)
+        dispatcher.admission.record_rejected(head.priority, images)
+        count_rejected(self._state.metrics, error, images)
+        raise error
+
+    def end(self, arrived: float) -> None:
+        """The body is complete. ``arrived``: the time from which the deadline counts, see BodyClock."""
+        self._arrived = arrived
         assert self._head is not None
         assert self._dispatcher is not None
-        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks = []
+        chunks, self._chunks = self._chunks, []
         self._read_seconds = time.monotonic() - self._began
         self._state.metrics.observe(self._state.metrics.all.read_seconds, self._read_seconds)
         classes = len(self._dispatcher.model_info.labels)
-        parse = partial(parse_body, self._head, body, self._state.settings, classes)
-        if len(body) <= _MAX_PARSED_ON_LOOP or self._head.media_type.startswith(("image/", "application/octet")):
+        parse = partial(parse_body, self._head, chunks, self._state.settings, classes)
+        if takes_long(self._head, chunks, self._length):
+            parsing = asyncio.get_running_loop().run_in_executor(self._state.parsing_threads, parse)
+            parsing.add_done_callback(self._parsed)
+        else:
             with _Errors(self):
                 self._submit(parse())
-        else:
-            parsing = asyncio.get_running_loop().run_in_executor(None, parse)
-            parsing.add_done_callback(self._parsed)
 
     def cancel(self) -> None:
         """The client has disconnected. Its slots become free."""
         if not self.finished:
             self._finish(_CLIENT_CLOSED_REQUEST)
-            self._abandon()
+            self._release()
 
     # -- images
 
     def _parsed(self, parsing: asyncio.Future[ClassifyRequest]) -> None:
-        with _Errors(self):
-            request = parsing.result()
-            if not self.finished:
-                self._submit(request)
+        error = parsing.exception()
+        if error is not None:  # raising it here would create a cycle, which keeps the body until it is collected
+            self.fail(error)
+        elif not self.finished:
+            with _Errors(self):
+                self._submit(parsing.result())
 
     def _submit(self, request: ClassifyRequest, admitted: bool = False) -> None:
         """``admitted``: by a model that has been replaced since."""
         assert self._dispatcher is not None
         assert self._head is not None
         self._request = request
+        if self._head.coding:  # the decoded images may be much larger than the body
+            decoded = sum(len(image) for image in request.images if isinstance(image, bytes))
+            self._reserve(self._dispatcher, self._head, max(0, decoded - self._reserved))
         self._state.image_bytes.record(request)
         self._missing = len(request.images)
         self._outcomes = [None] * len(request.images)
-        self._jobs = []
+        jobs = self._jobs = list[ImageJob]()  # an image may be rejected, and the call be finished, in submit()
         deadline = self._arrived + request.timeout_ms / 1000
         for index, image in enumerate(request.images):
             if isinstance(image, errors.ServiceError):
@@ -126,7 +177,7 @@ class ClassifyCall:
             else:
                 on_done = partial(self._image_done, index)
                 job = self._dispatcher.submit(image, deadline, self._head.priority, on_done, admitted)
-                self._jobs.append(job)
+                jobs.append(job)
 
     def _image_done(self, index: int, outcome: JobOutcome) -> None:
         self._outcomes[index] = outcome
@@ -144,29 +195,45 @@ class ClassifyCall:
             self._dispatcher = self._state.serving()
             self._submit(request, admitted=True)
             return
-        self._count_images(outcomes)
+        count_images(self._state.metrics, outcomes)
         first = outcomes[0]
         if isinstance(first, errors.ServiceError) and all(isinstance(outcome, type(first)) for outcome in outcomes):
-            if isinstance(first, errors.OverloadedError) and self._head is not None:
+            admitted = any(job.ticket is not None for job in self._jobs)
+            if isinstance(first, errors.OverloadedError) and self._head is not None and not admitted:
                 dispatcher.admission.remember(request.timeout_ms, self._head.priority, first)
-            raise first
+            self.fail(first)
+            return
         encoder = self._state.encoder(dispatcher)
-        self._send(encoder.classification(outcomes, request.top_k, self._read_seconds))
+        self._send(encoder.classification(outcomes, request.top_k, self._read_seconds), "", outcomes)
 
     # -- the response
 
-    def _send(self, response: Response) -> None:
-        self._finish(str(response.status))
+    def _send(self, response: Response, code: str, outcomes: Sequence[Outcome] = ()) -> None:
+        self._finish(response.status, code, outcomes)
+        self._release()
+        response.headers.append((request_id.HEADER, self._request_id))
+        response.headers.extend(self._cors_headers)
         self._respond(response)
 
-    def _finish(self, status: str) -> None:
+    def _finish(self, status: int, code: str = "", outcomes: Sequence[Outcome] = ()) -> None:
         self.finished = True
-        self._state.count_request(ROUTE, status, time.monotonic() - self._began)
+        self._state.body_memory.used -= self._reserved
+        seconds = time.monotonic() - self._began
+        self._state.count_request(ROUTE, str(status), seconds)
+        if self._state.request_log.on:
+            failed = {outcome.code for outcome in outcomes if isinstance(outcome, errors.ServiceError)}
+            code = code or ",".join(sorted(failed))
+            details = f"images={len(self._outcomes)} {server_timing(self._read_seconds, outcomes).decode()}"
+            details = details.replace(";dur=", "_ms=").replace(",", "")
+            about = self._request_id, self._client, "POST", ROUTE
+            self._state.request_log.write(*about, status, code, seconds, details)
 
-    def _abandon(self) -> None:
-        if self._dispatcher is not None:
+    def _release(self) -> None:
+        """Withdraws images that are not finished, and frees memory: the connection keeps its latest call."""
+        if self._dispatcher is not None and self._missing:
             for job in self._jobs:
                 self._dispatcher.abandon(job)
+        self._chunks, self._request, self._jobs, self._outcomes = [], None, [], []
 
     def fail(self, error: BaseException) -> None:
         """Responds with a problem, unless the response has been sent."""
@@ -175,20 +242,9 @@ class ClassifyCall:
                 log.error("unexpected error after a response", exc_info=error)
             return
         if not isinstance(error, errors.ServiceError):
-            request_id = uuid.uuid4().hex  # the client receives only this id; the details are in the log
-            log.error("request %s failed", request_id, exc_info=error)
-            error = errors.ServiceError(f"internal server error (request id {request_id})")
-        self._send(problem(error))
-        self._abandon()
-
-    def _count_images(self, outcomes: list[Outcome]) -> None:
-        metrics = self._state.metrics
-        for outcome in outcomes:
-            if isinstance(outcome, errors.ServiceError):
-                metrics.inc(metrics.all.images.labels(outcome.code))
-            else:
-                metrics.inc(metrics.all.images_ok)
-                metrics.observe(metrics.all.queue_seconds, outcome.queue_seconds)
+            log.error("request %s failed", self._request_id.decode(), exc_info=error)
+            error = errors.internal(self._request_id.decode())
+        self._send(problem(error), error.code)
 
 
 class _Errors:

@@ -45,7 +45,7 @@ class ResponseEncoder:
         results = b",".join([self._result(outcome, top_k) for outcome in outcomes])
         headers = [
             (b"content-type", b"application/json"),
-            (b"server-timing", _server_timing(read_seconds, outcomes)),
+            (b"server-timing", server_timing(read_seconds, outcomes)),
         ]
         return Response(200, headers, b"%b%b]}" % (self._begin, results))
 
@@ -73,7 +73,7 @@ def most_probable(probabilities: Floats, count: int) -> list[int]:
     return indices
 
 
-def _server_timing(read_seconds: float, outcomes: Sequence[Outcome]) -> bytes:
+def server_timing(read_seconds: float, outcomes: Sequence[Outcome]) -> bytes:
     """A W3C Server-Timing header in milliseconds. With several images, the slowest of each stage."""
     results = [outcome for outcome in outcomes if isinstance(outcome, ImageResult)]
     if not results:

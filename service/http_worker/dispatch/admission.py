@@ -55,7 +55,7 @@ class Admission:
                 self.slots.slot_table.count_arrivals(self.slots.worker, job.priority)
                 return self.slots.take(deadline, job.priority)
         error = overloaded(rejection)
-        self._record_rejected(error, job.priority)
+        self.record_rejected(job.priority)
         return error
 
     def reject_early(
@@ -77,7 +77,7 @@ class Admission:
                 rejection = self._check(deadline, priority, now)
             verdict = self.remember(timeout_ms, priority, None if rejection is None else overloaded(rejection))
         if verdict.error is not None:
-            self._record_rejected(verdict.error, priority, images)
+            self.record_rejected(priority, images)
         return verdict.error
 
     def remember(self, timeout_ms: int, priority: int, error: errors.OverloadedError | None) -> Verdict:
@@ -107,9 +107,8 @@ class Admission:
         decoded_at = self.decoders.decoded_at(sort_key(priority, deadline), 9 - priority, now)
         return self.slots.check(deadline, priority, now, self.engines.available_at(), decoded_at)
 
-    def _record_rejected(self, error: errors.OverloadedError, priority: int, images: int = 1) -> None:
+    def record_rejected(self, priority: int, images: int = 1) -> None:
         self.slots.slot_table.count_arrivals(self.slots.worker, priority, images)
         with self.lock:
             self.offered_load.record_rejected(images)
-        self.metrics.inc(self.metrics.all.images_shed_by_reason[error.reason], images)
         self.turns.at_end(self.flush_offered_load)

@@ -20,16 +20,24 @@ class OpenedImage(Protocol):
     """An image whose header was read."""
 
     @property
-    def work(self) -> float:
-        """Pixels to decode plus pixels to produce, which the time of decode() roughly follows."""
+    def seconds(self) -> float:
+        """An estimate of the time that pixels() takes on one core."""
 
-    def decode(self) -> Pixels:
+    @property
+    def peak_bytes(self) -> int:
+        """An upper bound of the memory that pixels() takes."""
+
+    def pixels(self) -> Pixels:
         """uint8 [image size, image size, 3]. Raises ImageError."""
         ...
 
 
 class ImageDecoder(Protocol):
-    def open(self, encoded: bytes | memoryview) -> OpenedImage:
+    @property
+    def on_cpu(self) -> Decoder:
+        """Gives the same pixels, as far as they are defined."""
+
+    def open(self, encoded: bytes) -> OpenedImage:
         """Reads the header. Raises ImageError."""
         ...
 
@@ -59,7 +67,7 @@ def decode_into(pixels: Pixels, slot: int, image: OpenedImage | errors.ServiceEr
     if isinstance(image, errors.ServiceError):
         return image
     try:
-        pixels[slot] = image.decode()
+        pixels[slot] = image.pixels()
     except Exception as error:
         return _response_error(error)
     return None

@@ -1,6 +1,6 @@
 """Takes an image from admission to its result: reserve a slot, decode into it, submit it to an engine worker, deliver.
 
-Runs on the event loop, except that _decode() also runs on decode threads. One lock guards the slots, the jobs and the
+Runs on the event loop, except that _decoded() also runs on decode threads. One lock guards the slots, the jobs and the
 connections. It is never held while an image is decoded.
 """
 
@@ -13,12 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
-from vitserve.service import errors, machine
+from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.admission import Admission
-from vitserve.service.http_worker.dispatch.decode_pool import DecodePool
-from vitserve.service.http_worker.dispatch.decoding import decode_into, decoder_for, open_image
+from vitserve.service.http_worker.dispatch.decode_stage import DecodeStage, DecodeWorkers
+from vitserve.service.http_worker.dispatch.decoding import decoder_for
 from vitserve.service.http_worker.dispatch.engine_connections import EngineConnections, Message
 from vitserve.service.http_worker.dispatch.expiry import Expiry
 from vitserve.service.http_worker.dispatch.image_job import ImageJob, ImageResult, ModelReplacedError, Outcome
@@ -28,22 +27,11 @@ from vitserve.service.http_worker.turn import Turns
 from vitserve.service.ipc import wire_format
 from vitserve.service.ipc.connection import Connection
 from vitserve.service.ipc.model_info import ModelInfo
-from vitserve.service.ipc.shared_memory import SlotTable, sort_key
+from vitserve.service.ipc.shared_memory import SlotTable
 from vitserve.service.ipc.slots import Slots, Ticket
 from vitserve.service.settings import Settings
 
 log = logging.getLogger(__name__)
-
-# Larger files are opened by decode threads: a header may be long.
-_MAX_OPENED_BYTES = 65_536
-# Images are decoded on the event loop if that takes about as long as waking a decode thread, a tenth of a millisecond.
-# With one HTTP worker per core, decode threads would only compete with the event loops, so up to a millisecond is done
-# there. In OpenedImage.work; a JPEG takes about 3 ns per unit.
-_MAX_WORK, _MAX_WORK_PER_CORE = 16_384, 300_000
-
-
-def _max_work_on_loop(workers: int) -> int:
-    return _MAX_WORK_PER_CORE if workers >= machine.cores() else _MAX_WORK
 
 
 @dataclass(eq=False)
@@ -55,7 +43,7 @@ class Dispatcher:
     incarnation: int
     settings: Settings
     metrics: MetricBuffer
-    decoders: DecodePool
+    decoders: DecodeWorkers
     turns: Turns
     loop: asyncio.AbstractEventLoop
     retired: bool = field(default=False, init=False)
@@ -63,14 +51,15 @@ class Dispatcher:
 
     def __post_init__(self) -> None:
         self.model_info = ModelInfo.from_json(self.slot_table.description)
-        self.decoder = decoder_for(self.model_info.preprocessing, self.settings)
-        self._max_work_on_loop = _max_work_on_loop(self.slot_table.shape.workers)
         self.slots = Slots(self.slot_table, self.worker, self.incarnation)
         self.offered_load = OfferedLoad(self.slot_table, self.worker, self.metrics.all)
         self._lock = threading.Lock()
         callbacks = self._complete, self._engine_lost
         self._engines = EngineConnections(self.slot_table, self.incarnation, self.loop, self.turns, *callbacks)
-        parts = self.slots, self._engines, self.decoders, self.offered_load, self.metrics, self.turns, self._lock
+        decoder = decoder_for(self.model_info.preprocessing, self.settings)
+        table = self.slot_table
+        self.decoding = DecodeStage(decoder, self.decoders, table.pixels, table.shape.workers, self._decoded)
+        parts = self.slots, self._engines, self.decoders.pool, self.offered_load, self.metrics, self.turns, self._lock
         self.admission = Admission(*parts)
         self._expiry = Expiry(self.loop, self.slot_table, self.abandon)
 
@@ -169,25 +158,10 @@ class Dispatcher:
     def _start(self, job: ImageJob, ticket: Ticket) -> None:
         job.ticket = ticket
         self._jobs[ticket.sequence] = job
-        if len(job.encoded) <= _MAX_OPENED_BYTES:
-            job.image = open_image(self.decoder, job.encoded)
-            if isinstance(job.image, errors.ServiceError) or job.image.work <= self._max_work_on_loop:
-                self._decode(job, self._engines.post)
-                return
-        key, work = sort_key(ticket.priority, ticket.deadline), partial(self._decode, job, self._engines.send)
-        self.decoders.submit(key, 9 - ticket.priority, work, job.received)
+        self.decoding.start(job)
 
-    def _decode(self, job: ImageJob, send: Callable[[Message | None], None]) -> float | None:
-        """Decodes and submits the image. Returns the seconds of decoding, None if the image was not decoded.
-
-        Runs on a decode thread, or on the event loop if decoding takes no longer than waking a thread.
-        """
-        began = time.monotonic()
-        error: errors.ServiceError | None = job.late_error(began)
-        if decoded := error is None:
-            image = job.image or open_image(self.decoder, job.encoded)
-            error = decode_into(self.slot_table.pixels, job.slot.slot, image)
-        job.decode_seconds = time.monotonic() - began
+    def _decoded(self, job: ImageJob, error: errors.ServiceError | None, decoded: bool, on_loop: bool) -> None:
+        """Submits the image. On a decode thread, or on the event loop."""
         message: Message | None = None
         with self._lock:
             job.decoded = True
@@ -199,10 +173,10 @@ class Dispatcher:
                 message = self._assign(job)
             else:
                 self._finish(job, error)
+        send = self._engines.post if on_loop else self._engines.send
         send(message)
         if message is not None and job.abandoned:  # the client may have disconnected before the submission was sent
             send((message[0], job.slot, wire_format.WITHDRAW))
-        return job.decode_seconds if decoded else None
 
     # -- with the lock held
 
@@ -250,8 +224,6 @@ class Dispatcher:
                 job = self._jobs.pop(ticket.sequence)
                 done.append((job, job.outcome(completion, logits, self.model_info.activation)))
         for job, outcome in done:
-            if isinstance(outcome, errors.OverloadedError):
-                self.metrics.inc(self.metrics.all.images_shed_by_reason[outcome.reason])
             self._deliver(job, outcome)
         if done and isinstance(done[-1][1], ImageResult):
             self.admission.delivery_time.record(completions[-1])

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.image_job import ImageJob
 from vitserve.service.ipc.shared_memory import SlotTable
 
@@ -40,15 +39,8 @@ class Expiry:
         now = time.monotonic()
         patience = 2 * self._slot_table.batch_seconds()
         for job in list(self._jobs):
-            waits_for_slot = job.ticket is None
-            if now > job.deadline + (0 if waits_for_slot else patience):
+            if now > job.deadline + (0 if job.ticket is None else patience):
                 self.remove(job)
-                job.deliver(
-                    errors.DeadlineExceededError(
-                        "the deadline passed before a slot was free"
-                        if waits_for_slot
-                        else "the deadline passed before the result was available"
-                    )
-                )
+                job.deliver(job.expired_error())
                 self._abandon(job)
         self._timer = self._loop.call_later(_SECONDS, self._check) if self._jobs else None

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from nvidia import nvimgcodec
 from PIL import Image
 
 from vitserve.model.arrays import Pixels
-from vitserve.model.bundle.preprocess import Decoder, Header
+from vitserve.model.bundle.preprocess import Decoder, Header, OpenedImage
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +35,7 @@ OPTIONS = ":fancy_upsampling=1"
 # device once at the end.
 MAX_DIFFERENCE = (0.5, 16.0)
 _INTERPOLATION_MODES = {"bilinear": "bilinear", "bicubic": "bicubic"}
+_BATCH_SECONDS = 0.002  # that a thread waits for the device at least: too long for the event loop
 
 
 class DecoderRejectedError(RuntimeError):
@@ -50,15 +50,22 @@ class _Job:
     done: bool = False
 
 
-class _UnopenedImage(NamedTuple):
-    """The header is read by decode(), on a decode thread."""
+@dataclass(frozen=True)
+class _DeviceImage:
+    """An image that the device decodes."""
 
     decoder: GpuDecoder
-    encoded: bytes | memoryview
-    work: float = math.inf
+    encoded: bytes
+    opened: OpenedImage
 
-    def decode(self) -> Pixels:
-        return self.decoder.decode(self.encoded)
+    seconds = _BATCH_SECONDS
+
+    @property
+    def peak_bytes(self) -> int:
+        return len(self.encoded)  # the pixels are in the device's memory
+
+    def pixels(self) -> Pixels:
+        return self.decoder.run(self)
 
 
 class GpuDecoder:
@@ -81,26 +88,35 @@ class GpuDecoder:
         self._failures = 0  # consecutive failed batches
         self._check()
 
-    def open(self, encoded: bytes | memoryview) -> _UnopenedImage:
-        return _UnopenedImage(self, encoded)
+    @property
+    def on_cpu(self) -> Decoder:
+        return self.decoder
 
-    def decode(self, encoded: bytes | memoryview) -> Pixels:
+    def open(self, encoded: bytes) -> OpenedImage | _DeviceImage:
+        """Reads the header. Raises ImageError."""
+        opened = self.decoder.open(encoded)
+        if self._failures >= MAX_FAILURES or not self._supports(opened.header, encoded):
+            return opened
+        return _DeviceImage(self, encoded, opened)
+
+    def decode(self, encoded: bytes) -> Pixels:
         """Raises ImageError."""
-        header = self.decoder.header(encoded)
-        if self._failures >= MAX_FAILURES or not self._supports(header, encoded):
-            return self.decoder.decode(encoded)
-        job = _Job(bytes(encoded), header)
+        return self.open(encoded).pixels()
+
+    def run(self, image: _DeviceImage) -> Pixels:
+        """Waits for the device. Raises ImageError."""
+        job = _Job(image.encoded, image.opened.header)
         self._waiting.append(job)
         while not job.done:
             with self._device_lock:
                 if not job.done:
                     self._run(self._next_batch())
-        return self.decoder.decode(encoded) if job.pixels is None else job.pixels
+        return image.opened.pixels() if job.pixels is None else job.pixels
 
-    def _supports(self, header: Header, encoded: bytes | memoryview) -> bool:
+    def _supports(self, header: Header, encoded: bytes) -> bool:
         """Upright color JPEGs of moderate size that are complete: the device may fill in data that is missing."""
         plain = header.format == "JPEG" and header.mode == "RGB" and header.orientation == 1
-        complete = bytes(encoded[-64:]).rstrip(b"\0").endswith(b"\xff\xd9")
+        complete = encoded[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
         interpolation = self.decoder.preprocessing.interpolation
         return plain and complete and header.pixels <= MAX_IMAGE_PIXELS and interpolation in _INTERPOLATION_MODES
 

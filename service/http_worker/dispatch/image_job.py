@@ -54,9 +54,18 @@ class ImageJob:
     received: float = 0.0  # monotonic seconds
     image: OpenedImage | errors.ServiceError | None = None  # None: not opened yet
     ticket: Ticket | None = None  # None while it waits for a slot
+    waits_as_large: bool = False  # for its turn in a decode process
     decoded: bool = False
     decode_seconds: float = 0.0
     abandoned: bool = False  # the client disconnected or its deadline passed
+
+    def expired_error(self) -> errors.ServiceError:
+        """Why there is no result at the deadline."""
+        if self.ticket is None:
+            return errors.DeadlineExceededError("the deadline passed before a slot was free")
+        if self.waits_as_large:
+            return too_many_large_images(1.0)
+        return errors.DeadlineExceededError("the deadline passed before the result was available")
 
     def deliver(self, outcome: Outcome) -> None:
         """On the event loop. Does nothing if the client no longer waits."""
@@ -123,3 +132,9 @@ class DeliveryTime:
 
 def overloaded(rejection: Rejection) -> errors.OverloadedError:
     return errors.OverloadedError(_REJECTION_DETAIL[rejection.reason], rejection.reason, rejection.retry_after_seconds)
+
+
+def too_many_large_images(retry_after_seconds: float) -> errors.OverloadedError:
+    """A large image may be rejected until it is decoded: only then are its time and the memory for it certain."""
+    detail = "the deadline cannot be met, because decoding this large image and those that arrived earlier takes longer"
+    return errors.OverloadedError(detail, "large", retry_after_seconds)

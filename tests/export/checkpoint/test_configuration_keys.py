@@ -35,7 +35,7 @@ TOLERANCE = 1e-4
 IMAGE = random_image(90, 60, seed=3)
 TINY: dict[str, Any] = {
     "hidden_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "image_size": 32,
     "patch_size": 8,
@@ -50,10 +50,10 @@ MODELS = {
     "DINOv2 with registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersForImageClassification", {}),
 }
 PROCESSORS = ("ViTImageProcessor", "DeiTImageProcessor", "BitImageProcessor", "CLIPImageProcessor")
-TIMM: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+TIMM: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 3}
 
-# One of these is slow: DeiT without a teacher differs from DeiT with one in the head only.
-KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "DeiT" else ()) for kind in MODELS]
+# Two are slow: DeiT differs from DeiT with a teacher in the head only, and DINOv2 from DINOv2 with registers in these.
+KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind in ("DeiT", "DINOv2") else ()) for kind in MODELS]
 
 Library = Callable[[], np.ndarray]
 

@@ -15,6 +15,7 @@ import pytest
 from tests.support.paths import ROOT
 from vitserve.model.arrays import Precision
 from vitserve.model.bundle.bundle import Bundle
+from vitserve.model.bundle.plan import PlanReport
 from vitserve.service.engines import catalog, selection
 from vitserve.service.engines.catalog import ENGINES, PRECISIONS, EngineKind, wants_gpu_workers
 from vitserve.service.engines.construct import construct_engine, not_installed
@@ -55,7 +56,8 @@ def test_a_new_engine_needs_two_edits_besides_its_own_file() -> None:
     }
     assert named.keys() >= EDITS
     assert {path: names for path, names in named.items() if path not in EDITS} == {
-        "service/settings.py": {"torch"}  # for torch_compile
+        "service/engines/tensorrt/provider.py": {"tensorrt"},  # the module of that name
+        "service/settings.py": {"torch"},  # for torch_compile
     }
 
 
@@ -77,7 +79,9 @@ def test_a_row_and_a_case_add_an_engine(bundle: Bundle, monkeypatch: pytest.Monk
     assert not runs_on_gpu(artifact)
     assert not wants_gpu_workers("npu")
 
-    def construct(name: str, precision: Precision, graph: Path, options: EngineOptions) -> Engine:
+    def construct(
+        name: str, precision: Precision, graph: Path, options: EngineOptions, plan: PlanReport | None
+    ) -> Engine:
         return Npu(graph, precision, options.streams, 1, options.max_batch)
 
     monkeypatch.setattr(selection, "construct_engine", construct)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.bundles import artifact_in, fp8_bundle
-from tests.support.gpu.fixtures import Gpu
+from tests.support.bundles import artifact_in
 from tests.support.paths import ROOT
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.service.engines import selection
@@ -19,49 +18,60 @@ from vitserve.service.engines.engine import EngineOptions, EngineUnavailableErro
 from vitserve.service.engines.tensorrt.target import Target
 
 
-@pytest.fixture(scope="module")
-def with_fp8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return fp8_bundle(tmp_path_factory.mktemp("fp8") / "bundle")
-
-
-def test_fp8_is_the_first_candidate_on_a_gpu(with_fp8: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_is_the_first_candidate_on_a_gpu(
+    fp8_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = EngineOptions(plan_dir=str(tmp_path))
-    assert "tensorrt" not in {artifact.engine for artifact in selection.candidates(with_fp8, options)}
+    assert "tensorrt" not in {artifact.engine for artifact in selection.candidates(fp8_bundle, options)}
     monkeypatch.setattr("vitserve.service.machine.gpus", lambda: ["0"])
-    on_gpu = [(artifact.engine, artifact.precision) for artifact in selection.candidates(with_fp8, options)]
+    on_gpu = [(artifact.engine, artifact.precision) for artifact in selection.candidates(fp8_bundle, options)]
     assert on_gpu[:4] == [("tensorrt", "fp8"), ("tensorrt", "bf16"), ("tensorrt", "fp16"), ("onnxruntime-cuda", "bf16")]
     assert on_gpu[5:7] == [("torch", "bf16"), ("torch", "fp16")]
     assert ("torch", "fp32") not in on_gpu
 
 
-def test_torch_on_a_gpu_needs_no_plan_directory(with_fp8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_on_a_gpu_needs_no_plan_directory(fp8_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitserve.service.machine.gpus", lambda: ["0"])
-    candidates = selection.candidates(with_fp8, EngineOptions(engine="torch"))
+    candidates = selection.candidates(fp8_bundle, EngineOptions(engine="torch"))
     assert [artifact.precision for artifact in candidates] == ["bf16", "fp16", "fp32"]
 
 
-def test_gpu_without_fp8_is_rejected(
-    with_fp8: Bundle, tmp_path: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("target", "precision", "message"),
+    [
+        (
+            Target("NVIDIA A100", (8, 0), "11.4", "data-center"),
+            "fp8",
+            r"fp8 needs compute capability \(8, 9\); the NVIDIA A100 has \(8, 0\)",
+        ),
+        (Target("Tesla T4", (7, 5), "1.7", "rtx"), "bf16", r"bf16 needs .* \(8, 0\); the Tesla T4 has \(7, 5\)"),
+        (
+            Target("NVIDIA H100", (9, 0), "1.7", "rtx"),
+            "bf16",
+            r"TensorRT for RTX does not support the NVIDIA H100, which is sm90: pip install 'vitserve\[tensorrt\]'",
+        ),
+    ],
+)
+def test_a_gpu_without_the_type_or_the_library_is_rejected_before_a_build(
+    fp8_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Target, precision: str, message: str
 ) -> None:
-    target = "vitserve.service.engines.gpu_artifacts.local_target"
-    monkeypatch.setattr(target, lambda: Target("NVIDIA A100", (8, 0), "11.4"))
-    options = EngineOptions(engine="tensorrt", precision="fp8", plan_dir=str(tmp_path))
-    (fp8,) = selection.candidates(with_fp8, options)
-    message = r"fp8 needs compute capability \(8, 9\); the NVIDIA A100 has \(8, 0\)"
+    monkeypatch.setattr("vitserve.service.engines.gpu_artifacts.local_target", lambda: target)
+    options = EngineOptions(engine="tensorrt", precision=precision, plan_dir=str(tmp_path))
+    (artifact,) = selection.candidates(fp8_bundle, options)
     with pytest.raises(EngineUnavailableError, match=message):
-        selection.open_artifact(with_fp8, fp8, options)
+        selection.open_artifact(fp8_bundle, artifact, options)
 
 
-def test_fp8_plan_matches_the_verified_graph(with_fp8: Bundle, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_fp8_plan_matches_the_verified_graph(fp8_bundle: Bundle, tmp_path: Path, environment: dict[str, str]) -> None:
     report_path = tmp_path / "report.json"
-    command = [sys.executable, "-m", "vitserve", "verify", str(with_fp8.path), "--engine", "tensorrt"]
+    command = [sys.executable, "-m", "vitserve", "verify", str(fp8_bundle.path), "--engine", "tensorrt"]
     command += ["--precision", "fp8", "--batch-sizes", "2", "--rounds", "1", "--seconds", "0.01"]
     command += ["--json", str(report_path)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(report_path.read_text())
     assert (report["precision"], report["failures"]) == ("fp8", [])
-    limit = 2 * artifact_in(with_fp8, "fp8").parity.logits
+    limit = 2 * artifact_in(fp8_bundle, "fp8").parity.logits
     assert report["parity"]["logits"] < limit, "bf16 in the other layers adds little to the rounding of fp8"
     (plan,) = (tmp_path / "cache" / "vitserve" / "plans").glob("*-fp8-b2-*.plan")
     assert b"QuantizeLinear" in plan.read_bytes()

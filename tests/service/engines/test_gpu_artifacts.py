@@ -34,7 +34,7 @@ def test_the_name_of_a_plan_holds_all_that_it_depends_on(gpu: Gpu, bundle: Bundl
         plan_path(Path("plans"), other_weights, GRAPH, gpu.options, target),
         plan_path(Path("plans"), bundle, GRAPH, PlanOptions("fp16", 4), target),
         plan_path(Path("plans"), bundle, GRAPH, PlanOptions("bf16", 8), target),
-        plan_path(Path("plans"), bundle, GRAPH, gpu.options, replace(target, tensorrt="12.0")),
+        plan_path(Path("plans"), bundle, GRAPH, gpu.options, replace(target, version="12.0")),
     }
     assert len(others | {path}) == 5
 
@@ -51,7 +51,7 @@ def test_a_failed_build_is_not_repeated_in_the_background(
 ) -> None:
     builds = list[str]()
 
-    def build(bundle: Bundle, graph: str, path: Path, options: PlanOptions, progress: Progress) -> None:
+    def build(graph: Path, path: Path, options: PlanOptions, progress: Progress) -> None:
         builds.append(options.precision)
         if options.precision == "bf16":
             raise EngineUnavailableError("the TensorRT plan could not be built: no implementation for node 7")

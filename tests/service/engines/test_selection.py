@@ -11,6 +11,7 @@ import pytest
 
 from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.model.bundle.bundle import Bundle, open_bundle
+from vitserve.model.bundle.plan import PlanReport
 from vitserve.service.engines import selection
 from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import Engine, EngineOptions, EngineUnavailableError
@@ -94,7 +95,9 @@ def test_a_failed_golden_check_closes_the_engine_and_the_next_serves(
 ) -> None:
     closed: list[str] = []
 
-    def construct(name: str, precision: Precision, graph: Path, options: EngineOptions) -> Engine:
+    def construct(
+        name: str, precision: Precision, graph: Path, options: EngineOptions, plan: PlanReport | None
+    ) -> Engine:
         engine = construct_engine(name, precision, graph, options)
         run, close = engine.run, engine.close
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.gpu.fixtures import LIBRARIES
 from tests.support.images import encoded, random_image
 from tests.support.server import Server, start_server
 from tests.support.waiting import eventually
@@ -104,8 +106,13 @@ def test_the_next_engine_serves_while_a_plan_is_built(
         assert client.get("/readyz").status_code == 200
 
 
-def test_without_tensorrt_the_reason_is_the_command_to_run(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(NoEngineError, match=r"tensorrt is not installed \(.*\): pip install 'vitserve\[tensorrt\]'"):
+def test_without_tensorrt_the_reason_is_the_command_to_run(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in LIBRARIES:
+        monkeypatch.setitem(sys.modules, library, None)
+    message = r"tensorrt is not installed \(.*\): pip install 'vitserve\[tensorrt-rtx\]', or 'vitserve\[tensorrt\]'"
+    with pytest.raises(NoEngineError, match=message):
         open_engine(bundle, EngineOptions(engine="tensorrt", plan_dir=str(tmp_path)))
 
 

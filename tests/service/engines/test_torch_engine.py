@@ -15,16 +15,14 @@ import torch
 
 from tests.support.images import random_image
 from tests.support.networks import TINY, network
-from vitserve.export.graph.optimize import OptimizedNetwork
+from tests.support.traces import traced
 from vitserve.export.graph.reference import ReferenceNetwork
-from vitserve.export.graph.trace import trace
 from vitserve.model.arrays import Outputs
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.bundle.parity import compare
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig
 from vitserve.model.network.resnet import ResNet
-from vitserve.model.network.vit import ViT
 from vitserve.service.engines.engine import EngineOptions, EngineUnavailableError
 from vitserve.service.engines.selection import open_engine
 from vitserve.service.engines.torch.engine import fastest_attention, open_torch
@@ -38,17 +36,19 @@ FAMILIES: dict[str, ViTConfig | ResNetConfig] = {
     "registers, SwiGLU": replace(TINY, registers=3, swiglu=True),
     "quick GELU, pre-logits": replace(TINY, activation="quick_gelu", representation_width=24),
     "hybrid, axial, mean": replace(
-        TINY, image_size=32, stem=(8, 16), attention="axial", pool="mean", class_token=False, norm_after_pool=True
+        TINY,
+        image_size=32,
+        stem=(8, 16),
+        attention="axial",
+        pool="mean",
+        class_token=False,
+        norm_after_pool=True,
+        swiglu=True,
     ),
     "local": replace(TINY, image_size=32, attention="local", window=3),
     "R + ViT": replace(TINY, image_size=64, patch_size=16, resnet=(1, 1, 1)),
     "ResNet": ResNetConfig(64, (1, 1), 1, classes=7),
 }
-
-
-def traced(source: ViT | ResNet, size: int, path: Path) -> Path:
-    trace(OptimizedNetwork(source, Preprocessing(size)).eval(), size, path)
-    return path
 
 
 def outputs(tensors: tuple[torch.Tensor, torch.Tensor]) -> Outputs:
@@ -62,7 +62,7 @@ def test_the_graph_of_every_family_runs_in_torch(family: str, tmp_path: Path) ->
     source = network(config) if isinstance(config, ViTConfig) else ResNet(config).eval()
     images = torch.from_numpy(np.stack([np.asarray(random_image(size, size, seed)) for seed in range(3)]))
     with torch.inference_mode():
-        ours = outputs(TorchGraph(traced(source, size, tmp_path / "model.onnx")).eval()(images))
+        ours = outputs(TorchGraph(traced(source, Preprocessing(size), tmp_path / "model.onnx")).eval()(images))
         expected = outputs(ReferenceNetwork(source, Preprocessing(size)).eval()(images))
     assert compare(ours, expected).failure("fp32") is None
 
@@ -72,7 +72,7 @@ def test_a_run_reads_nothing_from_the_device(tmp_path: Path) -> None:
     config = FAMILIES["R + ViT"]
     assert isinstance(config, ViTConfig)
     size = config.image_size
-    graph = TorchGraph(traced(network(config), size, tmp_path / "model.onnx")).to("meta")
+    graph = TorchGraph(traced(network(config), Preprocessing(size), tmp_path / "model.onnx")).to("meta")
     logits, _ = graph(torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta"))
     assert logits.shape == (2, config.classes)
 

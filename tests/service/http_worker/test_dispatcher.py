@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections import Counter
@@ -134,26 +133,27 @@ def test_a_disconnect_frees_the_slot_before_the_image_runs() -> None:
 class BlockingDecoder:
     """Sets ``decoding`` when decoding starts, and blocks until ``release`` is set."""
 
-    work = math.inf  # so that a decode thread decodes
+    seconds, peak_bytes = 0.01, 0  # a decode thread decodes
 
     def __init__(self, decoder: ImageDecoder) -> None:
         self.decoder, self.decoding, self.release = decoder, threading.Event(), threading.Event()
+        self.on_cpu = decoder.on_cpu
 
-    def open(self, encoded: bytes | memoryview) -> BlockingDecoder:
+    def open(self, encoded: bytes) -> BlockingDecoder:
         self.image = self.decoder.open(encoded)
         return self
 
-    def decode(self) -> Pixels:
+    def pixels(self) -> Pixels:
         self.decoding.set()
         assert self.release.wait(60)
-        return self.image.decode()
+        return self.image.pixels()
 
 
 def test_a_disconnect_during_decoding_frees_the_slot() -> None:
     engine = FakeEngine()
 
     async def work(harness: Harness) -> None:
-        decoder = harness.dispatcher.decoder = BlockingDecoder(harness.dispatcher.decoder)
+        decoder = harness.dispatcher.decoding.decoder = BlockingDecoder(harness.dispatcher.decoding.decoder)
         task = harness.classify()
         await asyncio.to_thread(decoder.decoding.wait)
         task.cancel()

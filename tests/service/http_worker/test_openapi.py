@@ -15,13 +15,14 @@ import pytest
 
 from tests.support.http import classify
 from tests.support.images import encoded, random_image
+from tests.support.processes import ADMIN_KEY
 from tests.support.server import start_server
 from vitserve.model.bundle.bundle import MANIFEST, Bundle
 from vitserve.service import errors
 from vitserve.service.http_worker.app import problem_response
 
 IMAGE = encoded(random_image())
-ADMIN = {"authorization": "Bearer secret"}
+ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def bundle_copy(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def client(bundle_copy: Path) -> Iterator[httpx.Client]:
-    running = start_server("--bundle", str(bundle_copy), environment={"VITSERVE_ADMIN_KEY": "secret"})
+    running = start_server("--bundle", str(bundle_copy), environment={"VITSERVE_ADMIN_KEY": ADMIN_KEY})
     with httpx.Client(base_url=running.url, timeout=60) as client:
         yield client
     assert running.stop() == 0
@@ -108,7 +109,7 @@ def sample(kind: type[errors.ServiceError]) -> errors.ServiceError:
 
 @pytest.mark.parametrize("kind", errors.error_types())
 def test_every_error_is_documented(kind: type[errors.ServiceError], document: dict[str, Any]) -> None:
-    admin = kind in (errors.ForbiddenError, errors.ReloadRejectedError)
+    admin = kind in (errors.ForbiddenError, errors.ReloadRejectedError, errors.TooManyAttemptsError)
     path = "/v1/admin/reload" if admin else "/v1/classify"
     response = problem_response(sample(kind))
     body, content_type = json.loads(bytes(response.body)), response.headers["content-type"]

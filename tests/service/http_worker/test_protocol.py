@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterator
-from http.client import HTTPResponse
 
 import httpx
 import pytest
 
-from tests.support.http import connect, metric
+from tests.support.http import connect, head, metric, response
 from tests.support.images import encoded, random_image
-from tests.support.networks import checkpoint
 from tests.support.server import Server, start_server
 from tests.support.waiting import eventually
-from vitserve.export.build_bundle import build_bundle
-from vitserve.model.config import ViTConfig
+from vitserve.model.bundle.bundle import Bundle
 
 IMAGE = encoded(random_image())
 REJECTED = "/v1/classify?timeout_ms=1"  # no image can be classified within a millisecond
 ALLOWED_BYTES = 1_048_576  # of a rejected body, after which the connection is kept
 
 
-SLOW = ViTConfig(image_size=224, patch_size=8, width=64, depth=4, heads=2, mlp_width=128, classes=7)
-
-
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def slow(slow_bundle: Bundle) -> Iterator[Server]:
     """A server whose network takes more than a millisecond for an image."""
-    bundle = build_bundle(checkpoint(SLOW), tmp_path_factory.mktemp("slow") / "bundle", name="slow", precisions=[])
-    running = start_server("--bundle", str(bundle.path))
+    running = start_server("--bundle", str(slow_bundle.path))
     yield running
     assert running.stop() == 0
 
@@ -39,18 +31,6 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def rejecting(slow: Server) -> Iterator[socket.socket]:
     with connect(slow) as opened:
         yield opened
-
-
-def head(length: int, path: str = "/v1/classify", *headers: str) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: image/png", f"Content-Length: {length}", *headers]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-def response(connection: socket.socket) -> tuple[int, dict[str, object], HTTPResponse]:
-    """Status, body and the response, which has the headers. Reads nothing of the next response."""
-    received = HTTPResponse(connection)
-    received.begin()
-    return received.status, json.loads(received.read()), received
 
 
 @pytest.fixture

@@ -40,6 +40,9 @@ PROBLEMS: dict[str, tuple[int, str, bytes, str, str]] = {
     "top_k of zero": (400, "bad_request", IMAGE, "image/png", "?top_k=0"),
     "top_k above the number of classes": (400, "bad_request", IMAGE, "image/png", "?top_k=8"),
     "top_k of letters": (400, "bad_request", IMAGE, "image/png", "?top_k=many"),
+    "top_k with an underscore": (400, "bad_request", IMAGE, "image/png", "?top_k=0_1"),
+    "top_k in other digits": (400, "bad_request", IMAGE, "image/png", "?top_k=%F0%9D%9F%93"),
+    "top_k with a tail": (400, "bad_request", text_part("top_k", "1" + " " * 200 + "x"), FORM, ""),
     "timeout of zero": (400, "bad_request", IMAGE, "image/png", "?timeout_ms=0"),
 }
 
@@ -63,7 +66,7 @@ def test_problems_have_a_status_and_a_stable_code(
     ("body", "content_type", "query", "message"),
     [
         (IMAGE, "image/png", "?topk=5", "unknown query parameter 'topk'; allowed: top_k, timeout_ms"),
-        (text_part("topk"), FORM, "", "unknown non-file form field 'topk'; allowed: top_k, timeout_ms"),
+        (text_part("topk"), FORM, "", "unknown form field 'topk'; allowed: top_k, timeout_ms"),
         (b'{"images": [""], "topk": 5}', "application/json", "", "unknown field 'topk'; allowed: images, top_k, time"),
         (b'{"images": [""]}', "application/json", "?images=x", "unknown query parameter 'images'; allowed: top_k, tim"),
     ],

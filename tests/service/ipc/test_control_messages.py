@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 import hypothesis.strategies as st
@@ -14,8 +16,9 @@ import pytest
 from hypothesis import given
 
 from vitserve.service.ipc.child_runtime import received_messages, send_heartbeat
-from vitserve.service.ipc.control_channel import Channel
+from vitserve.service.ipc.control_channel import Channel, LostDescriptorsError
 from vitserve.service.ipc.control_messages import (
+    ConnectEngine,
     ControlMessageError,
     Drain,
     Heartbeat,
@@ -36,22 +39,23 @@ st.register_type_strategy(
 MESSAGES = st.one_of([st.from_type(message) for message in get_args(Message)])
 
 
-@given(MESSAGES)
-def test_every_message_survives_encoding(message: Message) -> None:
-    assert decode(encode(message)) == message
+@given(MESSAGES, st.integers(0, 4))
+def test_every_message_survives_encoding(message: Message, descriptors: int) -> None:
+    assert decode(encode(message, descriptors)) == (message, descriptors)
 
 
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (b"", "not a JSON message: b''"),
+        (b"", "not a JSON message, of 0 bytes"),
         (b"\xff\xfe", "not a JSON message"),
         (b"[]", "unknown kind of control message: None"),
         (b"{}", "unknown kind of control message: None"),
         (b'{"kind": "Restart"}', "unknown kind of control message: 'Restart'"),
         (b'{"kind": ["Drain"]}', "unknown kind of control message"),
-        (b'{"kind": "Reload", "id": 1, "path": "/"}', "Reload has no field path"),
-        (b'{"kind": "Reload"}', "Reload lacks the field id"),
+        (b'{"kind": "Reload", "id": 1}', "Reload lacks the field descriptors"),
+        (b'{"kind": "Reload", "descriptors": 0, "id": 1, "path": "/"}', "Reload has no field path"),
+        (b'{"kind": "Reload", "descriptors": 0}', "Reload lacks the field id"),
     ],
 )
 def test_other_data_is_a_clear_error(data: bytes, error: str) -> None:
@@ -62,8 +66,10 @@ def test_other_data_is_a_clear_error(data: bytes, error: str) -> None:
 
 def test_settings_are_checked_like_a_message() -> None:
     settings = dataclasses.asdict(Settings())
-    start = {"kind": "StartHttpWorker", "process": "p", "incarnation": 1, "worker": 0, "decode_threads": 1}
-    assert decode(json.dumps(start | {"settings": settings}).encode()) == StartHttpWorker("p", 1, Settings(), 0, 1)
+    start = {"kind": "StartHttpWorker", "descriptors": 1, "process": "p", "incarnation": 1, "worker": 0}
+    start |= {"decode_threads": 1}
+    sent = json.dumps(start | {"settings": settings}).encode()
+    assert decode(sent) == (StartHttpWorker("p", 1, Settings(), 0, 1), 1)
     with pytest.raises(ControlMessageError, match="Settings has no field presicion"):
         decode(json.dumps(start | {"settings": settings | {"presicion": "int8"}}).encode())
 
@@ -118,3 +124,49 @@ def test_a_child_exits_when_the_supervisor_has_exited(
     with pytest.raises(SystemExit):
         action(child)
     child.close()
+
+
+@contextmanager
+def free_descriptors(count: int) -> Iterator[None]:
+    """Lets this process open only ``count`` further files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = [os.dup(0) for _ in range(count + 1)]  # they have the lowest free numbers
+    for descriptor in probe:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe[-1], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_a_message_without_all_its_descriptors_is_not_lost_silently(free: int) -> None:
+    near, far = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    connect = ConnectEngine(generation=1, engine=0, incarnation=2)
+    far.send(connect, [0, 0])
+    far.send(Drain())
+    with free_descriptors(free):
+        with pytest.raises(LostDescriptorsError, match=f"ConnectEngine arrived with {free} of 2 file descriptors"):
+            near.receive()
+        assert near.receive() == (Drain(), [])
+        for descriptor in [os.dup(0) for _ in range(free)]:  # those that arrived were closed
+            os.close(descriptor)
+    near.close()
+    far.close()
+
+
+def test_a_child_that_lost_descriptors_exits_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def exit_process(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", exit_process)
+    child, supervisor = (Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    supervisor.send(ConnectEngine(generation=1, engine=0, incarnation=2), [0, 0])
+    with free_descriptors(0), pytest.raises(SystemExit):
+        next(received_messages(child))
+    assert "ConnectEngine arrived with 0 of 2 file descriptors" in caplog.text
+    child.close()
+    supervisor.close()

@@ -40,6 +40,7 @@ def test_a_killed_http_worker_breaks_only_its_own_connections(
             kill(killed)
             wait_for_lines(running, READY, 3)
             load.wait_for(500)
+        running.wait_for(r"http-worker-\d exited \(SIGKILL\); restarting")
         assert set(load.counts) <= {"200", "broken"}, load.complaints[:3]
         assert set(load.broken) <= ports_of_killed, "a connection of the other HTTP worker broke"
         assert ports_before - ports_of_killed <= set(load.ports.values()), "a client had to connect again"

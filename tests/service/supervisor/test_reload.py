@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -14,6 +16,7 @@ from tests.support.http import classify, metric
 from tests.support.images import encoded, random_image
 from tests.support.load import Load
 from tests.support.processes import (
+    ADMIN_KEY,
     ENGINE_WORKER,
     LONG_TIMEOUT,
     BundleLink,
@@ -29,13 +32,13 @@ from vitserve.model.bundle.bundle import Bundle
 Expected = dict[tuple[str, str], np.ndarray]
 
 
-@pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_reloads_under_load_lose_nothing(
     times: int, tmp_path: Path, bundle: Bundle, other: Bundle, expected: Expected
 ) -> None:
     link = BundleLink(tmp_path, bundle.path)
     with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", "secret") as running,
+        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         with Load(running.url, expected) as load:
@@ -60,34 +63,48 @@ def test_reloads_under_load_lose_nothing(
         assert running.stop() == 0
 
 
-def test_a_rejected_bundle_leaves_the_current_model_serving(
-    tmp_path: Path, bundle: Bundle, damaged: Path, expected: Expected
-) -> None:
-    link = BundleLink(tmp_path, bundle.path)
+@dataclass(frozen=True)
+class Reloadable:
+    server: Server
+    client: httpx.Client
+    link: BundleLink
+
+
+@pytest.fixture(scope="module")
+def service(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reloadable]:
+    """Serves ``bundle`` before and after each test."""
+    link = BundleLink(tmp_path_factory.mktemp("link"), bundle.path)
     with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", "secret") as running,
+        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
-        with Load(running.url, expected, connections=4) as load:
-            load.wait_for(50)
-            link.point_to(damaged)
-            rejected = reload(client)
-            assert (rejected.status_code, rejected.json()["code"]) == (409, "reload_rejected")
-            assert "bad_bundle" in rejected.json()["detail"]
-            assert "golden.npz" in rejected.json()["detail"]
-            running.wait_for(r"the bundle cannot be served \(bad_bundle\): .*golden.npz")
-            load.wait_for(50)
-        assert set(load.counts) == {"200"}, load.complaints[:3]
-        assert metric(client, "vitserve_reloads_total", result="bad_bundle") == 1
-        assert client.get("/readyz").status_code == 200
+        yield Reloadable(running, client, link)
         assert running.stop() == 0
+
+
+def test_a_rejected_bundle_leaves_the_current_model_serving(
+    service: Reloadable, bundle: Bundle, damaged: Path, expected: Expected
+) -> None:
+    with Load(service.server.url, expected, connections=4) as load:
+        load.wait_for(50)
+        service.link.point_to(damaged)
+        rejected = reload(service.client)
+        assert (rejected.status_code, rejected.json()["code"]) == (409, "reload_rejected")
+        assert "bad_bundle" in rejected.json()["detail"]
+        assert "golden.npz" in rejected.json()["detail"]
+        service.server.wait_for(r"the bundle cannot be served \(bad_bundle\): .*golden.npz")
+        load.wait_for(50)
+    assert set(load.counts) == {"200"}, load.complaints[:3]
+    assert metric(service.client, "vitserve_reloads_total", result="bad_bundle") == 1
+    assert service.client.get("/readyz").status_code == 200
+    service.link.point_to(bundle.path)
 
 
 def test_an_engine_crash_with_a_damaged_bundle_is_not_ready(tmp_path: Path, bundle: Bundle, damaged: Path) -> None:
     """The engine worker that replaces the crashed one finds a bundle that it cannot serve. A reload repairs that."""
     link = BundleLink(tmp_path, bundle.path)
     with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", "secret") as running,
+        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         link.point_to(damaged)
@@ -117,49 +134,45 @@ def damaged(tmp_path: Path, bundle: Bundle) -> Path:
     return path
 
 
-def test_reload_needs_the_admin_key(bundle: Bundle, server: Server, client: httpx.Client) -> None:
+def test_reload_needs_the_admin_key(service: Reloadable, client: httpx.Client) -> None:
     assert reload(client).status_code == 403
     assert "no admin_key is set" in reload(client).json()["detail"]
-    with (
-        serving("--bundle", str(bundle.path), "--admin-key", "secret") as running,
-        httpx.Client(base_url=running.url, timeout=60) as keyed,
-    ):
-        for response in (reload(keyed, "wrong"), keyed.post("/v1/admin/reload"), reload(keyed, "secre")):
-            assert (response.status_code, response.json()["code"]) == (403, "forbidden")
-        assert reload(keyed).status_code == 200
-        assert running.stop() == 0
+    keyed = service.client
+    for response in (reload(keyed, "wrong"), keyed.post("/v1/admin/reload"), reload(keyed, ADMIN_KEY[:-1])):
+        assert (response.status_code, response.json()["code"]) == (403, "forbidden")
+    assert reload(keyed).status_code == 200
 
 
 def test_a_crash_while_reloading_leaves_the_current_model_serving(
-    tmp_path: Path, bundle: Bundle, other: Bundle, expected: Expected
+    service: Reloadable, bundle: Bundle, other: Bundle, expected: Expected
 ) -> None:
-    link = BundleLink(tmp_path, bundle.path)
-    with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT) as running,
-        httpx.Client(base_url=running.url, timeout=60) as client,
-    ):
-        with Load(running.url, expected, connections=4) as load:
-            load.wait_for(50)
-            (current,) = running.pids(ENGINE_WORKER)
-            link.point_to(other.path)
-            running.process.send_signal(signal.SIGHUP)
-            eventually(lambda: len(running.pids(ENGINE_WORKER)) == 2, "a second engine worker")
-            (starting,) = set(running.pids(ENGINE_WORKER)) - {current}
-            kill(starting)
-            running.wait_for(r"exited \(SIGKILL\) while loading the bundle")
-            load.wait_for(50)
-        assert set(load.counts) == {"200"}, load.complaints[:3]
-        assert set(load.versions) == {(bundle.manifest.name, bundle.manifest.version)}
-        assert running.pids(ENGINE_WORKER) == [current]
-        assert metric(client, "vitserve_reloads_total", result="exited") == 1
-        assert running.stop() == 0
+    running = service.server
+    eventually(lambda: len(running.pids(ENGINE_WORKER)) == 1, "earlier engine workers exited")
+    with Load(running.url, expected, connections=4) as load:
+        load.wait_for(50)
+        (current,) = running.pids(ENGINE_WORKER)
+        service.link.point_to(other.path)
+        running.process.send_signal(signal.SIGHUP)
+        eventually(lambda: len(running.pids(ENGINE_WORKER)) == 2, "a second engine worker")
+        (starting,) = set(running.pids(ENGINE_WORKER)) - {current}
+        kill(starting)
+        running.wait_for(r"exited \(SIGKILL\) while loading the bundle")
+        load.wait_for(50)
+    assert set(load.counts) == {"200"}, load.complaints[:3]
+    assert set(load.versions) == {(bundle.manifest.name, bundle.manifest.version)}
+    assert running.pids(ENGINE_WORKER) == [current]
+    assert metric(service.client, "vitserve_reloads_total", result="exited") == 1
+    service.link.point_to(bundle.path)
 
 
-def test_a_restart_during_a_reload_does_not_return_to_the_old_model(bundle: Bundle, expected: Expected) -> None:
+@pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_restart_during_a_reload_does_not_return_to_the_old_model(
+    times: int, bundle: Bundle, expected: Expected
+) -> None:
     """The restarted engine worker and the new one load the bundle at the same time, and either may be ready first."""
     with serving("--bundle", str(bundle.path), *LONG_TIMEOUT) as running:
         with Load(running.url, expected, connections=4) as load:
-            for number in range(4):
+            for number in range(times):
                 load.wait_for(20)
                 kill(running.pids(ENGINE_WORKER)[0])
                 running.process.send_signal(signal.SIGHUP)

@@ -11,6 +11,7 @@ import ctypes
 import types
 from collections.abc import Callable
 from enum import IntEnum
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 Operation = Callable[[], object]
@@ -37,8 +38,15 @@ class cudaStreamCaptureMode(IntEnum):
 class Device:
     """One GPU: memory with real host addresses, streams, graphs, and the errors that a test injects."""
 
-    def __init__(self, devices: int = 1, memory_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        devices: int = 1,
+        memory_bytes: int = 1 << 30,
+        gpu: str = "NVIDIA H200",
+        capability: tuple[int, int] = (9, 0),
+    ) -> None:
         self.devices, self.memory_bytes = devices, memory_bytes
+        self.gpu, self.capability = gpu, capability
         self.allocated: dict[int, Any] = {}
         self.pinned: dict[int, int] = {}
         self.streams: dict[int, list[Operation]] = {}
@@ -61,7 +69,9 @@ class Device:
         return (cudaError_t.cudaSuccess, self.devices) if self.devices else (cudaError_t.cudaErrorNoDevice, 0)
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
-        return cudaError_t.cudaSuccess, types.SimpleNamespace(name=b"NVIDIA H200", major=9, minor=0)
+        return cudaError_t.cudaSuccess, types.SimpleNamespace(
+            name=self.gpu.encode(), major=self.capability[0], minor=self.capability[1]
+        )
 
     def cudaGetErrorName(self, error: cudaError_t) -> tuple[Any, ...]:
         return cudaError_t.cudaSuccess, error.name.encode()
@@ -167,6 +177,7 @@ def runtime_of(device: Device) -> types.ModuleType:
 def cuda_modules(device: Device) -> dict[str, types.ModuleType]:
     """What sys.modules holds once ``cuda.bindings.runtime`` is imported."""
     runtime, bindings, cuda = runtime_of(device), types.ModuleType("cuda.bindings"), types.ModuleType("cuda")
+    cuda.__spec__ = ModuleSpec("cuda", None)  # for find_spec()
     vars(bindings).update(runtime=runtime)
     return {"cuda": cuda, "cuda.bindings": bindings, "cuda.bindings.runtime": runtime}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.support.gpu.cuda import Device, cuda_modules, cudaError_t
 from tests.support.gpu.tensorrt import tensorrt_of
+from tests.support.gpu.tensorrt_rtx import tensorrt_rtx_of
 
 
 class _FailingDevice(Device):
@@ -23,6 +24,8 @@ class _FailingDevice(Device):
 
 
 def install() -> None:
-    device = _FailingDevice()
-    sys.modules.update(cuda_modules(device))
-    sys.modules["tensorrt"] = tensorrt_of(device)
+    """An L4 with TensorRT for RTX if the environment variable DOUBLE_RTX is set, otherwise an H200 with TensorRT."""
+    rtx = "DOUBLE_RTX" in os.environ
+    device = _FailingDevice(gpu="NVIDIA L4", capability=(8, 9)) if rtx else _FailingDevice()
+    module = tensorrt_rtx_of(device) if rtx else tensorrt_of(device)
+    sys.modules.update(cuda_modules(device) | {module.__name__: module})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import types
-from typing import Any
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import onnx
@@ -36,6 +36,7 @@ from tests.support.gpu.tensorrt_builder import (
     ParserError,
     ProfilingVerbosity,
     dimensions_of,
+    layers_of,
 )
 
 
@@ -121,8 +122,9 @@ class IExecutionContext:
                 content = np.asarray(values, np.float32).tobytes()
                 ctypes.memmove(addresses[name], content, len(content))
             if self.profiler is not None:
-                for node in self._engine.model.graph.node:
-                    self.profiler.report_layer_time(node.name, 0.25)
+                for layer in layers_of(self._engine.model, self._engine.header):
+                    if f"_myl{self._profile}_" in layer["Name"]:
+                        self.profiler.report_layer_time(layer["Name"], 0.25)
 
         device.enqueue(stream_handle, run)
         return True
@@ -130,15 +132,20 @@ class IExecutionContext:
 
 class Runtime:
     device: Device
+    engine: type[ICudaEngine] = ICudaEngine
 
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
         if not serialized_engine.startswith(b"PLAN"):
-            self._logger.log(LogSeverity.ERROR, "the plan is of another version")
+            self._logger.log(LogSeverity.ERROR, "header.magicTag == kEXPECTED_MAGIC_TAG failed")
             return None
-        return ICudaEngine(self.device, serialized_engine)
+        engine = self.engine(self.device, serialized_engine)
+        if list(self.device.capability) not in engine.header["capabilities"]:
+            self._logger.log(LogSeverity.ERROR, "the engine was not built for the compute capability of this device")
+            return None
+        return engine
 
 
 class EngineInspector:
@@ -147,21 +154,8 @@ class EngineInspector:
 
     def get_engine_information(self, format: LayerInformationFormat) -> str:
         assert format is LayerInformationFormat.JSON
-        header, layers = self._engine.header, list[Any]()
-        for node in self._engine.model.graph.node:
-            layer = {
-                "Name": node.name,
-                "LayerType": "myelin",
-                "TacticName": "",
-                "Inputs": [{"Format/Datatype": "BFloat16"}],
-            }
-            unfused = sum("softmax" in other["Name"] for other in layers)
-            if node.op_type == "Attention" and unfused < header["unfused"]:
-                layer["Name"] = f"__myl_softmax_{node.name}"
-            elif node.op_type == "Attention":
-                layer["TacticName"] = "_gemm_mha_v2_0x1f"
-            layers.append(layer)
-        return json.dumps({"Layers": layers if header["detailed"] else [layer["Name"] for layer in layers]})
+        layers = layers_of(self._engine.model, self._engine.header)
+        return json.dumps({"Layers": layers if self._engine.header["detailed"] else [each["Name"] for each in layers]})
 
 
 VERSION = "11.4.0.106"
@@ -193,9 +187,14 @@ TYPES: list[type] = [
 
 def tensorrt_of(device: Device) -> types.ModuleType:
     """The module ``tensorrt`` for ``device``. Resets what a test set on Builder."""
-    module = types.ModuleType("tensorrt")
-    vars(module).update(__version__=VERSION)
-    for kind in TYPES:
+    return module_of("tensorrt", VERSION, TYPES, device)
+
+
+def module_of(name: str, version: str, kinds: list[type], device: Device) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)  # for find_spec()
+    vars(module).update(__version__=version)
+    for kind in kinds:
         setattr(module, kind.__name__, kind)
-    Runtime.device, Builder.unfused, Builder.impossible, Builder.builds = device, 0, "", 0
+    Runtime.device, Builder.device, Builder.unfused, Builder.impossible, Builder.builds = device, device, 0, "", 0
     return module

@@ -1,4 +1,7 @@
-"""A double of TensorRT's builder. A "plan" is the ONNX graph with a header that holds what the build decided."""
+"""A double of TensorRT's builder. A "plan" is the ONNX graph with a header that holds what the build decided.
+
+It rejects the graphs that the genuine library rejects (rejections.py).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+
+from tests.support.gpu.cuda import Device
+from tests.support.gpu.rejections import Capability, Rejected, builder_rejection, parser_rejections
 
 
 class LogSeverity(Enum):
@@ -76,17 +82,17 @@ def dimensions_of(value: onnx.ValueInfoProto) -> tuple[int, ...]:
 
 
 class ParserError:
-    def __init__(self, node: str) -> None:
-        self._node = node
+    def __init__(self, rejected: Rejected) -> None:
+        self._rejected = rejected
 
     def node_operator(self) -> str:
-        return self._node
+        return self._rejected.operator
 
     def node_name(self) -> str:
-        return f"{self._node}_7"
+        return self._rejected.node
 
     def desc(self) -> str:
-        return "no importer is registered for it"
+        return self._rejected.reason
 
 
 class OnnxParser:
@@ -95,9 +101,7 @@ class OnnxParser:
 
     def parse(self, model: bytes, path: str | None = None) -> bool:
         self._network.graph = model
-        self._errors = [
-            ParserError(node.op_type) for node in onnx.load_from_string(model).graph.node if node.op_type == "NonZero"
-        ]
+        self._errors = [ParserError(rejected) for rejected in parser_rejections(onnx.load_from_string(model))]
         return not self._errors
 
     @property
@@ -156,6 +160,7 @@ class Builder:
     unfused = 0  # number of attention layers that the next plans do not fuse
     impossible = ""  # if set, builds fail for this reason
     builds = 0
+    device: Device
 
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
@@ -180,13 +185,47 @@ class Builder:
             if gate is not None:
                 Path(gate).read_bytes()
             config.progress_monitor.phase_finish("timing")
-        if self.impossible:
-            self._logger.log(LogSeverity.ERROR, self.impossible)
+        reason = self.impossible or self._rejection(network, config)
+        if reason:
+            self._logger.log(LogSeverity.ERROR, reason)
             return None
-        profiles = [profile.shapes["pixels"] for profile in config.profiles]
         header = {
-            "profiles": profiles,
+            "profiles": [profile.shapes["pixels"] for profile in config.profiles],
             "unfused": self.unfused,
             "detailed": config.profiling_verbosity is ProfilingVerbosity.DETAILED,
+            "capabilities": self._capabilities(config),
         }
+        self._describe(network, header)
         return IHostMemory(b"PLAN" + json.dumps(header).encode() + b"\n" + network.graph)
+
+    def _capabilities(self, config: IBuilderConfig) -> list[Capability]:
+        return [self.device.capability]
+
+    def _rejection(self, network: INetworkDefinition, config: IBuilderConfig) -> str | None:
+        smallest = [profile.shapes["pixels"][0][0] for profile in config.profiles]
+        return builder_rejection(onnx.load_from_string(network.graph), self._capabilities(config), smallest)
+
+    def _describe(self, network: INetworkDefinition, header: dict[str, Any]) -> None:
+        """TensorRT for data centers describes a plan only through its inspector."""
+
+
+def layers_of(model: onnx.ModelProto, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The layers of a plan, named as in plans of TensorRT for RTX: one for each node, in every profile."""
+    return [
+        _layer(node, profile, place, unfused=place in _unfused_places(model, header["unfused"]))
+        for profile in range(len(header["profiles"]))
+        for place, node in enumerate(model.graph.node)
+    ]
+
+
+def _unfused_places(model: onnx.ModelProto, count: int) -> list[int]:
+    return [place for place, node in enumerate(model.graph.node) if node.op_type == "Attention"][:count]
+
+
+def _layer(node: onnx.NodeProto, profile: int, place: int, unfused: bool) -> dict[str, Any]:
+    kernel = node.name
+    if node.op_type == "Attention":
+        kernel = "__myl_SlicMaxrSubExpSumDiv" if unfused else "_gemm_mha_v2"
+    inputs = [{"Name": name, "Datatype": "BFloat16"} for name in node.input]
+    tactic = f"{kernel}_0x1f" if node.op_type == "Attention" else ""
+    return {"Name": f"{kernel}_myl{profile}_{place}", "LayerType": "kgen", "TacticName": tactic, "Inputs": inputs}

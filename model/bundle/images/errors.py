@@ -1,0 +1,35 @@
+"""Why an image is rejected. The messages are for the client.
+
+ImageError
+├── NotAnImageError          the bytes are in none of the allowed formats
+│   └── UnsupportedImageError  an allowed format, but of a kind that is not read
+├── DamagedImageError        the header is valid, the data is truncated or broken
+├── TooManyPixelsError       decoding or resizing would exceed the limit of pixels; decided from the header alone
+└── TooComplexError          more scans, chunks, directories or frames than the limit; decided before decoding
+"""
+
+from __future__ import annotations
+
+
+class ImageError(ValueError):
+    """The image cannot be decoded. The message is for the client."""
+
+
+class NotAnImageError(ImageError):
+    pass
+
+
+class UnsupportedImageError(NotAnImageError):
+    pass
+
+
+class DamagedImageError(ImageError):
+    pass
+
+
+class TooManyPixelsError(ImageError):
+    pass
+
+
+class TooComplexError(ImageError):
+    pass

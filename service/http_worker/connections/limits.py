@@ -1,0 +1,65 @@
+"""What the connections of an HTTP worker may cost: bytes, header fields, time, and file descriptors."""
+
+from __future__ import annotations
+
+import resource
+
+from vitserve.service.settings import Settings
+
+RESERVED_DESCRIPTORS = 64  # for the service itself: listening sockets, slot tables, engine connections, metrics files
+# Connections beyond the limit while all others wait for a response. They may do everything but classify, so that
+# liveness probes are answered.
+EXTRA_CONNECTIONS = 16
+# Of all headers that have arrived in part. Those that arrive with one read, as nearly all do, do not count.
+MAX_UNFINISHED_HEAD_BYTES = 33_554_432
+LINGER_SECONDS = 1.0  # for a client to read a response and to close its connection
+_SHORTEST_INTERVAL_SECONDS, _LONGEST_INTERVAL_SECONDS = 0.05, 1.0
+
+
+class ConnectionLimits:
+    """The limits, and the clock that measures times against them.
+
+    The clock advances at each tick(), about once a second: connections note its time when something happens to them,
+    which costs nothing, and are compared with it then. It stands still while the worker does not run, so that clients
+    are not blamed for a machine that was suspended or overloaded.
+    """
+
+    def __init__(self, settings: Settings, open_files: int) -> None:
+        """``open_files``: the limit of open files of this process."""
+        self.clock = 0.0  # seconds
+        self.draining = False
+        self.unfinished_head_bytes = 0
+        self.header_bytes, self.headers = settings.max_header_bytes, settings.max_headers
+        room = open_files - RESERVED_DESCRIPTORS - EXTRA_CONNECTIONS
+        self.connections = max(1, min(settings.max_connections, room))
+        self.first_request_seconds = settings.first_request_seconds
+        self.header_seconds = settings.header_seconds
+        self.body_gap_seconds, self.body_seconds = settings.body_gap_seconds, settings.body_seconds
+        self.keep_alive_seconds = settings.keep_alive_seconds
+        self.linger_seconds = LINGER_SECONDS
+        self.unsent_seconds = settings.body_gap_seconds  # how long a client may pause while it reads a response
+        shortest = min(
+            self.first_request_seconds,
+            self.header_seconds,
+            self.body_gap_seconds,
+            self.body_seconds,
+            self.keep_alive_seconds,
+        )
+        # Between ticks
+        self.interval = min(_LONGEST_INTERVAL_SECONDS, max(_SHORTEST_INTERVAL_SECONDS, shortest / 2))
+
+    def tick(self, elapsed: float) -> None:
+        """``elapsed``: seconds since the last tick."""
+        self.clock += min(elapsed, 2 * self.interval)
+
+    def drain(self) -> None:
+        """From now on, connections are closed unless their request is complete, or may be on its way."""
+        self.draining = True
+        self.first_request_seconds = self.unsent_seconds = LINGER_SECONDS
+        self.linger_seconds = LINGER_SECONDS / 2
+        self.header_seconds = self.body_gap_seconds = self.body_seconds = self.keep_alive_seconds = 0.0
+
+
+def open_files_limit() -> int:
+    """The limit of open files of this process."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -1,0 +1,73 @@
+"""A process that decodes one large image after another, for one thread of an HTTP worker.
+
+python -m vitserve.service.http_worker.dispatch.decode_process_main <file descriptor of the connection>
+
+It may be killed at any time: nothing is shared with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from vitserve.model.bundle import preprocess
+from vitserve.service.ipc import frames
+
+IDLE_SECONDS = 30.0  # afterwards the process exits, so that its memory is free
+NICENESS = 5  # small images of other clients go first
+_SLACK_BYTES = 128 * 2**20  # address space beyond the estimate: the encoded image, the allocator's reserves
+_DIE_WITH_PARENT = 1  # prctl(2): PR_SET_PDEATHSIG
+
+
+def main() -> None:
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):  # the kernel kills this process before those that serve
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    preprocess.prepare_pillow()
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        frames.send(connection, [])  # ready
+        # An HTTP worker that was killed before prctl() sends no signal.
+        while os.getppid() == parent and select.select([connection], [], [], IDLE_SECONDS)[0]:
+            try:
+                description, encoded = frames.receive(connection)
+            except EOFError:
+                return
+            frames.send(connection, decode(json.loads(description), encoded))
+
+
+def decode(description: dict[str, object], encoded: bytes) -> list[bytes]:
+    """The pixels, or the class name and the message of an error."""
+    try:
+        image = decoder_of(description).open(encoded)
+        limit_address_space(image.peak_bytes + len(encoded))
+        return [image.pixels().tobytes()]
+    except preprocess.ImageError as error:
+        return [type(error).__name__.encode(), str(error).encode()]
+
+
+def decoder_of(description: dict[str, object]) -> preprocess.Decoder:
+    preprocessing = description.pop("preprocessing")
+    assert isinstance(preprocessing, dict)
+    return preprocess.Decoder(preprocess.Preprocessing(**preprocessing), **description)  # type: ignore[arg-type]
+
+
+def limit_address_space(more: int) -> None:
+    """A decoder that took more memory than estimated would fail, and not the processes that serve."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 2 * more + _SLACK_BYTES
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Large images are decoded in processes: bounded in time and memory, and without delaying others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from tests.support.http import classify, metric
+from tests.support.images import encoded, random_image
+from tests.support.processes import HTTP_WORKER, has_exited, kill, serving
+from tests.support.waiting import eventually
+from vitserve.model.bundle.preprocess import DamagedImageError, Decoder, NotAnImageError, Preprocessing
+from vitserve.service.http_worker.dispatch.decode_memory import DecodeMemory
+from vitserve.service.http_worker.dispatch.decode_process import DecodeProcess, DecodeTimeoutError
+
+DECODER = Decoder(Preprocessing(32, 0.9))
+SMALL = encoded(random_image(40, 30))
+LARGE = encoded(Image.new("RGBA", (3000, 3000), (10, 200, 30, 128)), compress_level=1)
+DECODE_PROCESS = "vitserve.service.http_worker.dispatch.decode_process_main"
+
+
+def later(seconds: float = 60.0) -> float:
+    return time.monotonic() + seconds
+
+
+@pytest.fixture
+def process() -> Iterator[DecodeProcess]:
+    process = DecodeProcess()
+    yield process
+    process.close()
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        kill(pid, signal.SIGCONT)
+
+
+def test_a_process_gives_the_pixels_and_the_errors_of_the_decoder(process: DecodeProcess) -> None:
+    for image in (SMALL, LARGE):
+        assert np.array_equal(process.decode(DECODER, image, later()), DECODER.decode(image))
+    for broken in (LARGE[:-2000], b"no image"):
+        with pytest.raises((DamagedImageError, NotAnImageError)) as expected:
+            DECODER.decode(broken)
+        with pytest.raises(expected.type, match=str(expected.value)[:20]):
+            process.decode(DECODER, broken, later())
+
+
+def test_a_process_that_takes_too_long_is_killed_and_replaced(process: DecodeProcess) -> None:
+    process.decode(DECODER, SMALL, later())
+    pid = process.pid
+    assert pid is not None
+    with stopped(pid), pytest.raises(DecodeTimeoutError):
+        process.decode(DECODER, SMALL, later(0.05))
+    assert has_exited(pid)
+    assert process.decode(DECODER, SMALL, later()).shape == (32, 32, 3)
+
+
+def test_a_process_that_ends_rejects_its_image_only(process: DecodeProcess) -> None:
+    process.decode(DECODER, SMALL, later())
+    pid = process.pid
+    assert pid is not None
+    with stopped(pid), ThreadPoolExecutor() as pool:
+        decoding = pool.submit(process.decode, DECODER, LARGE, later())
+        kill(pid)
+        with pytest.raises(DamagedImageError, match="SIGKILL"):
+            decoding.result()
+    assert process.decode(DECODER, SMALL, later()).shape == (32, 32, 3)
+
+
+def test_an_idle_process_that_has_exited_is_replaced_without_an_error(process: DecodeProcess) -> None:
+    process.decode(DECODER, SMALL, later())
+    assert process.pid is not None
+    kill(process.pid)
+    eventually(lambda: has_exited(process.pid or 0), "the process has exited")
+    assert process.decode(DECODER, SMALL, later()).shape == (32, 32, 3)
+
+
+def test_processes_of_all_workers_share_the_memory(tmp_path: Path) -> None:
+    """Each holds its share for a moment; their sum never exceeds the capacity."""
+    capacity, held, most, lock = 100, [0], [0], threading.Lock()
+    memories = [DecodeMemory(tmp_path, worker, capacity) for worker in range(3)]
+
+    def use(number: int) -> None:
+        memory, process, size = memories[number % 3], number // 3, 20 + 9 * number
+        for _ in range(20):
+            assert memory.reserve(process, size, later())
+            with lock:
+                held[0] += size
+                most[0] = max(most[0], held[0])
+            with lock:
+                held[0] -= size
+            memory.release(process)
+
+    with ThreadPoolExecutor(9) as pool:
+        list(pool.map(use, range(9)))
+    assert 0 < most[0] <= capacity
+    assert memories[0].reserve(0, capacity, later())
+    assert not memories[1].reserve(0, 1, time.monotonic()), "all of it is taken"
+    DecodeMemory(tmp_path, 0, capacity).close()  # the successor of a worker that was killed
+    assert memories[1].reserve(0, capacity, later())
+    for memory in memories:
+        memory.close()
+
+
+def test_large_images_are_served_and_do_not_outlive_their_worker() -> None:
+    with serving("--decode-threads", "1") as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        small = classify(client, SMALL).json()["results"]
+        assert classify(client, LARGE).json()["results"][0]["predictions"]
+        children = psutil.Process(server.pids(HTTP_WORKER)[0]).children()
+        assert [child.cmdline()[3] for child in children] == [DECODE_PROCESS]
+        assert children[0].nice() > 0
+        assert Path(f"/proc/{children[0].pid}/oom_score_adj").read_text().strip() == "1000"
+        with stopped(children[0].pid):  # as long as a decoder that does not end
+            late = client.post("/v1/classify?timeout_ms=2500", content=LARGE)
+            assert (late.status_code, late.json()["code"]) == (429, "overloaded")
+            assert classify(client, SMALL).json()["results"] == small
+        assert metric(client, "vitserve_images_shed_total", reason="large") == 1
+        assert classify(client, LARGE).status_code == 200
+        child = psutil.Process(server.pids(HTTP_WORKER)[0]).children()[0].pid
+        kill(server.pids(HTTP_WORKER)[0])
+        eventually(lambda: has_exited(child), "the decode process has exited")
+
+
+def test_the_limits_of_large_images_are_reported() -> None:
+    """The memory for images: a quarter for bodies, 32 MiB for the decode thread, the rest for large images."""
+    memory = str((4 * (32 + 16) // 3) * 2**20)
+    limits = "--decode-threads", "1", "--image-memory-bytes", memory, "--max-decode-seconds", "0.001"
+    with serving(*limits) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        response = classify(client, LARGE)
+        assert (response.status_code, response.json()["code"]) == (413, "image_too_large")
+        assert "bytes" in response.json()["detail"]
+        slow = encoded(Image.new("L", (4000, 3500)), "TIFF", compression="tiff_lzw")
+        response = classify(client, slow)
+        assert (response.status_code, response.json()["code"]) == (422, "image_too_complex"), response.text
+        assert classify(client, SMALL).status_code == 200
