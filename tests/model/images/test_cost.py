@@ -17,7 +17,7 @@ from tests.support.images import encoded, random_image
 from tests.support.paths import ROOT
 from vitserve.model.bundle.preprocess import Decoder, OpenedImage, Preprocessing
 
-SLACK_BYTES = 4 * 2**20  # of the interpreter and the libraries
+SLACK_BYTES = 6 * 2**20  # of the interpreter and the libraries
 DECODER = Decoder(Preprocessing(224, 0.875))
 
 
