@@ -17,7 +17,7 @@ from vitserve.service.engines.engine import Engine, EngineOptions, EngineUnavail
 from vitserve.service.engines.golden_check import golden_check
 from vitserve.service.engines.selection import candidates
 
-# int8 needs a graph of its own: tests/export/test_precision.py.
+# int8 needs a graph of its own: tests/export/test_int8.py.
 KINDS: list[tuple[str, Precision]] = [
     (name, precision) for name, kind in ENGINES.items() for precision in kind.cpu if precision != "int8"
 ]

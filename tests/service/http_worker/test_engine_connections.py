@@ -1,6 +1,6 @@
 """A dispatcher and its engine workers: failing batches, crashes, successors and stale messages.
 
-test_processes.py kills real processes.
+tests/service/supervisor/test_engine_crash.py kills real processes.
 """
 
 from __future__ import annotations
