@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from tests.support.bundles import random_images
-from tests.support.networks import TINY, network
+from tests.support.networks import DISTILLED, HYBRID_AXIAL_MEAN, TINY, network
 from tests.support.traces import traced as traced_graph
 from vitserve.export.graph.cast_precision import CastPrecision, cast_graph
 from vitserve.export.quantize.fp8 import GREATEST_E4M3, write_fp8_graph
@@ -29,19 +28,8 @@ TYPES = {"bf16": onnx.TensorProto.BFLOAT16, "fp16": onnx.TensorProto.FLOAT16, "f
 UNTRAINED = ViTConfig(image_size=16, patch_size=8, width=32, depth=2, heads=2, mlp_width=64, classes=7)
 VARIANTS = {
     "untrained, with equal tensors that the exporter stores once": UNTRAINED,
-    "distilled, layer scale": replace(
-        TINY, distillation_token=True, distillation_head=True, layer_scale=True, qk_norm=True
-    ),
-    "hybrid, axial, mean": replace(
-        TINY,
-        image_size=32,
-        stem=(8, 16),
-        attention="axial",
-        pool="mean",
-        class_token=False,
-        norm_after_pool=True,
-        swiglu=True,
-    ),
+    "distilled, layer scale": DISTILLED,
+    "hybrid, axial, mean": HYBRID_AXIAL_MEAN,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,19 @@ from vitserve.model.config import ViTConfig
 from vitserve.model.network.vit import ViT
 
 TINY = ViTConfig(image_size=16, patch_size=8, width=32, depth=2, heads=2, mlp_width=64, classes=7)
+
+# Two networks that use most of the options of ViTConfig.
+DISTILLED = replace(TINY, distillation_token=True, distillation_head=True, layer_scale=True, qk_norm=True)
+HYBRID_AXIAL_MEAN = replace(
+    TINY,
+    image_size=32,
+    stem=(8, 16),
+    attention="axial",
+    pool="mean",
+    class_token=False,
+    norm_after_pool=True,
+    swiglu=True,
+)
 
 
 def network(config: ViTConfig, seed: int = 0) -> ViT:

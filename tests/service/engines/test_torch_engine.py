@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.support.images import random_image
-from tests.support.networks import TINY, network
+from tests.support.networks import DISTILLED, HYBRID_AXIAL_MEAN, TINY, network
 from tests.support.traces import traced
 from vitserve.export.graph.reference import ReferenceNetwork
 from vitserve.model.arrays import Outputs
@@ -30,21 +30,10 @@ from vitserve.service.engines.torch.fusion import ADD_NORM, LINEAR, LINEAR_GELU,
 from vitserve.service.engines.torch.interpreter import OPERATORS, TorchGraph
 
 FAMILIES: dict[str, ViTConfig | ResNetConfig] = {
-    "distilled, layer scale": replace(
-        TINY, distillation_token=True, distillation_head=True, layer_scale=True, qk_norm=True
-    ),
+    "distilled, layer scale": DISTILLED,
     "registers, SwiGLU": replace(TINY, registers=3, swiglu=True),
     "quick GELU, pre-logits": replace(TINY, activation="quick_gelu", representation_width=24),
-    "hybrid, axial, mean": replace(
-        TINY,
-        image_size=32,
-        stem=(8, 16),
-        attention="axial",
-        pool="mean",
-        class_token=False,
-        norm_after_pool=True,
-        swiglu=True,
-    ),
+    "hybrid, axial, mean": HYBRID_AXIAL_MEAN,
     "local": replace(TINY, image_size=32, attention="local", window=3),
     "R + ViT": replace(TINY, image_size=64, patch_size=16, resnet=(1, 1, 1)),
     "ResNet": ResNetConfig(64, (1, 1), 1, classes=7),
