@@ -128,16 +128,22 @@ def test_the_least_of_limit_and_physical_memory(limit: int | None, monkeypatch: 
 @pytest.fixture
 def nested_group() -> Iterator[Path]:
     """A group in a group of the real cpu hierarchy, whose parent has a quota of 0.7."""
+    reason = "needs root and a writable cpu hierarchy of version 1"
+    if not (CPU_V1 / "cpu.cfs_quota_us").exists():
+        pytest.skip(reason)
     parent = CPU_V1 / f"vitserve-test-{os.getpid()}"
     child = parent / "child"
     try:
-        child.mkdir(parents=True)
-        (parent / "cpu.cfs_quota_us").write_text("70000")
-    except OSError:
-        pytest.skip("needs root and a writable cpu hierarchy of version 1")
-    yield child
-    child.rmdir()
-    parent.rmdir()
+        try:
+            child.mkdir(parents=True)
+            (parent / "cpu.cfs_quota_us").write_text("70000")
+        except OSError:
+            pytest.skip(reason)
+        yield child
+    finally:
+        for group in (child, parent):
+            if group.exists():
+                group.rmdir()
 
 
 def test_a_process_in_a_real_nested_group_finds_its_quota(nested_group: Path) -> None:

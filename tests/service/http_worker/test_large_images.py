@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -42,6 +45,14 @@ def process() -> Iterator[DecodeProcess]:
     process.close()
 
 
+def waiting_bytes(process: DecodeProcess) -> int:
+    """Bytes that were sent to the process and not read by it (ioctl SIOCOUTQ, unix(7))."""
+    assert process._connection is not None
+    size = bytearray(4)
+    fcntl.ioctl(process._connection.fileno(), termios.TIOCOUTQ, size)
+    return int.from_bytes(size, sys.byteorder)
+
+
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
     os.kill(pid, signal.SIGSTOP)
@@ -77,6 +88,7 @@ def test_a_process_that_ends_rejects_its_image_only(process: DecodeProcess) -> N
     assert pid is not None
     with stopped(pid), ThreadPoolExecutor() as pool:
         decoding = pool.submit(process.decode, DECODER, LARGE, later())
+        eventually(lambda: waiting_bytes(process) > 0, "the image is sent")
         kill(pid)
         with pytest.raises(DamagedImageError, match="SIGKILL"):
             decoding.result()

@@ -15,7 +15,7 @@ from vitserve.service import errors
 from vitserve.service.ipc import metrics_directory
 from vitserve.service.ipc.metrics_directory import DECODE_MEMORY, DECODE_MEMORY_BYTES, FILE_BYTES, process_names
 
-ROUTES = ("/v1/classify", "/v1/model", "/v1/admin/reload", "/livez", "/readyz", "/metrics", "other", "malformed")
+ROUTES = ("/v1/classify", "/v1/model", "/v1/admin/reload", "/livez", "/readyz", "/metrics", "other")
 
 
 def in_small_shared_memory(*command: str, kibibytes: int, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from tests.support.http import classify
 from tests.support.images import encoded, random_image
 from tests.support.library_networks import SMALL
 from tests.support.load import Load, expectations
-from tests.support.processes import LONG_TIMEOUT, BundleLink, reload, serving
+from tests.support.processes import ADMIN_KEY, LONG_TIMEOUT, BundleLink, reload, serving
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.model.arrays import to_probabilities
@@ -41,7 +41,7 @@ def test_swin_and_siglip_replace_each_other_under_load(
     expected = expectations(swin, siglip)
     link = BundleLink(tmp_path, swin.path)
     with (
-        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", "secret") as running,
+        serving("--bundle", str(link.path), *LONG_TIMEOUT, "--admin-key", ADMIN_KEY) as running,
         httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         with Load(running.url, expected) as load:

@@ -13,7 +13,16 @@ import pytest
 
 from tests.support.http import classify, connect, head, response
 from tests.support.images import encoded, random_image
-from tests.support.processes import ENGINE_WORKER, HTTP_WORKER, READY, kill, serving, slot_table_of, wait_for_lines
+from tests.support.processes import (
+    ENGINE_WORKER,
+    HTTP_WORKER,
+    LONG_TIMEOUT,
+    READY,
+    kill,
+    serving,
+    slot_table_of,
+    wait_for_lines,
+)
 from tests.support.server import Server
 from tests.support.waiting import eventually
 from vitserve.model.bundle.bundle import Bundle
@@ -87,8 +96,11 @@ def test_descriptors_are_kept_back_for_the_service() -> None:
     assert ConnectionLimits(Settings(), 10).connections == 1
 
 
+PATIENT = ("--hang-seconds", "60", *LONG_TIMEOUT)
+
+
 def test_probes_are_answered_while_all_connections_wait_for_a_response(bundle: Bundle) -> None:
-    with ExitStack() as stack, serving("--bundle", str(bundle.path), "--max-connections", "8") as running:
+    with ExitStack() as stack, serving("--bundle", str(bundle.path), "--max-connections", "8", *PATIENT) as running:
         (engine,) = running.pids(ENGINE_WORKER)
         slot_table = slot_table_of(engine)
         kill(engine, signal.SIGSTOP)

@@ -187,15 +187,16 @@ def test_a_request_is_answered_before_the_malformed_one_behind_it(connection: so
 @pytest.mark.parametrize("count", [50, 100_000])
 def test_pipelined_requests_are_bounded(connection: socket.socket, count: int) -> None:
     """Those that fit are answered, and the connection is closed behind them."""
-    sent = send(connection, [(START + b"\r\n") * count])
+    send(connection, [(START + b"\r\n") * count])
     received = b""
     while received.count(b"HTTP/1.1 200 OK") < min(count, 50):
-        received += connection.recv(65_536)
+        more = connection.recv(65_536)
+        assert more, "the connection was closed before all responses"
+        received += more
     if count > 50:
         received += b"".join(iter(lambda: connection.recv(65_536), b""))
         assert received.count(b"HTTP/1.1 200 OK") < 100
         assert received.count(b"HTTP/1.1 400 Bad Request") == 1
-    assert sent <= len(START + b"\r\n") * count
 
 
 @pytest.mark.parametrize("upgrade", ["websocket", "h2c"])
