@@ -22,7 +22,7 @@ serve: $(VENV)/serve.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# Full-size checkpoints, a million simulated images, the cpu image: about half an hour.
+# Full-size checkpoints, thousands of connections, hundreds of large images, the cpu image: more than half an hour.
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -m slow
 
@@ -123,6 +123,6 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q "torch==2.13.0"
 	$(BIN)/python -m pip install -q -e ".[dev]"
 	$(BIN)/python -m pip install -q --no-deps timm torchvision
-	$(BIN)/python -m pip install -q $(TENSORRT_RTX) || \
-		echo "TensorRT for RTX cannot be installed here: the tests that build plans with it are skipped"
+	[ "$$(uname -m)" != x86_64 ] || $(BIN)/python -m pip install -q $(TENSORRT_RTX) || \
+		echo "TensorRT for RTX cannot be installed: the tests that build plans with it are skipped. To try again: make clean"
 	touch $@ $(VENV)/serve.stamp

@@ -69,7 +69,7 @@ def lines(found: Results) -> Iterator[tuple[str, list[Line]]]:
         for server, rows in by_server.items():
             columns = cells([row.measured for row in rows])
             if server != REFERENCE and (compared := ratios(rows, by_server.get(REFERENCE, []))):
-                columns[f"{found.titles[REFERENCE]} ÷ it"] = spread(compared)
+                columns[f"{found.titles[REFERENCE]} ÷ server"] = spread(compared)
             by_scenario.setdefault(scenario, []).append(Line(load, found.titles.get(server, server), columns))
     yield from by_scenario.items()
 
