@@ -28,19 +28,19 @@ def cache_dir() -> Path:
     Where that cannot be used, a directory of this user among the temporary files, with one warning. Raises CacheError
     if there is none either. See the XDG base directory specification.
     """
-    return _cache_dir(os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME", ""), tempfile.gettempdir())
+    return _cache_dir(*(os.environ.get(name, "") for name in ("XDG_CACHE_HOME", "HOME", "TMPDIR")))
 
 
 @functools.cache
-def _cache_dir(xdg_cache_home: str, home: str, temporary: str) -> Path:
+def _cache_dir(xdg_cache_home: str, home: str, tmpdir: str) -> Path:
     """The arguments are the keys of the cache, which gives the warning once."""
     try:
         return usable_directory(_standard(xdg_cache_home))
     except CacheError as error:
         reason = str(error)
     try:
-        path = private_directory(Path(temporary), f"vitserve-{os.geteuid()}")
-    except CacheError as error:
+        path = private_directory(Path(tempfile.gettempdir()), f"vitserve-{os.geteuid()}")
+    except OSError as error:  # also if no directory for temporary files can be written
         raise CacheError(f"{reason}; {error}") from error
     log.warning("caching in %s: %s", path, reason)
     return path

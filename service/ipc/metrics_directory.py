@@ -35,7 +35,7 @@ def create(processes: Sequence[str], directories: Sequence[Path] | None = None) 
     """
     needed = len(processes) * len(KINDS) * FILE_BYTES + DECODE_MEMORY_BYTES
     failures = []
-    for parent in directories or (SHARED_MEMORY, Path(tempfile.gettempdir())):
+    for parent in directories or _default_directories():
         try:
             path = _create_in(parent, processes)
         except OSError as error:
@@ -49,6 +49,15 @@ def create(processes: Sequence[str], directories: Sequence[Path] | None = None) 
         f"{SHARED_MEMORY} (docker run --shm-size, or a volume of medium Memory in Kubernetes), delete files in it, "
         "or set TMPDIR to a writable directory"
     )
+
+
+def _default_directories() -> Iterator[Path]:
+    yield SHARED_MEMORY
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except OSError:  # none can be written, as in a container with a read-only root filesystem
+        return
+    yield temporary
 
 
 def _create_in(parent: Path, processes: Sequence[str]) -> str:
