@@ -90,6 +90,7 @@ class BatchLoop:
                     work = self._read_until_work()
                     while work is not None and self._is_short(work[0]):
                         self._run(*work)
+                        self._check_streams_and_send_heartbeat()
                         self._read(0.0)
                         work = self._read_until_work()
                 while work is not None:

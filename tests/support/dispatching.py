@@ -96,13 +96,11 @@ class Harness:
     def slot_table(self) -> SlotTable:
         return self.dispatcher.slot_table
 
-    def start(self, engine: FakeEngine, seconds: float = 0.001, index: int = 0) -> None:
+    def start(self, engine: FakeEngine, seconds: float = 0.001, index: int = 0, hang_seconds: float = 60.0) -> None:
         """Runs the threads of an engine worker. A batch of n is expected to take ``seconds`` * (1 + n)."""
         expected = {size: seconds * (1 + size) for size in range(1, 5)}
         metrics = Metrics(CollectorRegistry())
-        loop = BatchLoop(
-            engine, SlotTable(self.memory), index, ENGINE_INCARNATION, expected, metrics, hang_seconds=60.0
-        )
+        loop = BatchLoop(engine, SlotTable(self.memory), index, ENGINE_INCARNATION, expected, metrics, hang_seconds)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         endpoint = self.connect(index)
         Channel(ours).send(ConnectWorker(worker=0, incarnation=1), [endpoint.fileno()])
