@@ -69,11 +69,14 @@ def _open(
     Raises BundleRejectedError.
     """
     settings = start.settings
-    # The slot table of this generation fixes the number of streams, even if tuning has changed it since.
+    # The slot table of this generation fixes streams and threads, even if tuning has changed them since.
     if descriptors:
-        settings = dataclasses.replace(settings, streams=SlotTable(descriptors[0]).shape.streams)
-    bundle, opened, options, seconds = open_model(settings, Progress(channel), start.skipped)
-    model_info = describe(bundle, opened)
+        slot_table = SlotTable(descriptors[0])
+        threads = ModelInfo.from_json(slot_table.description).details["serving"]["threads"]
+        settings = dataclasses.replace(settings, streams=slot_table.shape.streams, threads=threads)
+        log.info("streams: %d, threads per stream: %s, as before", settings.streams, threads or "automatic")
+    bundle, opened, options, seconds, threads = open_model(settings, Progress(channel), start.skipped)
+    model_info = describe(bundle, opened, threads)
     created: list[int] = []
     if not descriptors:
         workers = start.light_workers if is_light(seconds) else start.workers

@@ -69,6 +69,7 @@ class OpenedModel(NamedTuple):
     opened: Opened
     options: EngineOptions
     seconds: dict[int, float]  # see warm_up()
+    threads: int  # per stream; 0: the engine's choice
 
 
 def open_model(settings: Settings, progress: Progress, skipped: Sequence[str]) -> OpenedModel:
@@ -84,11 +85,12 @@ def open_model(settings: Settings, progress: Progress, skipped: Sequence[str]) -
     try:
         opened = open_engine(bundle, small, first, progress, progress.trying, skipped)
         seconds = warm_up(opened.engine, bundle.manifest.preprocessing.shape)
+        threads = small.threads
         if small is not options:
-            opened, seconds = with_measured_streams(bundle, opened, options, seconds)
+            opened, seconds, threads = with_measured_streams(bundle, opened, options, seconds)
     except NoEngineError as error:
         raise BundleRejectedError("no_engine", str(error)) from error
-    return OpenedModel(bundle, opened, options, seconds)
+    return OpenedModel(bundle, opened, options, seconds, threads)
 
 
 def _applicable_tuning_result(settings: Settings, bundle: Bundle) -> TuningResult | None:
@@ -208,8 +210,10 @@ def for_small_network(bundle: Bundle, options: EngineOptions, max_streams: int) 
 
 def with_measured_streams(
     bundle: Bundle, opened: Opened, options: EngineOptions, seconds: dict[int, float]
-) -> tuple[Opened, dict[int, float]]:
-    """The engine and its warm_up() results. Opens it again if it was opened for_small_network() and is not small.
+) -> tuple[Opened, dict[int, float], int]:
+    """The engine, its warm_up() results, and its threads per stream.
+
+    Opens it again if it was opened for_small_network() and is not small.
 
     A light network needs one stream of one thread: its cores handle HTTP. ``options`` are those of other networks.
     """
@@ -217,14 +221,14 @@ def with_measured_streams(
         options = dataclasses.replace(options, threads=1)
     elif is_light(seconds) or seconds[1] <= SMALL_SECONDS:
         log.info("the network is small: streams: %d, threads per stream: 1", opened.engine.streams)
-        return opened, seconds
+        return opened, seconds, 1
     opened.engine.close()
     engine, precision = opened.engine.name, opened.engine.precision
     if options.threads:
         log.info("the network is light: streams: 1, threads per stream: 1")
     again = open_engine(bundle, dataclasses.replace(options, engine=engine, precision=precision))
     seconds = warm_up(again.engine, bundle.manifest.preprocessing.shape)
-    return dataclasses.replace(opened, engine=again.engine), seconds
+    return dataclasses.replace(opened, engine=again.engine), seconds, options.threads
 
 
 def is_light(seconds: Mapping[int, float]) -> bool:
@@ -232,7 +236,8 @@ def is_light(seconds: Mapping[int, float]) -> bool:
     return min(duration / size for size, duration in seconds.items()) < LIGHT_SECONDS
 
 
-def describe(bundle: Bundle, opened: Opened) -> ModelInfo:
+def describe(bundle: Bundle, opened: Opened, threads: int) -> ModelInfo:
+    """``threads``: per stream; 0: the engine's choice."""
     manifest, engine = bundle.manifest, opened.engine
     serving = {
         "engine": engine.name,
@@ -240,6 +245,7 @@ def describe(bundle: Bundle, opened: Opened) -> ModelInfo:
         "parity": vars(opened.parity),
         "rejected": [vars(rejection) for rejection in opened.rejected],
         "streams": engine.streams,
+        "threads": threads,
     }
     return ModelInfo(
         manifest.name,

@@ -80,6 +80,7 @@ class Serving(BaseModel):
     parity: Parity
     rejected: list[RejectedEngine] = Field(description="Faster engines that are not used.")
     streams: int
+    threads: int = Field(description="Per stream. 0: the engine's choice.")
     preferred_batch_size: int = Field(description="Smallest batch size near the best throughput.")
     seconds_per_batch_size: dict[int, float] = Field(description="Measured duration of a batch of each size.")
 

@@ -89,7 +89,7 @@ def test_the_activation_reaches_the_workers(bundle: Bundle, tmp_path: Path) -> N
     changed = open_bundle(tmp_path / "bundle")
     opened = open_engine(changed, EngineOptions(precision="fp32"))
     opened.engine.close()
-    info = ModelInfo.from_json(describe(changed, opened).to_json())
+    info = ModelInfo.from_json(describe(changed, opened, threads=1).to_json())
     assert (info.activation, info.details["activation"]) == ("sigmoid", "sigmoid")
 
 

@@ -6,13 +6,16 @@ import dataclasses
 import os
 import signal
 import socket
+from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.processes import READY, line_count, serving, wait_for_lines
-from vitserve.model.bundle.bundle import Bundle, open_bundle
+from vitserve.model.bundle.bundle import MANIFEST, Bundle, open_bundle, sha256
 from vitserve.service import machine
 from vitserve.service.engine_worker.startup import Progress, startup_hints
+from vitserve.service.engine_worker.tuning_cache import TuningResult, save_tuning_result
 from vitserve.service.ipc import control_messages
 from vitserve.service.ipc.control_channel import Channel
 from vitserve.service.settings import DEFAULT_BUNDLE, Settings
@@ -104,6 +107,21 @@ def test_a_light_network_gets_an_http_worker_per_core_and_one_thread(bundle: Bun
         os.kill(engine, signal.SIGKILL)
         wait_for_lines(running, READY, 2 * count)
         assert line_count(running, "threads per stream: 1") == 2
+        assert running.stop() == 0
+
+
+def test_a_tuned_number_of_threads_is_kept_after_a_restart(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    save_tuning_result(sha256(bundle.path / MANIFEST), TuningResult("openvino", "fp32", 2, 2, 1.0))
+    with serving("--bundle", str(bundle.path)) as running:
+        serving_now = httpx.get(f"{running.url}/v1/model").json()["serving"]
+        assert (serving_now["streams"], serving_now["threads"]) == (2, 2)
+        (engine,) = running.pids("vitserve.service.engine_worker.main")
+        os.kill(engine, signal.SIGKILL)
+        running.wait_for("streams: 2, threads per stream: 2, as before")
+        wait_for_lines(running, READY, 2)
         assert running.stop() == 0
 
 
