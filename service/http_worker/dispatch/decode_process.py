@@ -19,7 +19,7 @@ from vitserve.service.python_process import python_command, python_environment
 
 log = logging.getLogger(__name__)
 
-_START_SECONDS = 60.0
+_START_SECONDS, _EXIT_SECONDS = 60.0, 5.0
 _IMAGE_ERRORS = {
     kind.__name__: kind
     for kind in (
@@ -36,19 +36,27 @@ class DecodeTimeoutError(Exception):
     """The image was not decoded in time. The process was killed."""
 
 
+class DecodeProcessError(Exception):
+    """The process could not be started."""
+
+
 class DecodeProcess:
     """Starts the process for the first image, and again after it has ended. For one thread."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
+        self._ready, self._started = False, 0.0  # monotonic seconds
 
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
     def decode(self, decoder: preprocess.Decoder, encoded: bytes, until: float) -> Pixels:
-        """uint8 [height, width, channels]. ``until``: monotonic seconds. Raises ImageError or DecodeTimeoutError."""
+        """uint8 [height, width, channels]. ``until``: monotonic seconds.
+
+        Raises ImageError, DecodeTimeoutError or DecodeProcessError.
+        """
         description = json.dumps(dataclasses.asdict(decoder)).encode()
         received = self._exchange([description, encoded], until) or self._exchange([description, encoded], until)
         if received is None:
@@ -72,26 +80,44 @@ class DecodeProcess:
         try:
             connection = self._running()
             connection.settimeout(max(0.001, until - time.monotonic()))
+            if not self._ready:
+                frames.receive(connection)
+                self._ready = True
             frames.send(connection, request)
             return frames.receive(connection)
         except TimeoutError:
-            self.close()
+            if self._ready or time.monotonic() - self._started > _START_SECONDS:
+                self.close()  # else it is still starting, for the next image
             raise DecodeTimeoutError from None
         except (EOFError, OSError):
-            status = 0 if self._process is None else self._process.wait(_START_SECONDS)
-            self.close()
+            status = self._exit_status()
             if status == 0:
                 return None
             ending = signal.Signals(-status).name if status < 0 else f"status {status}"
             log.error("the decode process ended with %s", ending)
+            if not self._ready:
+                raise DecodeProcessError(f"the decode process ended with {ending} while it started") from None
             raise preprocess.DamagedImageError(
                 f"the image cannot be decoded: its decoder ended with {ending}"
             ) from None
 
+    def _exit_status(self) -> int:
+        """Of the process that has closed its connection."""
+        assert self._process is not None
+        try:
+            return self._process.wait(_EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+        finally:
+            self.close()
+
     def _running(self) -> socket.socket:
         if self._connection is None or self._has_ended():
             self.close()
-            self._connection = self._start()
+            try:
+                self._connection = self._start()
+            except OSError as error:  # no process or no descriptor is left
+                raise DecodeProcessError(f"a decode process cannot be started: {error}") from error
         return self._connection
 
     def _has_ended(self) -> bool:
@@ -109,12 +135,15 @@ class DecodeProcess:
         ours, theirs = socket.socketpair()
         module = "vitserve.service.http_worker.dispatch.decode_process_main"
         with theirs:
-            self._process = subprocess.Popen(
-                python_command(module, str(theirs.fileno())),
-                env=python_environment(),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        ours.settimeout(_START_SECONDS)
-        frames.receive(ours)
+            try:
+                self._process = subprocess.Popen(
+                    python_command(module, str(theirs.fileno())),
+                    env=python_environment(),
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                )
+            except OSError:
+                ours.close()
+                raise
+        self._ready, self._started = False, time.monotonic()
         return ours

@@ -23,8 +23,15 @@ from vitserve.service import errors, machine
 from vitserve.service.http_worker.dispatch.decode_memory import MAX_PROCESSES, DecodeMemory
 from vitserve.service.http_worker.dispatch.decode_pool import DecodePool
 from vitserve.service.http_worker.dispatch.decode_process import DecodeProcess, DecodeTimeoutError
-from vitserve.service.http_worker.dispatch.decoding import ImageDecoder, OpenedImage, decode_into, open_image
+from vitserve.service.http_worker.dispatch.decoding import (
+    ImageDecoder,
+    OpenedImage,
+    decode_into,
+    open_image,
+    response_error,
+)
 from vitserve.service.http_worker.dispatch.image_job import ImageJob, too_many_large_images
+from vitserve.service.http_worker.dispatch.offered_load import DecodeWork
 from vitserve.service.ipc.control_channel import METRICS_DIR
 from vitserve.service.ipc.shared_memory import sort_key
 from vitserve.service.settings import THREAD_BYTES, Settings
@@ -38,8 +45,10 @@ _MAX_SECONDS, _MAX_SECONDS_PER_CORE = 1e-4, 1e-3
 # Images that take more than this, or more than THREAD_BYTES, are large: on a decode thread, others would wait for them.
 MAX_THREAD_SECONDS = 0.1
 
-# job, its error or None, whether it was decoded, whether this is the event loop
-Finished = Callable[[ImageJob, errors.ServiceError | None, bool, bool], None]
+_OUTLIER_FACTOR = 10.0  # an image counts with at most this multiple of its estimate in the average
+
+# job, its error or None, the work that was done, whether this is the event loop
+Finished = Callable[[ImageJob, errors.ServiceError | None, DecodeWork, bool], None]
 
 
 class MemoryBusyError(Exception):
@@ -61,19 +70,23 @@ class DecodeWorkers:
         for number in range(processes):
             self._idle.put(number)
 
-    def decode_large(self, decoder: preprocess.Decoder, encoded: bytes, size: int, until: float) -> Pixels:
-        """On a thread of the large pool. ``size``: bytes of memory.
+    def decode_large(
+        self, decoder: preprocess.Decoder, encoded: bytes, size: int, until: float
+    ) -> tuple[Pixels, float]:
+        """On a thread of the large pool: the pixels, and the seconds without the wait for memory.
 
-        Raises ImageError, MemoryBusyError or DecodeTimeoutError.
+        ``size``: bytes of memory. Raises ImageError, MemoryBusyError, DecodeTimeoutError or DecodeProcessError.
         """
         number = self._idle.get()  # there is one for each thread
         try:
             if not self.memory.reserve(number, size, until):
                 raise MemoryBusyError
+            began = time.monotonic()
             try:
-                return self._processes[number].decode(decoder, encoded, min(until, time.monotonic() + self.max_seconds))
+                pixels = self._processes[number].decode(decoder, encoded, min(until, began + self.max_seconds))
             finally:
                 self.memory.release(number)
+            return pixels, time.monotonic() - began
         finally:
             self._idle.put(number)
 
@@ -92,16 +105,17 @@ class DecodeStage:
     def __init__(
         self, decoder: ImageDecoder, workers: DecodeWorkers, pixels: Pixels, http_workers: int, finished: Finished
     ) -> None:
-        """``pixels``: of all slots, [slots, image size, image size, 3]."""
+        """``pixels``: of all slots, [slots, height, width, channels]."""
         self.decoder, self._workers, self._pixels, self._finished = decoder, workers, pixels, finished
         self._max_seconds_on_loop = _MAX_SECONDS_PER_CORE if http_workers >= machine.cores() else _MAX_SECONDS
 
     def start(self, job: ImageJob) -> None:
         """On the event loop."""
         if len(job.encoded) <= _MAX_OPENED_BYTES:
+            began = time.monotonic()
             job.image = open_image(self.decoder, job.encoded)
             if isinstance(job.image, errors.ServiceError) or job.image.seconds <= self._max_seconds_on_loop:
-                self._decode(job, job.image, on_loop=True)
+                self._decode(job, job.image, began, on_loop=True)
                 return
             if self._start_large(job, job.image, on_loop=True):
                 return
@@ -109,24 +123,28 @@ class DecodeStage:
         self._workers.pool.submit(_sort_key(job), 9 - job.slot.priority, work, job.received)
 
     def _decode_on_thread(self, job: ImageJob) -> float | None:
+        began = time.monotonic()
         image = job.image
-        if image is None and job.late_error(time.monotonic()) is None:
+        if image is None and job.late_error(began) is None:
             image = job.image = open_image(self.decoder, job.encoded)
             if not isinstance(image, errors.ServiceError) and self._start_large(job, image, on_loop=False):
                 return None
-        return self._decode(job, image, on_loop=False)
+        return self._decode(job, image, began, on_loop=False)
 
-    def _decode(self, job: ImageJob, image: OpenedImage | errors.ServiceError | None, on_loop: bool) -> float | None:
-        """Returns the seconds of decoding, None if the image was not decoded. ``image``: None for a late one."""
-        began = time.monotonic()
+    def _decode(
+        self, job: ImageJob, image: OpenedImage | errors.ServiceError | None, began: float, on_loop: bool
+    ) -> float | None:
+        """Returns the seconds of decoding, None if nothing was decoded. ``image``: None for a late one."""
         error: errors.ServiceError | None = job.late_error(began)
-        decoded = error is None
-        if decoded:
+        work = DecodeWork.NONE
+        if error is None and isinstance(image, errors.ServiceError):
+            error, work = image, DecodeWork.HEADER
+        elif error is None:
             assert image is not None
-            error = decode_into(self._pixels, job.slot.slot, image)
+            error, work = decode_into(self._pixels, job.slot.slot, image), DecodeWork.DECODED
         job.decode_seconds = time.monotonic() - began
-        self._finished(job, error, decoded, on_loop)
-        return job.decode_seconds if decoded else None
+        self._finished(job, error, work, on_loop)
+        return job.decode_seconds if work == DecodeWork.DECODED else None
 
     # -- large images
 
@@ -140,7 +158,7 @@ class DecodeStage:
             work, now = partial(self._decode_large, job, image), time.monotonic()
             self._workers.large_pool.submit(_sort_key(job), 9 - job.slot.priority, work, now, image.seconds)
         else:
-            self._finished(job, error, False, on_loop)
+            self._finished(job, error, DecodeWork.NONE, on_loop)
         return True
 
     def _large_error(self, job: ImageJob, image: OpenedImage) -> errors.ServiceError | None:
@@ -154,39 +172,40 @@ class DecodeStage:
             return None
         now, deadline = time.monotonic(), job.slot.deadline
         pool, level = self._workers.large_pool, 9 - job.slot.priority
+        # An idle pool gives ``now``: an image that finds it idle is measured, whatever earlier ones took.
         queued_until = pool.decoded_at(_sort_key(job), level, now, image.seconds)
-        decoded_at = max(now + self._expected_seconds(image), queued_until)
+        decoded_at = max(now + image.seconds, queued_until)
         return None if decoded_at <= deadline else too_many_large_images(decoded_at - deadline)
 
     def _decode_large(self, job: ImageJob, image: OpenedImage) -> float | None:
+        """Returns the seconds of decoding, None if it was not completed, so that there is nothing to learn."""
         began = time.monotonic()
         error: errors.ServiceError | None = job.late_error(began)
-        late_seconds = began + self._expected_seconds(image) - job.slot.deadline
+        late_seconds = began + image.seconds - job.slot.deadline
         if late_seconds > 0 and not (job.admitted or job.abandoned):
             error = too_many_large_images(late_seconds)
         job.waits_as_large = False
-        if decoded := error is None:
-            error = self._decode_in_process(job, image.peak_bytes)
-        job.decode_seconds = time.monotonic() - began
-        self._finished(job, error, decoded, False)
-        return job.decode_seconds if decoded else None
+        seconds: float | None = None
+        if error is None:
+            seconds, error = self._decode_in_process(job, image)
+        job.decode_seconds = seconds or 0.0
+        self._finished(job, error, DecodeWork.NONE if seconds is None else DecodeWork.DECODED, False)
+        return seconds if seconds is None else min(seconds, _OUTLIER_FACTOR * image.seconds)
 
-    def _expected_seconds(self, image: OpenedImage) -> float:
-        return image.seconds * max(1.0, self._workers.large_pool.seconds)
-
-    def _decode_in_process(self, job: ImageJob, size: int) -> errors.ServiceError | None:
-        workers, deadline = self._workers, job.slot.deadline
+    def _decode_in_process(self, job: ImageJob, image: OpenedImage) -> tuple[float | None, errors.ServiceError | None]:
+        workers, deadline, began = self._workers, job.slot.deadline, time.monotonic()
         try:
-            self._pixels[job.slot.slot] = workers.decode_large(self.decoder.on_cpu, job.encoded, size, deadline)
-        except preprocess.ImageError as error:
-            return errors.from_image_error(error)
+            pixels, seconds = workers.decode_large(self.decoder.on_cpu, job.encoded, image.peak_bytes, deadline)
+            self._pixels[job.slot.slot] = pixels
         except MemoryBusyError:
-            return too_many_large_images(1.0)
+            return None, too_many_large_images(1.0)
         except DecodeTimeoutError:
             if deadline <= time.monotonic():
-                return too_many_large_images(1.0)
-            return errors.ImageTooComplexError(f"decoding the image takes more than {workers.max_seconds:g} s")
-        return None
+                return None, too_many_large_images(1.0)
+            return None, errors.ImageTooComplexError(f"decoding the image takes more than {workers.max_seconds:g} s")
+        except Exception as error:  # otherwise the HTTP worker would exit
+            return time.monotonic() - began, response_error(error)
+        return seconds, None
 
 
 def _sort_key(job: ImageJob) -> float:

@@ -59,7 +59,7 @@ def open_image(decoder: ImageDecoder, encoded: bytes) -> OpenedImage | errors.Se
     try:
         return decoder.open(encoded)
     except Exception as error:
-        return _response_error(error)
+        return response_error(error)
 
 
 def decode_into(pixels: Pixels, slot: int, image: OpenedImage | errors.ServiceError) -> errors.ServiceError | None:
@@ -69,11 +69,11 @@ def decode_into(pixels: Pixels, slot: int, image: OpenedImage | errors.ServiceEr
     try:
         pixels[slot] = image.pixels()
     except Exception as error:
-        return _response_error(error)
+        return response_error(error)
     return None
 
 
-def _response_error(error: Exception) -> errors.ServiceError:
+def response_error(error: Exception) -> errors.ServiceError:
     """An unexpected error is reported too: the client would otherwise wait until its deadline."""
     if isinstance(error, ImageError):
         return errors.from_image_error(error)

@@ -21,7 +21,7 @@ from vitserve.service.http_worker.dispatch.decoding import decoder_for
 from vitserve.service.http_worker.dispatch.engine_connections import EngineConnections, Message
 from vitserve.service.http_worker.dispatch.expiry import Expiry
 from vitserve.service.http_worker.dispatch.image_job import ImageJob, ImageResult, ModelReplacedError, Outcome
-from vitserve.service.http_worker.dispatch.offered_load import OfferedLoad
+from vitserve.service.http_worker.dispatch.offered_load import DecodeWork, OfferedLoad
 from vitserve.service.http_worker.metric_buffer import MetricBuffer
 from vitserve.service.http_worker.turn import Turns
 from vitserve.service.ipc import wire_format
@@ -160,13 +160,13 @@ class Dispatcher:
         self._jobs[ticket.sequence] = job
         self.decoding.start(job)
 
-    def _decoded(self, job: ImageJob, error: errors.ServiceError | None, decoded: bool, on_loop: bool) -> None:
+    def _decoded(self, job: ImageJob, error: errors.ServiceError | None, work: DecodeWork, on_loop: bool) -> None:
         """Submits the image. On a decode thread, or on the event loop."""
         message: Message | None = None
         with self._lock:
             job.decoded = True
             if not job.admitted:  # else it was recorded when the previous model admitted it
-                self.offered_load.record(job.decode_seconds, decoded, inference=error is None)
+                self.offered_load.record(job.decode_seconds, work, inference=error is None)
             if error is None and job.abandoned:
                 error = errors.DeadlineExceededError("client disconnected")
             if error is None:

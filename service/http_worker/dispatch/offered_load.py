@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from math import exp
 from typing import NamedTuple
 
@@ -64,6 +65,12 @@ def saturation(offered: Rates, capacity: Rates) -> float:
     return max(offered.decode / capacity.decode, offered.inference / capacity.inference)
 
 
+class DecodeWork(Enum):
+    NONE = auto()  # the image was rejected, or late
+    HEADER = auto()  # the header cannot be read, or has a property that is rejected
+    DECODED = auto()  # also if that failed
+
+
 @dataclass
 class OfferedLoad:
     """The offered load of one HTTP worker. Recording requires the dispatcher's lock, and so does flush()."""
@@ -80,12 +87,15 @@ class OfferedLoad:
         self._decode_seconds += images * self._average
         self._inference_images += images
 
-    def record(self, seconds: float, decoded: bool, inference: bool) -> None:
-        """An image after its turn on a decode thread, where it took ``seconds``. ``inference``: an engine runs it."""
-        if decoded:
-            self.record_decoded(seconds, inference)
-        else:
-            self.record_rejected()
+    def record(self, seconds: float, work: DecodeWork, inference: bool) -> None:
+        """An image after its turn in decoding, where ``work`` took ``seconds``. ``inference``: an engine runs it."""
+        match work:
+            case DecodeWork.NONE:
+                self.record_rejected()
+            case DecodeWork.HEADER:  # much shorter than decoding, so it does not count in the average
+                self._decode_seconds += seconds
+            case DecodeWork.DECODED:
+                self.record_decoded(seconds, inference)
 
     def record_decoded(self, seconds: float, inference: bool) -> None:
         """An image that took ``seconds`` to decode. ``inference`` is False if that failed."""

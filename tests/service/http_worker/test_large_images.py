@@ -9,7 +9,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +20,20 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.support.dispatching import FakeEngine, Harness, run_dispatcher
 from tests.support.http import classify, metric
 from tests.support.images import encoded, random_image
 from tests.support.processes import HTTP_WORKER, has_exited, kill, serving
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, eventually_async
 from vitserve.model.bundle.preprocess import DamagedImageError, Decoder, NotAnImageError, Preprocessing
+from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.decode_memory import DecodeMemory
-from vitserve.service.http_worker.dispatch.decode_process import DecodeProcess, DecodeTimeoutError
+from vitserve.service.http_worker.dispatch.decode_process import (
+    DecodeProcess,
+    DecodeProcessError,
+    DecodeTimeoutError,
+)
+from vitserve.service.http_worker.dispatch.image_job import ImageResult
 
 DECODER = Decoder(Preprocessing(32, 0.9))
 SMALL = encoded(random_image(40, 30))
@@ -101,6 +108,72 @@ def test_an_idle_process_that_has_exited_is_replaced_without_an_error(process: D
     kill(process.pid)
     eventually(lambda: has_exited(process.pid or 0), "the process has exited")
     assert process.decode(DECODER, SMALL, later()).shape == (32, 32, 3)
+
+
+def test_a_process_that_cannot_be_started_is_no_damaged_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    process = DecodeProcess()
+    monkeypatch.setattr("vitserve.service.http_worker.dispatch.decode_process.subprocess.Popen", fail)
+    with pytest.raises(DecodeProcessError, match="Too many open files"):
+        process.decode(DECODER, SMALL, later())
+    monkeypatch.undo()
+    assert process.decode(DECODER, SMALL, later()).shape == (32, 32, 3)
+    process.close()
+
+
+def test_a_process_that_starts_slowly_is_kept_for_the_next_image(process: DecodeProcess) -> None:
+    with pytest.raises(DecodeTimeoutError):
+        process.decode(DECODER, SMALL, later(0.0))
+    pid = process.pid
+    assert process.decode(DECODER, SMALL, later()).shape == (32, 32, 3)
+    assert process.pid == pid
+
+
+@pytest.mark.parametrize("failure", [DecodeProcessError("none"), OSError(24, "Too many open files")])
+def test_a_failure_beside_the_image_is_an_internal_error(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The HTTP worker does not exit, and the next image is decoded."""
+
+    async def work(harness: Harness) -> tuple[object, object]:
+        workers = harness.dispatcher.decoders
+        with monkeypatch.context() as patch:
+            patch.setattr(workers, "decode_large", raising(failure))
+            (failed,) = await harness.classify_all([LARGE])
+        (decoded,) = await harness.classify_all([LARGE])
+        return failed, decoded
+
+    failed, decoded = run_dispatcher(work, FakeEngine())
+    assert isinstance(failed, errors.ServiceError)
+    assert (failed.status, failed.code) == (500, "internal")
+    assert isinstance(decoded, ImageResult)
+    assert "unexpected error while decoding an image" in caplog.text
+
+
+def test_slow_images_do_not_cause_rejections_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow they were, and however long they waited for memory, an image that finds an idle pool is measured."""
+
+    async def work(harness: Harness) -> tuple[float, object]:
+        pool = harness.dispatcher.decoders.large_pool
+        for _ in range(30):
+            pool.submit(0.0, 4, lambda: 1e6, time.monotonic(), 0.5)
+        await eventually_async(lambda: pool.decoded_at(0.0, 4, 5.0) == 5.0, "the pool is idle")
+        slow = pool.seconds
+        (result,) = await harness.classify_all([LARGE])
+        return slow, result
+
+    slow, result = run_dispatcher(work, FakeEngine())
+    assert slow > 1e3
+    assert isinstance(result, ImageResult)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_processes_of_all_workers_share_the_memory(tmp_path: Path) -> None:
