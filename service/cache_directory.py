@@ -69,9 +69,9 @@ def private_directory(base: Path, name: str) -> Path:
 def usable_directory(path: Path) -> Path:
     """Creates the directory with mode 0700 if it is missing.
 
-    Raises CacheError if it belongs to a user other than this one and root, or if others may write to it. A directory
-    in which others cannot replace this user's directories is accepted: /tmp, which is sticky, and one of root, which
-    Kubernetes mounts as a volume.
+    Raises CacheError if it belongs to a user other than this one and root, or if others may write to it. Two kinds of
+    directories are accepted although others may write to them: a sticky one, such as /tmp, in which they cannot replace
+    this user's directories; and one of root, whatever its mode, because Kubernetes mounts volumes with mode 0777.
     """
     _create(path)
     found = path.stat()

@@ -12,10 +12,11 @@ from pathlib import Path
 from vitserve.service.engines.catalog import ENGINES, PRECISIONS
 from vitserve.service.http_settings import HttpSettings, SettingsError, check_least, setting
 
-__all__ = ["DEFAULT_BUNDLE", "THREAD_BYTES", "Settings", "SettingsError"]
+__all__ = ["DEFAULT_BUNDLE", "LEAST_IMAGE_MEMORY_BYTES", "Settings", "SettingsError"]
 
 DEFAULT_BUNDLE = Path(__file__).parent / "default_bundle"  # of the default model
-THREAD_BYTES = 32 * 2**20  # that decoding an image on a decode thread may take; larger ones have processes
+MOST_THREAD_BYTES = 32 * 2**20  # that decoding an image on a decode thread may take; larger ones have processes
+LEAST_IMAGE_MEMORY_BYTES = 64 * 2**20
 
 _PLAN_DIR_ENGINES = tuple(name for name, kind in ENGINES.items() if kind.needs_plan_dir)
 _LEAST = {"max_batch": 1, "slots": 1, "max_image_pixels": 1}
@@ -124,16 +125,25 @@ class Settings(HttpSettings):
         """Of all HTTP workers together."""
         return self.image_memory_bytes // 4
 
-    @property
-    def decode_memory_bytes(self) -> int:
-        """Of all decode processes together. The rest is for decode threads."""
-        threads = max(1, self.workers) * max(1, self.decode_threads)
-        return max(0, self.image_memory_bytes - self.body_memory_bytes - threads * THREAD_BYTES)
+    def thread_memory_bytes(self, workers: int) -> int:
+        """Of one decode thread, with so many HTTP workers. All threads together take at most half of the rest."""
+        rest = self.image_memory_bytes - self.body_memory_bytes
+        return min(MOST_THREAD_BYTES, rest // (2 * self._decode_threads(workers)))
+
+    def process_memory_bytes(self, workers: int) -> int:
+        """Of all decode processes together, with so many HTTP workers."""
+        threads = self._decode_threads(workers) * self.thread_memory_bytes(workers)
+        return self.image_memory_bytes - self.body_memory_bytes - threads
+
+    def _decode_threads(self, workers: int) -> int:
+        return max(1, workers) * max(1, self.decode_threads)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, _LEAST)
         check_least(self, _AUTOMATIC, " (0: automatic)")
+        if self.image_memory_bytes:
+            check_least(self, {"image_memory_bytes": LEAST_IMAGE_MEMORY_BYTES}, " (0: automatic)")
         self._check_engine()
         self._check_slots()
 

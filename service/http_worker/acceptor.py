@@ -53,7 +53,8 @@ class Acceptor:
         """Divides the connections among the HTTP workers from now on, if there are several."""
         if self._slot_table is None and slot_table.shape.workers > 1 and not self._closed:
             self._close_servers(keep=0)
-            self._loop.add_reader(self._listener, self._accept)
+            if not self._paused:
+                self._loop.add_reader(self._listener, self._accept)
         if slot_table.shape.workers > 1:
             self._slot_table = slot_table
             slot_table.connections[self._worker] = 0

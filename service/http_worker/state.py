@@ -165,7 +165,9 @@ class State:
 
     def _replace_model(self, slot_table: SlotTable) -> None:
         previous = self.current
-        self.body_memory.capacity = self.settings.body_memory_bytes // slot_table.shape.workers
+        workers = slot_table.shape.workers
+        self.body_memory.capacity = self.settings.body_memory_bytes // workers
+        self._decoders.memory.capacity = self.settings.process_memory_bytes(workers)
         self.current = Dispatcher(
             slot_table,
             self.worker,

@@ -16,7 +16,7 @@ from vitserve.service.engines.catalog import wants_gpu_workers
 from vitserve.service.ipc import metrics_directory
 from vitserve.service.ipc.child_runtime import set_up_logging
 from vitserve.service.ipc.control_channel import METRICS_DIR
-from vitserve.service.settings import Settings
+from vitserve.service.settings import LEAST_IMAGE_MEMORY_BYTES, Settings
 from vitserve.service.supervisor.children import SupervisorGaveUpError
 from vitserve.service.supervisor.supervisor import Supervisor
 
@@ -68,7 +68,8 @@ def for_this_machine(settings: Settings, cores: int) -> Settings:
     workers = settings.workers or _most_workers(settings, cores // 4)
     engines = settings.engines or (max(1, len(machine.gpus())) if wants_gpu_workers(settings.engine) else 1)
     threads = settings.decode_threads or (GPU_DECODE_THREADS if settings.decode == "gpu" else max(1, cores // workers))
-    memory = settings.image_memory_bytes or min(MOST_IMAGE_MEMORY_BYTES, machine.memory_limit() // 2)
+    automatic = min(MOST_IMAGE_MEMORY_BYTES, max(LEAST_IMAGE_MEMORY_BYTES, machine.memory_limit() // 2))
+    memory = settings.image_memory_bytes or automatic
     return dataclasses.replace(
         settings, workers=workers, engines=engines, decode_threads=threads, image_memory_bytes=memory
     )

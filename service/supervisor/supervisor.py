@@ -184,7 +184,9 @@ class Supervisor:
         log.info("draining")
         self._stopping.set()
         self._workers.drain()
-        self._listener.close()  # else clients could connect after the HTTP workers have closed theirs
+        for listener in (self._listener, self._admin_listener):
+            if listener is not None:
+                listener.close()  # else clients could connect after the HTTP workers have closed theirs
         seconds = self._settings.drain_seconds
         asyncio.get_running_loop().call_later(seconds, self._force, f"drain_seconds={seconds:g} exceeded")
 

@@ -7,12 +7,14 @@ import re
 import traceback
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tests.support.paths import ROOT
 from vitserve.cli.main import app
 from vitserve.service.ipc.control_messages import StartHttpWorker
-from vitserve.service.settings import Settings, SettingsError
+from vitserve.service.settings import LEAST_IMAGE_MEMORY_BYTES, Settings, SettingsError
 
 FIELDS = {setting.name: setting for setting in dataclasses.fields(Settings)}
 
@@ -66,6 +68,10 @@ def test_choices_are_in_the_help_text_and_include_the_default(name: str) -> None
         ({"max_header_bytes": 100}, "max_header_bytes is 100; it must be at least 1024"),
         ({"max_headers": 3}, "max_headers is 3; it must be at least 16"),
         ({"max_connections": 0}, "max_connections is 0; it must be at least 1"),
+        (
+            {"image_memory_bytes": 1000},
+            "image_memory_bytes is 1000; it must be at least 67108864 (0: automatic)",
+        ),
         ({"hang_seconds": 0.0}, "hang_seconds is 0.0; it must be greater than 0"),
         (
             {"engine": "tpu"},
@@ -144,3 +150,12 @@ def test_a_short_admin_key_is_rejected_and_not_shown() -> None:
     with pytest.raises(SettingsError) as raised:
         Settings(admin_key="k" * 15)
     assert str(raised.value) == "admin_key has 15 characters; it must have at least 16"
+
+
+@given(st.integers(LEAST_IMAGE_MEMORY_BYTES, 2**40), st.integers(1, 64), st.integers(1, 64))
+def test_the_memory_for_images_is_divided_completely(memory: int, workers: int, threads: int) -> None:
+    settings = Settings(image_memory_bytes=memory, decode_threads=threads)
+    of_threads = workers * threads * settings.thread_memory_bytes(workers)
+    of_processes = settings.process_memory_bytes(workers)
+    assert settings.body_memory_bytes + of_threads + of_processes == memory
+    assert of_processes >= of_threads >= 0

@@ -31,4 +31,4 @@ class BodyMemory:
 
     def largest(self) -> int:
         """Bytes of a request that fits if no other is there."""
-        return max(SMALL_BYTES, int(self.capacity * _SHARE_OF_LARGE))
+        return min(self.capacity, max(SMALL_BYTES, int(self.capacity * _SHARE_OF_LARGE)))

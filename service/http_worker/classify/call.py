@@ -85,11 +85,14 @@ class ClassifyCall:
 
     def _reject_early(self, dispatcher: Dispatcher, head: RequestHead, body_bytes: int | None) -> None:
         """Rejects a request whose images cannot meet the deadline before its body is read."""
-        images = self._state.image_bytes.expected_images(head)
+        images = self._expected_images(head)
         rejected = dispatcher.admission.reject_early(self._arrived, head.timeout_ms, head.priority, images, body_bytes)
         if rejected is not None:
             count_rejected(self._state.metrics, rejected, images)
             self.fail(rejected)
+
+    def _expected_images(self, head: RequestHead) -> int:
+        return self._state.image_bytes.expected_images(head, self._state.settings.max_images)
 
     @property
     def timeout_seconds(self) -> float | None:
@@ -120,7 +123,7 @@ class ClassifyCall:
                 f"the body takes {self._reserved + more:,} bytes of memory or more; the limit is {memory.largest():,}"
             )
         error = errors.OverloadedError("other request bodies take all of the memory for them", "memory", 1.0)
-        images = self._state.image_bytes.expected_images(head)
+        images = self._expected_images(head)
         dispatcher.admission.record_rejected(head.priority, images)
         count_rejected(self._state.metrics, error, images)
         raise error

@@ -63,12 +63,12 @@ class ImageBytes:
             if isinstance(image, bytes):
                 self._average += (len(image) - self._average) * (0.1 if self._average else 1.0)
 
-    def expected_images(self, head: RequestHead) -> int:
-        """1 for a raw image, and where nothing is known."""
+    def expected_images(self, head: RequestHead, max_images: int) -> int:
+        """At most ``max_images``. 1 for a raw image, and where nothing is known."""
         if head.media_type not in (_JSON, _FORM) or not self._average or head.content_length is None:
             return 1
         length = head.content_length * (0.75 if head.media_type == _JSON else 1.0)  # base64 is a third longer
-        return max(1, round(length / self._average))
+        return max(1, min(max_images, round(length / self._average)))
 
 
 def parse_head(query: bytes, headers: Headers, settings: Settings) -> RequestHead:

@@ -91,10 +91,10 @@ class ClosingProtocol(HttpToolsProtocol):
         else:
             cycle.disconnected = True
             cycle.message_event.set()
-            self._send_problem(error)
+            self._send_problem(error, is_counted=True)  # by its route, as one whose client has left
 
-    def _send_problem(self, error: errors.ServiceError) -> None:
-        self.rejections.record(error, self.client, self.service.metrics)
+    def _send_problem(self, error: errors.ServiceError, is_counted: bool = False) -> None:
+        self.rejections.record(error, self.client, None if is_counted else self.service.metrics)
         response, identifier = problem(error), request_id.new()
         response.headers.append((request_id.HEADER, identifier))
         if self.service.request_log.on:

@@ -34,7 +34,7 @@ from vitserve.service.http_worker.dispatch.image_job import ImageJob, too_many_l
 from vitserve.service.http_worker.dispatch.offered_load import DecodeWork
 from vitserve.service.ipc.control_channel import METRICS_DIR
 from vitserve.service.ipc.shared_memory import sort_key
-from vitserve.service.settings import THREAD_BYTES, Settings
+from vitserve.service.settings import Settings
 
 # Larger files are opened by decode threads: a header may be long.
 _MAX_OPENED_BYTES = 65_536
@@ -42,7 +42,8 @@ _MAX_OPENED_BYTES = 65_536
 # With one HTTP worker per core, decode threads would only compete with the event loops, so up to a millisecond is done
 # there.
 _MAX_SECONDS, _MAX_SECONDS_PER_CORE = 1e-4, 1e-3
-# Images that take more than this, or more than THREAD_BYTES, are large: on a decode thread, others would wait for them.
+# Images that take more than this, or more memory than a decode thread has, are large: on a decode thread, others would
+# wait for them.
 MAX_THREAD_SECONDS = 0.1
 
 _OUTLIER_FACTOR = 10.0  # an image counts with at most this multiple of its estimate in the average
@@ -62,9 +63,9 @@ class DecodeWorkers:
         self.pool = DecodePool(threads)
         processes = min(threads, MAX_PROCESSES)
         self.large_pool = DecodePool(processes, "decode-large", seconds=1.0)
-        self.max_seconds = settings.max_decode_seconds
+        self.settings = settings
         directory = os.environ.get(METRICS_DIR) or tempfile.gettempdir()
-        self.memory = DecodeMemory(Path(directory), worker, settings.decode_memory_bytes)
+        self.memory = DecodeMemory(Path(directory), worker, settings.process_memory_bytes(settings.workers))
         self._processes = [DecodeProcess() for _ in range(processes)]
         self._idle = queue.SimpleQueue[int]()
         for number in range(processes):
@@ -83,7 +84,9 @@ class DecodeWorkers:
                 raise MemoryBusyError
             began = time.monotonic()
             try:
-                pixels = self._processes[number].decode(decoder, encoded, min(until, began + self.max_seconds))
+                pixels = self._processes[number].decode(
+                    decoder, encoded, min(until, began + self.settings.max_decode_seconds)
+                )
             finally:
                 self.memory.release(number)
             return pixels, time.monotonic() - began
@@ -107,6 +110,7 @@ class DecodeStage:
     ) -> None:
         """``pixels``: of all slots, [slots, height, width, channels]."""
         self.decoder, self._workers, self._pixels, self._finished = decoder, workers, pixels, finished
+        self._thread_bytes = workers.settings.thread_memory_bytes(http_workers)
         self._max_seconds_on_loop = _MAX_SECONDS_PER_CORE if http_workers >= machine.cores() else _MAX_SECONDS
 
     def start(self, job: ImageJob) -> None:
@@ -150,7 +154,7 @@ class DecodeStage:
 
     def _start_large(self, job: ImageJob, image: OpenedImage, on_loop: bool) -> bool:
         """False if the image is not large."""
-        if image.seconds <= MAX_THREAD_SECONDS and image.peak_bytes <= THREAD_BYTES:
+        if image.seconds <= MAX_THREAD_SECONDS and image.peak_bytes <= self._thread_bytes:
             return False
         error = self._large_error(job, image)
         if error is None:
@@ -202,7 +206,9 @@ class DecodeStage:
         except DecodeTimeoutError:
             if deadline <= time.monotonic():
                 return None, too_many_large_images(1.0)
-            return None, errors.ImageTooComplexError(f"decoding the image takes more than {workers.max_seconds:g} s")
+            return None, errors.ImageTooComplexError(
+                f"decoding the image takes more than {workers.settings.max_decode_seconds:g} s"
+            )
         except Exception as error:  # otherwise the HTTP worker would exit
             return time.monotonic() - began, response_error(error)
         return seconds, None

@@ -223,8 +223,8 @@ def test_large_images_are_served_and_do_not_outlive_their_worker() -> None:
 
 
 def test_the_limits_of_large_images_are_reported() -> None:
-    """The memory for images: a quarter for bodies, 32 MiB for the decode thread, the rest for large images."""
-    memory = str((4 * (32 + 16) // 3) * 2**20)
+    """Of the memory for images, a quarter is for bodies, and half of the rest for the decode thread."""
+    memory = str(64 * 2**20)
     limits = "--decode-threads", "1", "--image-memory-bytes", memory, "--max-decode-seconds", "0.001"
     with serving(*limits) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         response = classify(client, LARGE)

@@ -20,6 +20,7 @@ from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.image_job import ImageResult
 from vitserve.service.http_worker.dispatch.offered_load import (
     WINDOW_SECONDS,
+    DecodeWork,
     OfferedLoad,
     OfferedWork,
     Rates,
@@ -210,3 +211,16 @@ def test_a_retried_image_counts_once() -> None:
         assert value(harness, "vitserve_images_retried_total") == 1
 
     run_dispatcher(work)
+
+
+def test_a_header_that_cannot_be_read_does_not_change_the_average(slot_table: SlotTable, metrics: Metrics) -> None:
+    """It takes microseconds. Damaged images would otherwise make admission too optimistic."""
+    offered_load = OfferedLoad(slot_table, 0, metrics)
+    offered_load.record(0.1, DecodeWork.DECODED, inference=True)
+    for _ in range(100):
+        offered_load.record(1e-6, DecodeWork.HEADER, inference=False)
+    offered_load.flush()
+    before = offered_load.rates().decode
+    offered_load.record_rejected()
+    offered_load.flush()
+    assert (offered_load.rates().decode - before) * WINDOW_SECONDS == pytest.approx(0.1, rel=0.05)

@@ -155,6 +155,11 @@ def test_an_upgrade_to_http_2_is_ignored(connection: socket.socket) -> None:
     assert response(connection)[0] == 200
 
 
+def unexpected(lines: list[str]) -> list[str]:
+    """Log lines apart from the one that counts rejected requests, at most once a second."""
+    return [line for line in lines if "rejected requests: " not in line]
+
+
 @pytest.mark.parametrize("headers", ["", "Upgrade: h2c\r\nConnection: Upgrade\r\n", "Content-Length: 3\r\n"])
 def test_a_tunnel_is_rejected_and_logs_nothing(server: Server, connection: socket.socket, headers: str) -> None:
     lines = len(server.log)
@@ -163,7 +168,7 @@ def test_a_tunnel_is_rejected_and_logs_nothing(server: Server, connection: socke
     with connect(server) as other:  # when it is answered, the log of the first request has been written
         other.sendall(head(len(IMAGE)) + IMAGE)
         assert response(other)[0] == 200
-    assert server.log[lines:] == []
+    assert unexpected(server.log[lines:]) == []
 
 
 @pytest.mark.parametrize(
