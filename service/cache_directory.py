@@ -59,10 +59,10 @@ def private_directory(base: Path, name: str) -> Path:
     """``base/name``, created with mode 0700, and ``base`` too. Raises CacheError: see usable_directory()."""
     path = usable_directory(base) / name
     _create(path)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode):
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
         raise CacheError(f"{path} is not a directory")
-    _check(path, found)
+    _check(path, status)
     return path
 
 
@@ -74,9 +74,9 @@ def usable_directory(path: Path) -> Path:
     this user's directories; and one of root, whatever its mode, because Kubernetes mounts volumes with mode 0777.
     """
     _create(path)
-    found = path.stat()
-    if not (found.st_uid == _ROOT or (found.st_uid == os.geteuid() and found.st_mode & stat.S_ISVTX)):
-        _check(path, found)
+    status = path.stat()
+    if not (status.st_uid == _ROOT or (status.st_uid == os.geteuid() and status.st_mode & stat.S_ISVTX)):
+        _check(path, status)
     return path
 
 
@@ -97,8 +97,8 @@ def _create(path: Path) -> None:
         raise CacheError(f"{path} cannot be created: {error.strerror}") from error
 
 
-def _check(path: Path, found: os.stat_result) -> None:
-    if found.st_uid not in (os.geteuid(), _ROOT):
-        raise CacheError(f"{path} belongs to user {found.st_uid}, who could replace its files")
-    if found.st_mode & _WRITABLE_BY_OTHERS:
-        raise CacheError(f"{path} is writable for other users (mode {found.st_mode & 0o7777:o}): chmod 700 {path}")
+def _check(path: Path, status: os.stat_result) -> None:
+    if status.st_uid not in (os.geteuid(), _ROOT):
+        raise CacheError(f"{path} belongs to user {status.st_uid}, who could replace its files")
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        raise CacheError(f"{path} is writable for other users (mode {status.st_mode & 0o7777:o}): chmod 700 {path}")

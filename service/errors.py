@@ -8,14 +8,14 @@ ServiceError 500 internal                    an unexpected failure; the log has 
 ├── RequestTimeoutError 408                  the client did not send the request in time
 ├── ReloadRejectedError 409                  the new bundle cannot be served; the current model stays in service
 ├── BodyTooLargeError 413                    more bytes than the limit
-├── ImageTooLargeError 413                   more pixels than the limit, according to the image header
+├── ImageTooLargeError 413                   more pixels or memory than the limit, according to the image header
 ├── UriTooLongError 414
 ├── UnsupportedMediaTypeError 415            neither an image nor a form nor JSON
 ├── UnsupportedCodingError 415               a Content-Encoding other than gzip and deflate
 ├── NotAnImageError 422                      the bytes match no accepted image format
 ├── UnsupportedImageError 422                an accepted format, but of a kind that is not read
 ├── DamagedImageError 422                    truncated or corrupt image data
-├── ImageTooComplexError 422                 more scans, chunks, directories or frames than the limit
+├── ImageTooComplexError 422                 more scans, chunks, directories, frames or decode time than the limit
 ├── OverloadedError 429                      the deadline cannot be met; Retry-After says when to try again
 ├── TooManyAttemptsError 429                 too many wrong admin keys; Retry-After says when to try again
 ├── HeadersTooLargeError 431                 more header fields or bytes than the limit
@@ -32,6 +32,8 @@ import math
 from typing import Any, ClassVar
 
 from vitserve.model.bundle import preprocess
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that disconnects; only metrics and the log see it
 
 
 class ServiceError(Exception):
@@ -103,7 +105,7 @@ class BodyTooLargeError(ServiceError):
 
 
 class ImageTooLargeError(ServiceError):
-    status, code, title = 413, "image_too_large", "The image has too many pixels"
+    status, code, title = 413, "image_too_large", "The image is too large"
 
 
 class UriTooLongError(ServiceError):
@@ -134,7 +136,7 @@ class UnsupportedImageError(ServiceError):
 
 
 class ImageTooComplexError(ServiceError):
-    status, code, title = 422, "image_too_complex", "The image has too many parts"
+    status, code, title = 422, "image_too_complex", "The image is too complex"
 
 
 class OverloadedError(ServiceError):

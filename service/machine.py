@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores, memory, GPUs, cache directory."""
+"""The part of the machine that this process may use: cores, memory, GPUs, cache directory."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ from prometheus_client.registry import Collector
 
 from vitserve.service.ipc.control_channel import METRICS_DIR
 
+OTHER_ROUTE = "other"  # of requests for paths that do not exist, and of those that reach no route
+
 # From 50 µs, the time to read and decode a small image, to 30 s. Each bucket is about twice the one before.
 _SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -67,7 +69,7 @@ class Metrics:
         for status in ("200", "429", "500", "503", "504"):
             self.requests.labels("/v1/classify", status)
         for status in ("400", "404", "405", "408", "414", "431", "503"):
-            self.requests.labels("other", status)
+            self.requests.labels(OTHER_ROUTE, status)
         # Looking up labels takes longer than counting, so those of rejections are looked up once.
         self.images_overloaded = self.images.labels("overloaded")
         reasons = "deadline", "full", "large", "memory"

@@ -19,7 +19,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp8", "int8", "bf16", "fp16", "fp32")
 
 @dataclass(frozen=True)
 class EngineKind:
-    """What an engine needs, and what it can do.
+    """The needs and abilities of an engine.
 
     ``artifact`` is the file that the engine runs: a file of the bundle, a TensorRT plan, a cast graph or the reference
     graph. Plans and cast graphs are built on the machine that serves.

@@ -9,11 +9,10 @@ from collections.abc import Callable
 
 from vitserve.service.http_worker.connections.listener import drop_new_connections
 from vitserve.service.http_worker.turn import Turns
+from vitserve.service.ipc.child_runtime import BACKLOG
 from vitserve.service.ipc.shared_memory import SlotTable
 
 log = logging.getLogger(__name__)
-
-BACKLOG = 2048  # connections that wait to be accepted; with fewer, clients would retry after a second
 
 # libuv accepts one connection per turn of the event loop and registration of a socket (uv__server_io(), since 1.45).
 # Under overload, a turn may take tens of milliseconds and clients and liveness probes would wait for seconds, so the

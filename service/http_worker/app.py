@@ -102,7 +102,7 @@ def _guarded(handler: Handler) -> Handler:
         except errors.ServiceError as error:
             return _problem(request, error)
         except ClientDisconnect:
-            return Response(status_code=499)  # nginx's code for it; only metrics and the log see it
+            return Response(status_code=errors.CLIENT_CLOSED_REQUEST)
         except Exception as error:
             return await _internal_error(request, error)
 

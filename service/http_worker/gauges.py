@@ -26,7 +26,7 @@ def gauges(state: State) -> Iterable[Metric]:
 
 
 def _load(state: State) -> Iterator[Metric]:
-    """What the slot table says about the load, and which model is served."""
+    """The load, from the slot table, and the model that is served."""
     queue = GaugeMetricFamily("vitserve_queue_length", "Decoded images that wait for inference.")
     in_flight = GaugeMetricFamily("vitserve_images_in_flight", "Images that occupy a slot.")
     capacity = GaugeMetricFamily(

@@ -12,7 +12,7 @@ from vitserve.service.metrics import Metrics
 
 
 class MetricBuffer:
-    """All methods run on the event loop, except that inc() may also be called on other threads, rarely."""
+    """All methods run on the event loop."""
 
     def __init__(self, metrics: Metrics, turns: Turns) -> None:
         self.all = metrics

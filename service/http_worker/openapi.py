@@ -28,7 +28,9 @@ class Problem(BaseModel):
     status: int
     code: str
     detail: str
-    retry_after_seconds: float | None = Field(None, description="Only with 429: when to send the request again.")
+    retry_after_seconds: float | None = Field(
+        None, description="Only with the code overloaded: when to send the request again."
+    )
 
 
 class Prediction(BaseModel):

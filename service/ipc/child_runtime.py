@@ -1,4 +1,4 @@
-"""What an HTTP worker and an engine worker have in common as child processes of the supervisor."""
+"""The common parts of HTTP workers and engine workers, the child processes of the supervisor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from vitserve.service.ipc.control_messages import Heartbeat, Message, StartEngin
 
 log = logging.getLogger("vitserve.control")
 
+BACKLOG = 2048  # connections that wait to be accepted; with fewer, clients would retry after a second
 HEARTBEATS = 4  # sent per hang_seconds, so that one that is late does no harm
 
 Start = TypeVar("Start", StartHttpWorker, StartEngineWorker)

@@ -118,7 +118,7 @@ class Retire:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the engine worker does while it starts. Resets the supervisor's start timeout."""
+    """The current step of an engine worker that is starting. Resets the supervisor's start timeout."""
 
     step: str
     trying: str | None  # the engine and precision that is being loaded; skipped later if the process crashes now

@@ -14,7 +14,7 @@ import socket
 from vitserve.service import machine
 from vitserve.service.engines.catalog import wants_gpu_workers
 from vitserve.service.ipc import metrics_directory
-from vitserve.service.ipc.child_runtime import set_up_logging
+from vitserve.service.ipc.child_runtime import BACKLOG, set_up_logging
 from vitserve.service.ipc.control_channel import METRICS_DIR
 from vitserve.service.settings import LEAST_IMAGE_MEMORY_BYTES, Settings
 from vitserve.service.supervisor.children import SupervisorGaveUpError
@@ -82,7 +82,7 @@ def _most_workers(settings: Settings, cores: int) -> int:
 
 def _listen(host: str, port: int, purpose: str = "running on") -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=2048)
+    listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     log.info("%s http://%s:%d", purpose, f"[{host}]" if ":" in host else host, listener.getsockname()[1])
     return listener
 

@@ -8,6 +8,7 @@ import time
 from starlette import responses
 from starlette.requests import ClientDisconnect, Request
 
+from vitserve.service import errors
 from vitserve.service.http_worker.classify.call import ClassifyCall
 from vitserve.service.http_worker.classify.response import Response
 from vitserve.service.http_worker.exchange.middleware import exchange_of
@@ -31,7 +32,7 @@ async def classify(state: State, request: Request) -> responses.Response:
         response = await result
     except (asyncio.CancelledError, ClientDisconnect):
         call.cancel()
-        return responses.Response(status_code=499)  # no client receives it
+        return responses.Response(status_code=errors.CLIENT_CLOSED_REQUEST)  # no client receives it
     headers = {name.decode(): value.decode() for name, value in response.headers}
     if state.draining.is_set():
         headers["connection"] = "close"

@@ -30,7 +30,6 @@ from vitserve.service.http_worker.state import State
 log = logging.getLogger(__name__)
 
 ROUTE = "/v1/classify"
-_CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that disconnects; only metrics and the log see it
 
 
 class ClassifyCall:
@@ -148,7 +147,7 @@ class ClassifyCall:
     def cancel(self) -> None:
         """The client has disconnected. Its slots become free."""
         if not self.finished:
-            self._finish(_CLIENT_CLOSED_REQUEST)
+            self._finish(errors.CLIENT_CLOSED_REQUEST)
             self._release()
 
     # -- images

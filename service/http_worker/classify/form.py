@@ -70,9 +70,9 @@ def _boundary(content_type: str) -> bytes:
 def _find(body: bytes | bytearray, delimiter: bytes, start: int) -> int:
     """As body.find(), in pieces that overlap by the length of the delimiter."""
     while start < len(body):
-        found = body.find(delimiter, start, start + _PIECE_BYTES + len(delimiter))
-        if found >= 0:
-            return found
+        match = body.find(delimiter, start, start + _PIECE_BYTES + len(delimiter))
+        if match >= 0:
+            return match
         start += _PIECE_BYTES
     return -1
 

@@ -96,9 +96,9 @@ class _Scanner:
         while True:
             match = _SPACE.match(self._body, self._position)
             self._position = match.end() if match else self._position  # it matches an empty text too
-            found = bytes(self._body[self._position : self._position + 1])
-            if found not in (b" ", b"\t", b"\r", b"\n"):
-                return found
+            next_byte = bytes(self._body[self._position : self._position + 1])
+            if next_byte not in (b" ", b"\t", b"\r", b"\n"):
+                return next_byte
 
     def ended(self) -> bool:
         return not self.next_byte()
@@ -136,10 +136,10 @@ class _Scanner:
 
     def scalar(self, expectation: str) -> Any:
         """A value that is neither a list nor an object."""
-        found = self.next_byte()
-        if found in _KINDS:
-            raise errors.BadRequestError(f"{expectation}, not {_KINDS[found]}")
-        match = (_NAME if found == b'"' else _SCALAR).match(self._body, self._position)
+        byte = self.next_byte()
+        if byte in _KINDS:
+            raise errors.BadRequestError(f"{expectation}, not {_KINDS[byte]}")
+        match = (_NAME if byte == b'"' else _SCALAR).match(self._body, self._position)
         if match is None:
             raise self.unexpected()
         value = self._loads(match[0])
@@ -189,11 +189,11 @@ class _Scanner:
 
     def unexpected(self, position: int | None = None) -> errors.BadRequestError:
         position = self._position if position is None else position
-        found = self._body[position : position + 1]
-        if not found:
+        next_byte = self._body[position : position + 1]
+        if not next_byte:
             return errors.BadRequestError("the body is not valid JSON: it ends too early")
         return errors.BadRequestError(
-            f"the body is not valid JSON: unexpected {found.decode('latin-1')!r} at byte {position}"
+            f"the body is not valid JSON: unexpected {next_byte.decode('latin-1')!r} at byte {position}"
         )
 
     def _loads(self, token: bytes | str) -> Any:

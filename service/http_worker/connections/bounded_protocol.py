@@ -1,4 +1,4 @@
-"""HTTP/1.1 on one connection, with bounds on the size of headers and on what RFC 9112 forbids.
+"""HTTP/1.1 on one connection, with bounds on the size of headers, and without the requests that RFC 9112 forbids.
 
 A request that arrives with one read pays only for a few attributes.
 """

@@ -64,11 +64,11 @@ class Capacity:
 
     def _candidates(self, newcomer: Evictable) -> list[tuple[tuple[int, float, int], Evictable]]:
         """Those that wait for their clients, the longest wait first."""
-        found = []
+        candidates = []
         for connection in self._connections:
             if connection is not newcomer and connection not in self._closing:
                 order = connection.evictable()  # type: ignore[attr-defined]  # uvicorn's set of any protocols
                 if order is not None:
-                    found.append((order, connection))
-        found.sort(key=lambda candidate: candidate[0])
-        return found  # type: ignore[return-value]
+                    candidates.append((order, connection))
+        candidates.sort(key=lambda candidate: candidate[0])
+        return candidates  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Checks the head of a request: its size, and what the parser leaves to the server."""
+"""Checks the head of a request: its size, and the rules that the parser does not check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_size(target: bytes, headers: Sequence[Header], most_headers: int) -> N
 
 
 def check_head(target: bytes, headers: Sequence[Header], version: str) -> None:
-    """Raises BadRequestError for what RFC 9112 forbids. ``version``: "1.1"."""
+    """Raises BadRequestError for a head that RFC 9112 forbids. ``version``: "1.1"."""
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (not hosts and version != "1.0"):  # 3.2
         raise errors.BadRequestError(f"the request has {len(hosts)} Host header fields; it must have one")

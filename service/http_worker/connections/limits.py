@@ -1,4 +1,4 @@
-"""What the connections of an HTTP worker may cost: bytes, header fields, time, and file descriptors."""
+"""The limits of the connections of an HTTP worker: bytes, header fields, time, and file descriptors."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ConnectionLimits:
     """The limits, and the clock that measures times against them.
 
     The clock advances at each tick(), about once a second: connections note its time when something happens to them,
-    which costs nothing, and are compared with it then. It stands still while the worker does not run, so that clients
-    are not blamed for a machine that was suspended or overloaded.
+    which costs nothing, and are compared with it then. It stands still while the worker does not run, so that the
+    time in which the machine was suspended or overloaded does not count against clients.
     """
 
     def __init__(self, settings: Settings, open_files: int) -> None:

@@ -7,10 +7,9 @@ from collections import Counter
 
 from vitserve.service import errors
 from vitserve.service.http_worker.metric_buffer import MetricBuffer
+from vitserve.service.metrics import OTHER_ROUTE
 
 log = logging.getLogger(__name__)
-
-OTHER_ROUTE = "other"  # the label of requests that belong to no route
 
 
 class Rejections:

@@ -28,7 +28,7 @@ class OpenedImage(Protocol):
         """An upper bound of the memory that pixels() takes."""
 
     def pixels(self) -> Pixels:
-        """uint8 [image size, image size, 3]. Raises ImageError."""
+        """uint8 [height, width, channels]. Raises ImageError."""
         ...
 
 

@@ -69,8 +69,8 @@ class Dispatcher:
         """Classifies one image. ``deadline`` is in time.monotonic() seconds.
 
         ``on_done`` receives the outcome on the event loop, possibly before submit() returns: OverloadedError without
-        decoding if the deadline cannot be met, NotAnImageError, DamagedImageError, ImageTooLargeError,
-        EngineFailedError, DeadlineExceededError or ModelReplacedError.
+        decoding if the deadline cannot be met, an error of errors.from_image_error(), EngineFailedError,
+        DeadlineExceededError, ModelReplacedError, or ServiceError for an unexpected failure.
         An image that was ``admitted`` by the previous model is not rejected, but waits for a slot.
         """
         job = ImageJob(encoded, deadline, priority, admitted, on_done, time.monotonic())
@@ -152,8 +152,8 @@ class Dispatcher:
 
     def _start_waiting(self) -> None:
         """Starts the images that wait for a slot, as far as slots are free."""
-        while (found := self.admission.next_with_slot()) is not None:
-            self._start(*found)
+        while (job_and_ticket := self.admission.next_with_slot()) is not None:
+            self._start(*job_and_ticket)
 
     def _start(self, job: ImageJob, ticket: Ticket) -> None:
         job.ticket = ticket

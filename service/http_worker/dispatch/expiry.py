@@ -1,4 +1,4 @@
-"""Deadlines of images that pass without a word from an engine worker."""
+"""Deadlines of images that pass without a message from an engine worker."""
 
 from __future__ import annotations
 

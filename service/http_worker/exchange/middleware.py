@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vitserve.service.errors import CLIENT_CLOSED_REQUEST
 from vitserve.service.http_worker.exchange import request_id
 from vitserve.service.http_worker.state import State
+from vitserve.service.metrics import OTHER_ROUTE
 
 _KEY = "vitserve.exchange"  # in the scope
-_OTHER = "other"  # the route of all paths that do not exist, in the metrics
-_CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that disconnects; only metrics and the log see it
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ def observed(app: ASGIApp, state: State, routes: Collection[str]) -> ASGIApp:
         path = _route_path(scope["path"], state.settings.root_path, routes)
         scope["path"] = state.settings.root_path + path
         exchange = scope[_KEY] = Exchange(request_id.of(scope["headers"]))
-        status = _CLIENT_CLOSED_REQUEST
+        status = CLIENT_CLOSED_REQUEST
 
         async def send_observed(message: Message) -> None:
             nonlocal status
@@ -66,7 +66,7 @@ def observed(app: ASGIApp, state: State, routes: Collection[str]) -> ASGIApp:
         finally:
             if not exchange.recorded:
                 seconds = time.monotonic() - began
-                state.count_request(path if path in routes else _OTHER, str(status), seconds)
+                state.count_request(path if path in routes else OTHER_ROUTE, str(status), seconds)
                 if state.request_log.on:
                     about = exchange.request_id, scope["client"], scope["method"], path
                     state.request_log.write(*about, status, exchange.code, seconds)
