@@ -31,6 +31,7 @@ class EngineKind:
     other_extra: str = ""
     cpu: tuple[Precision, ...] = ()  # precisions on a CPU, in order of preference
     gpu: tuple[Precision, ...] = ()  # precisions on a GPU, in order of preference
+    on_request: tuple[Precision, ...] = ()  # those that a GPU tries only if the engine is requested
     artifact: Literal["bundle", "plan", "cast_graph", "reference_graph"] = "bundle"
 
     @property
@@ -70,7 +71,12 @@ ENGINES: dict[str, EngineKind] = {
     ),
     "onnxruntime-cuda": EngineKind("cuda", "gpu", gpu=("bf16", "fp16"), artifact="cast_graph"),
     "torch": EngineKind(
-        "torch", "torch", cpu=("fp32", "bf16"), gpu=("bf16", "fp16", "fp32"), artifact="reference_graph"
+        "torch",
+        "torch",
+        cpu=("fp32", "bf16", "fp8"),
+        gpu=("bf16", "fp16", "fp32", "fp8"),
+        on_request=("fp32", "fp8"),
+        artifact="reference_graph",
     ),
     "openvino": EngineKind("openvino", cpu=("int8", "bf16", "fp32")),
     "onnxruntime": EngineKind("onnxruntime", "onnxruntime", cpu=("int8", "fp32")),  # it has no bf16 on x86

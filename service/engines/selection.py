@@ -211,11 +211,8 @@ def _on_gpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artifact]:
         if kind.needs_plan_dir and not options.plan_dir:
             continue
         for precision in kind.gpu:
-            if precision in CALIBRATED:
-                own = [each for each in bundle.manifest.artifacts if each.plan is None]
-                yield from (each for each in own if (each.engine, each.precision) == (engine, precision))
-            elif precision != "fp32" or options.engine == engine:  # fp32 is slow on a GPU: only on request
-                yield from _from_reference_graph(bundle, engine, precision)
+            if precision not in kind.on_request or options.engine == engine:
+                yield from _source_of(bundle, engine, precision)
 
 
 def _on_cpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artifact]:
@@ -224,7 +221,7 @@ def _on_cpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artifact]:
     kind = ENGINES.get(options.engine)
     if kind is not None and kind.artifact == "reference_graph" and not (kind.gpu and machine.gpus()):
         for precision in kind.cpu:
-            yield from _from_reference_graph(bundle, options.engine, precision)
+            yield from _source_of(bundle, options.engine, precision)
 
 
 def _is_for_cpu(artifact: Artifact) -> bool:
@@ -241,9 +238,12 @@ def _speed_rank(artifact: Artifact) -> tuple[int, int]:
     return precision, engines.index(artifact.engine) if artifact.engine in engines else len(engines)
 
 
-def _from_reference_graph(bundle: Bundle, engine: str, precision: Precision) -> Iterator[Artifact]:
-    reference = next(
-        (each for each in bundle.manifest.artifacts if (each.path, each.precision) == (GRAPH, "fp32")), None
-    )
+def _source_of(bundle: Bundle, engine: str, precision: Precision) -> Iterator[Artifact]:
+    """The artifact of the bundle that the engine runs, or from which it builds its own, in the precision."""
+    artifacts = [artifact for artifact in bundle.manifest.artifacts if artifact.plan is None]
+    if precision in CALIBRATED:  # one graph for all engines of a GPU
+        yield from (dataclasses.replace(each, engine=engine) for each in artifacts if each.precision == precision)
+        return
+    reference = next((each for each in artifacts if (each.path, each.precision) == (GRAPH, "fp32")), None)
     if reference is not None:
         yield dataclasses.replace(reference, engine=engine, precision=precision, attention=None, evaluation=None)

@@ -13,12 +13,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vitserve.model.arrays import Outputs, Pixels, Precision
 from vitserve.service import machine
 from vitserve.service.engines.engine import EngineUnavailableError, select_rows
+from vitserve.service.engines.torch import fp8
 from vitserve.service.engines.torch.interpreter import TorchGraph
 
 if TYPE_CHECKING:
     from vitserve.service.engines.cuda.batching import Buffers, GpuEngine
 
-TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,  # beside the products that the graph quantizes
+}
 _ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
@@ -36,6 +42,8 @@ def open_torch(
         raise EngineUnavailableError(
             "this machine has a GPU, but torch cannot use it: it was built without CUDA or for another driver"
         )
+    if on_gpu and precision == "fp8":
+        fp8.check_device()
     network = TorchGraph(graph, TYPES[precision]).eval()
     if not on_gpu:
         return TorchEngine(network, precision, streams, threads, max_batch, compiled=compiled)

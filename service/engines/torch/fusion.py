@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 LINEAR = "MatMul, Add"
 LINEAR_GELU = "MatMul, Add, Gelu"
 ADD_NORM = "Add, LayerNormalization"  # two outputs: the sum, which other steps read as well, and its norm
+QUANTIZE = "QuantizeLinear"
+FP8_PRODUCT = "fp8 MatMul"  # inputs: quantized values, their scale, a weight, its scale, and a bias if there is one
 
 
 class Step(NamedTuple):
@@ -36,9 +38,39 @@ def fuse(steps: Sequence[Step], dimensions: Mapping[str, int], graph_outputs: Co
     def linear_gelu(linear: Step, gelu: Step) -> Step:
         return Step(LINEAR_GELU, linear.inputs, gelu.attributes, gelu.outputs)
 
+    def fp8_linear(product: Step, add: Step) -> Step | None:
+        (bias,) = [name for name in add.inputs if name != product.outputs[0]] or [None]
+        return Step(FP8_PRODUCT, [*product.inputs, bias], {}, add.outputs) if dimensions.get(str(bias)) == 1 else None
+
+    steps = _fuse_quantized_products(steps, dimensions)
+    steps = _fuse_pairs(steps, FP8_PRODUCT, "Add", graph_outputs, fp8_linear)
     steps = _fuse_pairs(steps, "MatMul", "Add", graph_outputs, linear)
     steps = _fuse_pairs(steps, LINEAR, "Gelu", graph_outputs, linear_gelu)
     return _fuse_sums_with_norms(steps, dimensions)
+
+
+def _fuse_quantized_products(steps: Sequence[Step], dimensions: Mapping[str, int]) -> list[Step]:
+    """Products of dequantized values and weights become products in fp8. Only values are quantized during a run.
+
+    fp8's zero point is always 0, so steps do not read it.
+    """
+    steps = [step._replace(inputs=step.inputs[:2]) if step.operator == QUANTIZE else step for step in steps]
+    quantized = {step.outputs[0]: step for step in steps if step.operator == QUANTIZE}
+    sources = {step.outputs[0]: quantized[str(step.inputs[0])] for step in steps if step.operator == "DequantizeLinear"}
+    result = list[Step]()
+    for step in steps:
+        left, right = (
+            (sources.get(str(name)) for name in step.inputs[:2]) if step.operator == "MatMul" else (None, None)
+        )
+        if left is not None and right is not None and right.inputs[0] in dimensions:
+            inputs = [left.outputs[0], left.inputs[1], *right.inputs[:2]]
+            result.append(Step(FP8_PRODUCT, inputs, {}, step.outputs))
+        else:
+            result.append(step)
+    for operator in ("DequantizeLinear", QUANTIZE):
+        read = {name for step in result for name in step.inputs}
+        result = [step for step in result if step.operator != operator or step.outputs[0] in read]
+    return result
 
 
 def _fuse_pairs(

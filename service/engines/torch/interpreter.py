@@ -6,10 +6,8 @@ vitserve exports: https://onnx.ai/onnx/operators, opset 23.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ from torch.nn import functional
 
 from vitserve.service.engines.engine import EngineUnavailableError
 from vitserve.service.engines.graph_shapes import shapes_of
-from vitserve.service.engines.torch.fusion import ADD_NORM, LINEAR, LINEAR_GELU, Step, fuse
-
-log = logging.getLogger(__name__)
+from vitserve.service.engines.torch import fp8
+from vitserve.service.engines.torch.fused_kernels import fused_kernel
+from vitserve.service.engines.torch.fusion import ADD_NORM, FP8_PRODUCT, LINEAR, LINEAR_GELU, QUANTIZE, Step, fuse
 
 Attributes = dict[str, Any]
 # An omitted optional input is None. An operator with several outputs returns a tuple.
@@ -40,26 +38,36 @@ class TorchGraph(nn.Module):
         super().__init__()
         self._dtype = dtype
         graph = ir.load(path).graph
-        unsupported = sorted({node.op_type for node in graph} - OPERATORS.keys() - {"Cast"})
-        if unsupported:
-            raise EngineUnavailableError(f"torch cannot run the operators {', '.join(unsupported)} of {path.name}")
-        self._numbers = dict[str, list[Any]]()  # shapes, axes and padding values: read on the host only
-        for name, value in graph.initializers.items():
-            self._add_initializer(name, value, dtype)
         self.image_shape = shapes_of(path).image
         self._inputs = [str(value.name) for value in graph.inputs]
         self._outputs = [str(value.name) for value in graph.outputs]
         dimensions = {str(name): len(value.shape or ()) for name, value in graph.initializers.items()}
         self._steps = fuse([_step(node) for node in graph], dimensions, self._outputs)
+        unsupported = sorted({step.operator for step in self._steps} - OPERATORS.keys() - {"Cast"})
+        if unsupported:
+            raise EngineUnavailableError(f"torch cannot run the operators {', '.join(unsupported)} of {path.name}")
+        self._numbers = dict[str, list[Any]]()  # shapes, axes and padding values: read on the host only
+        self._add_initializers(graph)
 
-    def _add_initializer(self, name: str, value: ir.Value, dtype: torch.dtype) -> None:
-        assert value.const_value is not None
-        is_padding_value = any(user.op_type == "Pad" and index == 2 for user, index in value.uses())
-        if value.const_value.dtype == ir.DataType.INT64 or is_padding_value:
-            self._numbers[name] = value.const_value.numpy().reshape(-1).tolist()
-        else:
-            tensor = torch.from_numpy(value.const_value.numpy().copy())
-            self.register_buffer(_attribute(name), tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    def _add_initializers(self, graph: ir.Graph) -> None:
+        products = [step for step in self._steps if step.operator == FP8_PRODUCT]
+        weights = {str(step.inputs[2]): str(step.inputs[3]) for step in products}  # and their scales
+        scales = {str(step.inputs[index]) for step in products for index in (1, 3)}
+        read = {name for step in self._steps for name in step.inputs}
+        for name, value in graph.initializers.items():
+            assert value.const_value is not None
+            is_padding_value = any(user.op_type == "Pad" and index == 2 for user, index in value.uses())
+            if value.const_value.dtype == ir.DataType.INT64 or is_padding_value:
+                self._numbers[name] = value.const_value.numpy().reshape(-1).tolist()
+            elif name in weights:
+                self._add_tensor(name, fp8.stored_weight(_tensor(value), _tensor(graph.initializers[weights[name]])))
+            elif name in read:
+                tensor = _tensor(value)
+                cast = tensor.is_floating_point() and name not in scales
+                self._add_tensor(name, tensor.to(self._dtype) if cast else tensor)
+
+    def _add_tensor(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(_attribute(name), tensor)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         values: dict[str, Any] = {**self._numbers, self._inputs[0]: pixels}
@@ -81,7 +89,14 @@ class TorchGraph(nn.Module):
 def _step(node: ir.Node) -> Step:
     inputs = [None if value is None else str(value.name) for value in node.inputs]
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    if node.op_type == QUANTIZE and node.outputs[0].dtype != ir.DataType.FLOAT8E4M3FN:
+        raise EngineUnavailableError(f"torch quantizes to {ir.DataType.FLOAT8E4M3FN}, not to {node.outputs[0].dtype}")
     return Step(node.op_type, inputs, attributes, [str(value.name) for value in node.outputs])
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    assert value.const_value is not None
+    return torch.from_numpy(value.const_value.numpy().copy())
 
 
 def _attribute(name: str) -> str:
@@ -218,25 +233,12 @@ def _linear_gelu(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
 
 def _add_norm(inputs: Sequence[Any], attributes: Attributes) -> tuple[Tensor, Tensor]:
     x, y, *parameters = inputs
-    kernel = _kernel() if x.is_cuda else None
+    kernel = fused_kernel("add_norm") if x.is_cuda else None
     if kernel is not None and len(parameters) == 2 and x.shape == y.shape and x.is_contiguous() and y.is_contiguous():
-        return kernel(x, y, *parameters, attributes["epsilon"])
+        total, normed = kernel(x, y, *parameters, attributes["epsilon"])
+        return total, normed
     total = x + y
     return total, _layer_norm([total, *parameters], attributes)
-
-
-@cache
-def _kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """None if Triton is not installed or has no C compiler, which it needs to make its kernels callable."""
-    try:
-        from vitserve.service.engines.torch.kernels import add_norm
-
-        probe = torch.ones(2, 64, device="cuda")
-        add_norm(probe, probe, probe[0], probe[0], 1e-6)
-    except Exception as error:  # of several types, none of them public
-        log.warning("Triton cannot compile a fused kernel, so each sum and its norm run as two kernels: %s", error)
-        return None
-    return add_norm
 
 
 def _layer_norm(inputs: Sequence[Any], attributes: Attributes) -> Tensor:
@@ -259,11 +261,13 @@ OPERATORS: dict[str, Operator] = {
     "LayerNormalization": _layer_norm,
     "MatMul": lambda inputs, _: inputs[0] @ inputs[1],
     ADD_NORM: _add_norm,
+    FP8_PRODUCT: fp8.product,
     LINEAR_GELU: _linear_gelu,
     LINEAR: lambda inputs, _: functional.linear(inputs[0], inputs[1].T, inputs[2]),
     "MaxPool": _max_pool,
     "Mul": lambda inputs, _: inputs[0] * inputs[1],
     "Pad": _pad,
+    QUANTIZE: fp8.quantize,
     "Reciprocal": lambda inputs, _: torch.reciprocal(inputs[0]),
     "ReduceMean": _reduce_mean,
     "Relu": lambda inputs, _: torch.relu(inputs[0]),

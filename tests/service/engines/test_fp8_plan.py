@@ -27,13 +27,13 @@ def test_fp8_is_the_first_candidate_on_a_gpu(
     on_gpu = [(artifact.engine, artifact.precision) for artifact in selection.candidates(fp8_bundle, options)]
     assert on_gpu[:4] == [("tensorrt", "fp8"), ("tensorrt", "bf16"), ("tensorrt", "fp16"), ("onnxruntime-cuda", "bf16")]
     assert on_gpu[5:7] == [("torch", "bf16"), ("torch", "fp16")]
-    assert ("torch", "fp32") not in on_gpu
+    assert not {("torch", "fp32"), ("torch", "fp8")} & set(on_gpu), "only on request"
 
 
 def test_torch_on_a_gpu_needs_no_plan_directory(fp8_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitserve.service.machine.gpus", lambda: ["0"])
     candidates = selection.candidates(fp8_bundle, EngineOptions(engine="torch"))
-    assert [artifact.precision for artifact in candidates] == ["bf16", "fp16", "fp32"]
+    assert [artifact.precision for artifact in candidates] == ["bf16", "fp16", "fp32", "fp8"]
 
 
 @pytest.mark.parametrize(
