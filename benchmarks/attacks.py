@@ -2,16 +2,18 @@
 
     python -m benchmarks.attacks
 
-Starts `vitserve serve` with the default model. A client sends a small image twenty times a second, alone and during
-each attack. Prints, for each attack: the statuses that the attacker gets, the latency and the errors of the other
-client, the largest memory of all processes (PSS), and the seconds from the end of the attack until three small images
-in succession are answered in the usual time. Sends to 127.0.0.1 only.
+Starts `vitserve serve` with the default model. A client in a process of its own sends a small image fifty times a
+second, alone and during each attack, which is repeated until the client has sent 200. Prints, for each attack: the
+statuses that the attacker gets, the latency and the errors of the other client, the largest memory of all processes
+(PSS), and the seconds from the end of the attack until three small images in succession are answered in the usual time.
+Sends to 127.0.0.1 only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 
 import httpx
 import numpy as np
@@ -31,8 +34,9 @@ from benchmarks.processes import free_port
 from benchmarks.servers import is_ready
 
 MIB = 2**20
-LEAST_REQUESTS = 20  # of the other client, for each attack
-FEWEST_FOR_P99 = 100
+LEAST_REQUESTS = 200  # of the other client, for each attack
+INTERVAL = 0.02  # seconds between them
+MEMORY_INTERVAL = 0.25  # seconds; the kernel holds up a process while it adds up its pages
 _BOUNDARY = "B"
 _FORM = f"multipart/form-data; boundary={_BOUNDARY}"
 _JSON = "application/json"
@@ -119,45 +123,73 @@ def attacks() -> dict[str, Callable[[Attacker], None]]:
     }
 
 
+def small_image() -> bytes:
+    rng = np.random.default_rng(0)
+    return encoded(Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")
+
+
+def request(client: httpx.Client, port: int, image: bytes) -> tuple[float, bool]:
+    """Its seconds, and whether it was answered with 200."""
+    began = time.monotonic()
+    try:
+        answered = client.post(f"http://127.0.0.1:{port}/v1/classify", content=image).status_code == 200
+    except httpx.HTTPError:
+        answered = False
+    return time.monotonic() - began, answered
+
+
+def send_small_images(port: int, connection: Connection) -> None:
+    """Sends (seconds, answered) of each request to ``connection``, until that has a message."""
+    image = small_image()
+    with httpx.Client(timeout=30) as client:
+        while not connection.poll(INTERVAL):
+            connection.send(request(client, port, image))
+    connection.send(None)
+
+
 class Bystander:
-    """Sends a small image twenty times a second, until it is stopped."""
+    """The client that does not attack."""
 
     def __init__(self, port: int, supervisor: psutil.Process) -> None:
-        self._url, self._supervisor = f"http://127.0.0.1:{port}/v1/classify", supervisor
-        rng = np.random.default_rng(0)
-        self._image = encoded(Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")
+        self._supervisor = supervisor
+        self._connection, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")  # a copy of this process would hold the attacks' bodies
+        self._process = context.Process(target=send_small_images, args=(port, theirs))
+        self._threads = [threading.Thread(target=self._receive), threading.Thread(target=self._sample)]
+        self._stopped = threading.Event()
         self.seconds: list[float] = []
         self.errors = 0
         self.memory = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
 
-    def request(self, client: httpx.Client) -> float:
-        began = time.monotonic()
-        try:
-            self.errors += client.post(self._url, content=self._image).status_code != 200
-        except httpx.HTTPError:
-            self.errors += 1
-        return time.monotonic() - began
+    def _receive(self) -> None:
+        while (result := self._connection.recv()) is not None:
+            seconds, answered = result
+            self.seconds.append(seconds)
+            self.errors += not answered
 
-    def _run(self) -> None:
-        with httpx.Client(timeout=30) as client:
-            while not self._stop.wait(0.05):
-                self.seconds.append(self.request(client))
-                self.memory = max(self.memory, pss(self._supervisor))
+    def _sample(self) -> None:
+        while not self._stopped.wait(MEMORY_INTERVAL):
+            self.memory = max(self.memory, pss(self._supervisor))
 
     def __enter__(self) -> Bystander:
-        self._thread.start()
+        self._process.start()
+        for thread in self._threads:
+            thread.start()
+        while not self.seconds:  # the process has started
+            time.sleep(INTERVAL)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._connection.send("stop")
+        self._process.join()
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
 
     def row(self) -> str:
-        p50, most = (f"{1000 * value:.0f}" for value in (quantile(self.seconds, 0.5), max(self.seconds)))
-        p99 = f"{1000 * quantile(self.seconds, 0.99):.0f}" if len(self.seconds) >= FEWEST_FOR_P99 else "–"
-        return f"{len(self.seconds)} | {self.errors} | {p50} / {p99} / {most} | {self.memory:.0f}"
+        times = quantile(self.seconds, 0.5), quantile(self.seconds, 0.99), max(self.seconds)
+        in_milliseconds = " / ".join(f"{1000 * value:.0f}" for value in times)
+        return f"{len(self.seconds)} | {self.errors} | {in_milliseconds} | {self.memory:.0f}"
 
 
 def pss(supervisor: psutil.Process) -> float:
@@ -170,12 +202,13 @@ def pss(supervisor: psutil.Process) -> float:
     return total / MIB
 
 
-def recovery(bystander: Bystander, usual: float) -> float:
+def recovery(port: int, usual: float) -> float:
     """Seconds until three images in succession take at most three times the usual time."""
-    began, fast = time.monotonic(), 0
+    began, fast, image = time.monotonic(), 0, small_image()
     with httpx.Client(timeout=30) as client:
         while fast < 3 and time.monotonic() - began < 60:
-            fast = fast + 1 if bystander.request(client) <= 3 * usual else 0
+            seconds, answered = request(client, port, image)
+            fast = fast + 1 if answered and seconds <= 3 * usual else 0
     return time.monotonic() - began
 
 
@@ -203,10 +236,9 @@ def measure(port: int, supervisor: psutil.Process) -> None:
     for name, attack in attacks().items():
         attacker = Attacker(port)
         with Bystander(port, supervisor) as other:
-            attack(attacker)
-            while len(other.seconds) < LEAST_REQUESTS:  # some attacks are over at once
-                time.sleep(0.05)
-        seconds = recovery(other, usual)
+            while len(other.seconds) < LEAST_REQUESTS:
+                attack(attacker)
+        seconds = recovery(port, usual)
         got = ", ".join(f"{count} × {status}" for status, count in sorted(attacker.statuses.items()))
         sys.stdout.write(f"| {name} | {got} | {other.row()} | {seconds:.1f} |\n")
 
