@@ -66,8 +66,9 @@ class Metrics:
         self.offered_inference_seconds = offered_load_seconds.labels("inference")
         self.engine_failures = counter("vitserve_engine_failures", "Batches that failed in the engine.")
         # Prometheus misses the first increase of a series that did not exist before, and alerts may depend on it.
-        for status in ("200", "429", "500", "503", "504"):
-            self.requests.labels("/v1/classify", status)
+        for route in ("/v1/classify", "/v1/embed"):
+            for status in ("200", "429", "500", "503", "504"):
+                self.requests.labels(route, status)
         for status in ("400", "404", "405", "408", "414", "431", "503"):
             self.requests.labels(OTHER_ROUTE, status)
         # Looking up labels takes longer than counting, so those of rejections are looked up once.

@@ -176,6 +176,8 @@ class BatchLoop:
             if failure is None:
                 for row, image in self.pending.wanted(batch):
                     self.slot_table.logits[image.slot] = outputs.logits[row]
+                    if image.embedding:
+                        self.slot_table.embeddings[image.slot] = outputs.embedding[row]
             completions = self.pending.complete(batch, now, failed=failure is not None)
         self._connections.send(completions)
         self._report(batch, now, failure)

@@ -22,6 +22,7 @@ class PendingImage(NamedTuple):
     worker: int
     slot: int
     request: Request
+    embedding: bool = False  # needed too
 
     def completion(
         self, outcome: int, started: float = 0.0, seconds: float = 0.0, retry_after_seconds: float = 0.0
@@ -123,7 +124,7 @@ class PendingRequests:
         alone = submission.action == wire_format.RETRY_ALONE
         retried = submission.action != wire_format.SUBMIT
         request = Request(9 - submission.priority, submission.deadline, sequence, alone, retried)
-        image = PendingImage(worker, slot, request)
+        image = PendingImage(worker, slot, request, submission.embedding)
         if retried:
             self.scheduler.restore(request)
         # The HTTP worker used a conservative estimate before it decoded the image. Now only a late image is rejected.

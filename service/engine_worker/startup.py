@@ -265,16 +265,18 @@ def create_slot_table(
 ) -> int:
     """Returns a file descriptor. Raises BundleRejectedError if the memory cannot be allocated."""
     engine, golden = opened.engine, bundle.golden()
-    classes = golden.reference.logits.shape[1]
+    height, width, channels = golden.pixels.shape[1:]
     shape = Shape(
-        workers,
-        settings.slots // workers,
-        engines,
-        engine.streams,
-        engine.max_batch,
-        golden.pixels.shape[1],
-        classes,
-        *golden.pixels.shape[2:],
+        workers=workers,
+        slots_per_worker=settings.slots // workers,
+        engines=engines,
+        streams=engine.streams,
+        max_batch=engine.max_batch,
+        image_size=height,
+        classes=golden.reference.logits.shape[1],
+        width=width,
+        channels=channels,
+        embedding=golden.reference.embedding.shape[1],
     )
     try:
         return memory_layout.create(shape, model_info.to_json())

@@ -1,4 +1,4 @@
-"""The HTTP routes and their responses. classify/ has POST /v1/classify."""
+"""The HTTP routes and their responses. inference/ has those that take images."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vitserve import __version__
 from vitserve.service import errors
 from vitserve.service.http_worker import openapi
 from vitserve.service.http_worker.admin_key import AdminKey
-from vitserve.service.http_worker.classify.asgi import classify
-from vitserve.service.http_worker.classify.call import ROUTE
-from vitserve.service.http_worker.classify.request_parsing import reject_unknown
 from vitserve.service.http_worker.exchange.middleware import exchange_of, observed
 from vitserve.service.http_worker.gauges import gauges
+from vitserve.service.http_worker.inference.asgi import respond
+from vitserve.service.http_worker.inference.operations import CLASSIFY, EMBED
+from vitserve.service.http_worker.inference.options import reject_unknown
 from vitserve.service.http_worker.state import State
 from vitserve.service.metrics import Exposition
 
@@ -51,7 +51,8 @@ def create_app(state: State) -> FastAPI:
         exception_handlers={HTTPException: _http_problem, Exception: _internal_error},
     )
     handlers: dict[tuple[str, str], Handler] = {
-        ("POST", ROUTE): lambda request: classify(state, request),
+        ("POST", CLASSIFY.route): lambda request: respond(state, CLASSIFY, request),
+        ("POST", EMBED.route): lambda request: respond(state, EMBED, request),
         ("GET", "/v1/model"): lambda request: _model(state),
         ("POST", "/v1/admin/reload"): lambda request: _reload(state, key, request),
         ("GET", "/livez"): lambda request: _livez(),

@@ -21,7 +21,7 @@ from vitserve.service.http_worker.connections.capacity import Capacity
 from vitserve.service.http_worker.connections.limits import LINGER_SECONDS, ConnectionLimits, open_files_limit
 from vitserve.service.http_worker.connections.rejections import Rejections
 from vitserve.service.http_worker.dispatch.decoding import preload
-from vitserve.service.http_worker.protocol import ClassifyProtocol, protocol_class
+from vitserve.service.http_worker.protocol import InferenceProtocol, protocol_class
 from vitserve.service.http_worker.state import State
 from vitserve.service.ipc.child_runtime import start_child
 from vitserve.service.ipc.control_messages import StartHttpWorker
@@ -94,7 +94,7 @@ class _Server(uvicorn.Server):
         self._limits.tick(now - self._checked)
         self._checked = now
         for connection in list(self.server_state.connections):
-            if isinstance(connection, ClassifyProtocol):
+            if isinstance(connection, InferenceProtocol):
                 connection.check()
         self._rejections.log()
 

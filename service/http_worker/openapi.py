@@ -6,7 +6,7 @@ responses with this document.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,7 +17,8 @@ from pydantic.json_schema import models_json_schema
 from vitserve.model.bundle.parity import Parity
 from vitserve.service import errors
 from vitserve.service.errors import ServiceError
-from vitserve.service.http_worker.classify.request_parsing import DEFAULT_PRIORITY, PRIORITY_HEADER
+from vitserve.service.http_worker.inference.request_parsing import DEFAULT_PRIORITY, PRIORITY_HEADER
+from vitserve.service.http_worker.inference.response import ENCODINGS, TYPES, Encoding, Type
 
 
 class Problem(BaseModel):
@@ -41,8 +42,16 @@ class Prediction(BaseModel):
     )
 
 
+_EMBEDDING = "The model's features of the image: a list, or base64 of little-endian numbers."
+
+
 class Predictions(BaseModel):
     predictions: list[Prediction] = Field(description="Most probable class first.")
+    embedding: list[float] | str | None = Field(None, description=f"Only with embedding=true. {_EMBEDDING}")
+
+
+class Embedding(BaseModel):
+    embedding: list[float] | str = Field(description=_EMBEDDING)
 
 
 class ImageError(BaseModel):
@@ -55,17 +64,41 @@ class Classification(BaseModel):
     results: list[Predictions | ImageError] = Field(description="One result per image, in the order of the request.")
 
 
-class ClassifyJson(BaseModel):
+class Embeddings(BaseModel):
+    model: str
+    version: str
+    results: list[Embedding | ImageError] = Field(description="One result per image, in the order of the request.")
+
+
+class EmbeddingOptions(BaseModel):
+    normalize: bool | None = Field(None, description="To a Euclidean norm of 1 (default: false).")
+    encoding: Encoding | None = Field(None, description="base64: of little-endian numbers (default: list).")
+    dtype: Type | None = Field(None, description="float16 needs base64 (default: float32).")
+
+
+class ClassifyJson(EmbeddingOptions):
     images: list[str] = Field(
         description="Image files in base64. Also as data: URLs, in lines, with the URL-safe alphabet, without padding."
     )
     top_k: int | None = None
     timeout_ms: int | None = None
+    embedding: bool | None = None
 
 
-class ClassifyForm(BaseModel):
+class ClassifyForm(EmbeddingOptions):
     image: list[str] = Field(json_schema_extra={"items": {"type": "string", "format": "binary"}})
     top_k: int | None = None
+    timeout_ms: int | None = None
+    embedding: bool | None = None
+
+
+class EmbedJson(EmbeddingOptions):
+    images: list[str] = Field(description="As for /v1/classify.")
+    timeout_ms: int | None = None
+
+
+class EmbedForm(EmbeddingOptions):
+    image: list[str] = Field(json_schema_extra={"items": {"type": "string", "format": "binary"}})
     timeout_ms: int | None = None
 
 
@@ -113,7 +146,19 @@ class Readiness(BaseModel):
     rejected: list[RejectedEngine] = Field(description="Faster engines that are not used.")
 
 
-_MODELS = (Problem, Classification, ClassifyJson, ClassifyForm, ModelDescription, ReloadedModel, Liveness, Readiness)
+_MODELS: tuple[type[BaseModel], ...] = (
+    Problem,
+    Classification,
+    ClassifyJson,
+    ClassifyForm,
+    Embeddings,
+    EmbedJson,
+    EmbedForm,
+    ModelDescription,
+    ReloadedModel,
+    Liveness,
+    Readiness,
+)
 _REFERENCE = "#/components/schemas/{model}"
 _ADMIN_ERRORS = (errors.ForbiddenError, errors.ReloadRejectedError, errors.TooManyAttemptsError)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -135,37 +180,26 @@ def describe(app: FastAPI) -> None:
 
 
 def _paths() -> dict[str, Any]:
-    classify_errors = [error for error in errors.error_types() if error not in _ADMIN_ERRORS]
     return {
         "/v1/classify": {
-            "post": {
-                "summary": "Classify one or more images",
-                "description": "The response always has the same structure. In a request with several images, an image "
-                "that cannot be classified has an `error` in its result, and the other images have predictions.",
-                "parameters": [
+            "post": _on_images(
+                "Classify one or more images",
+                "The response always has the same structure. In a request with several images, an image that cannot "
+                "be classified has an `error` in its result, and the other images have predictions.",
+                [
                     _parameter("top_k", "query", "Predictions per image (default: 5).", minimum=1),
-                    _parameter("timeout_ms", "query", "Request deadline in milliseconds.", minimum=1),
-                    _parameter(
-                        PRIORITY_HEADER,
-                        "header",
-                        f"9 is the most urgent (default: {DEFAULT_PRIORITY}).",
-                        minimum=0,
-                        maximum=9,
-                    ),
-                    _text_header("Content-Encoding", "gzip or deflate. The limit of the body's size applies to both."),
-                    _text_header("X-Request-ID", "An id for the log. The response has it, or a new one."),
+                    _parameter("embedding", "query", "Whether results have embeddings too.", type="boolean"),
                 ],
-                "requestBody": {
-                    "required": True,
-                    "content": {
-                        "multipart/form-data": {"schema": _schema(ClassifyForm)},
-                        "image/*": _BINARY,
-                        "application/octet-stream": _BINARY,
-                        "application/json": {"schema": _schema(ClassifyJson)},
-                    },
-                },
-                "responses": _responses(Classification, classify_errors),
-            }
+                (ClassifyJson, ClassifyForm, Classification),
+            )
+        },
+        "/v1/embed": {
+            "post": _on_images(
+                "Embed one or more images",
+                "The embedding is the input of the model's classifier. Images that cannot be embedded have an `error`.",
+                [],
+                (EmbedJson, EmbedForm, Embeddings),
+            )
         },
         "/v1/model": {
             "get": {
@@ -200,8 +234,44 @@ def _paths() -> dict[str, Any]:
     }
 
 
-def _parameter(name: str, location: str, description: str, **limits: int) -> dict[str, Any]:
-    return {"name": name, "in": location, "description": description, "schema": {"type": "integer"} | limits}
+def _on_images(
+    summary: str,
+    description: str,
+    parameters: Sequence[dict[str, Any]],
+    models: tuple[type[BaseModel], type[BaseModel], type[BaseModel]],
+) -> dict[str, Any]:
+    """``models``: of a JSON body, of a form, and of the response."""
+    json_body, form, result = models
+    return {
+        "summary": summary,
+        "description": description,
+        "parameters": [
+            *parameters,
+            _parameter("normalize", "query", "Embeddings have a Euclidean norm of 1.", type="boolean"),
+            _parameter("encoding", "query", "Of embeddings.", type="string", enum=list(ENCODINGS)),
+            _parameter("dtype", "query", "Of embeddings in base64.", type="string", enum=list(TYPES)),
+            _parameter("timeout_ms", "query", "Request deadline in milliseconds.", minimum=1),
+            _parameter(
+                PRIORITY_HEADER, "header", f"9 is the most urgent (default: {DEFAULT_PRIORITY}).", minimum=0, maximum=9
+            ),
+            _text_header("Content-Encoding", "gzip or deflate. The limit of the body's size applies to both."),
+            _text_header("X-Request-ID", "An id for the log. The response has it, or a new one."),
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": _schema(form)},
+                "image/*": _BINARY,
+                "application/octet-stream": _BINARY,
+                "application/json": {"schema": _schema(json_body)},
+            },
+        },
+        "responses": _responses(result, [error for error in errors.error_types() if error not in _ADMIN_ERRORS]),
+    }
+
+
+def _parameter(name: str, location: str, description: str, type: str = "integer", **limits: Any) -> dict[str, Any]:
+    return {"name": name, "in": location, "description": description, "schema": {"type": type} | limits}
 
 
 def _text_header(name: str, description: str) -> dict[str, Any]:

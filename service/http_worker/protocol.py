@@ -1,24 +1,26 @@
-"""HTTP/1.1 on one connection. POST /v1/classify is handled here, all other requests by the ASGI application.
+"""HTTP/1.1 on one connection. Requests with images are handled here, all others by the ASGI application.
 
 An ASGI request costs a task, an event, a timer and two writes. For a small image that is as much as all other work, so
-classify requests skip it. Only pipelined ones, which are rare, are handled by the application.
+requests with images skip it. Only pipelined ones, which are rare, are handled by the application.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from vitserve.service import errors
-from vitserve.service.http_worker.classify.call import ROUTE, ClassifyCall
-from vitserve.service.http_worker.classify.response import Response
 from vitserve.service.http_worker.connections.bounded_protocol import CHUNK_BYTES
 from vitserve.service.http_worker.connections.capacity import Capacity
 from vitserve.service.http_worker.connections.limits import ConnectionLimits
 from vitserve.service.http_worker.connections.rejections import Rejections
 from vitserve.service.http_worker.connections.timed_protocol import TimedProtocol
+from vitserve.service.http_worker.inference.call import InferenceCall
+from vitserve.service.http_worker.inference.operations import CLASSIFY, EMBED, Operation
+from vitserve.service.http_worker.inference.response import Response
 from vitserve.service.http_worker.state import State
 
 # After a response that is sent before the body has arrived, a body of up to this size is read and dropped, and the
@@ -28,27 +30,27 @@ _SHORTEST_GAP_SECONDS = 1.0  # networks lose packets, and send them again
 
 
 class _Exchange:
-    """A classify request and its response. Has the attributes of uvicorn's RequestResponseCycle that uvicorn uses."""
+    """A request with images and its response, with the attributes of RequestResponseCycle that uvicorn uses."""
 
     __slots__ = ("body_complete", "call", "disconnected", "keep_alive", "message_event", "response_complete")
 
     def __init__(self, keep_alive: bool, message_event: asyncio.Event) -> None:
         self.keep_alive, self.message_event = keep_alive, message_event
         self.body_complete = self.response_complete = self.disconnected = False
-        self.call: ClassifyCall | None = None
+        self.call: InferenceCall | None = None
 
 
-class ClassifyProtocol(TimedProtocol):
-    """Pass a subclass with the attributes of ClosingProtocol and ``classify_paths`` to uvicorn: protocol_class()."""
+class InferenceProtocol(TimedProtocol):
+    """Pass a subclass with the attributes of ClosingProtocol and ``operations`` to uvicorn: protocol_class()."""
 
     __slots__ = ("_exchange",)
 
-    classify_paths: frozenset[bytes]
+    operations: Mapping[bytes, Operation]  # by path
     _unused_event = asyncio.Event()
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._exchange: _Exchange | None = None  # the latest classify request that is handled here
+        self._exchange: _Exchange | None = None  # the latest request that is handled here
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._exchange is not None and self._exchange.call is not None:
@@ -63,17 +65,18 @@ class ClassifyProtocol(TimedProtocol):
         self._check_head()
         path, _, query = self.url.partition(b"?")
         idle = self.cycle is None or self.cycle.response_complete
-        if path not in self.classify_paths or not idle or self.parser.get_method() != b"POST":
+        operation = self.operations.get(path)
+        if operation is None or not idle or self.parser.get_method() != b"POST":
             self._start_application()
         else:
-            self._start_classify(query)
+            self._start_call(operation, query)
         self._in_body = True
 
-    def _start_classify(self, query: bytes) -> None:
+    def _start_call(self, operation: Operation, query: bytes) -> None:
         keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
         exchange = self._exchange = _Exchange(keep_alive and not self.crowded, self._unused_event)
         self.cycle = cast(RequestResponseCycle, exchange)
-        exchange.call = ClassifyCall(self.service, self._respond)
+        exchange.call = InferenceCall(self.service, operation, self._respond)
         if self.crowded:
             exchange.call.fail(errors.TooManyConnectionsError("there are too many connections"))
             return
@@ -105,7 +108,7 @@ class ClassifyProtocol(TimedProtocol):
         elif not self._exchange.keep_alive:
             self.linger()
 
-    def _current_call(self) -> ClassifyCall | None:
+    def _current_call(self) -> InferenceCall | None:
         """None if the application handles the request whose body arrives."""
         exchange = self._exchange
         return exchange.call if exchange is not None and cast(object, self.cycle) is exchange else None
@@ -173,9 +176,14 @@ class ClassifyProtocol(TimedProtocol):
 
 def protocol_class(
     state: State, limits: ConnectionLimits, capacity: Capacity, rejections: Rejections
-) -> type[ClassifyProtocol]:
+) -> type[InferenceProtocol]:
     """The class of the connections of this HTTP worker."""
     prefixes = ("", state.settings.root_path)
-    paths = frozenset(f"{prefix}{ROUTE}{slash}".encode() for prefix in prefixes for slash in ("", "/"))
+    operations = {
+        f"{prefix}{operation.route}{slash}".encode(): operation
+        for operation in (CLASSIFY, EMBED)
+        for prefix in prefixes
+        for slash in ("", "/")
+    }
     shared = {"service": state, "limits": limits, "capacity": capacity, "rejections": rejections}
-    return type("Protocol", (ClassifyProtocol,), {**shared, "classify_paths": paths})
+    return type("Protocol", (InferenceProtocol,), {**shared, "operations": operations})

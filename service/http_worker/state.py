@@ -16,13 +16,13 @@ from weakref import WeakKeyDictionary
 
 from vitserve.model.bundle.preprocess import prepare_pillow
 from vitserve.service import errors
-from vitserve.service.http_worker.classify.body_memory import BodyMemory
-from vitserve.service.http_worker.classify.request_parsing import ImageBytes
-from vitserve.service.http_worker.classify.response import ResponseEncoder
 from vitserve.service.http_worker.dispatch.decode_stage import DecodeWorkers
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.http_worker.exchange.cors import Cors
 from vitserve.service.http_worker.exchange.request_log import RequestLog
+from vitserve.service.http_worker.inference.body_memory import BodyMemory
+from vitserve.service.http_worker.inference.request_parsing import ImageBytes
+from vitserve.service.http_worker.inference.response import ResponseEncoder
 from vitserve.service.http_worker.metric_buffer import MetricBuffer
 from vitserve.service.http_worker.turn import Turns
 from vitserve.service.ipc.child_runtime import HEARTBEATS, received_messages, send_heartbeat

@@ -1,7 +1,7 @@
 """Layout of the shared memory of one model: a table of image slots and the figures that the workers publish.
 
     header | completion estimates, a row per engine worker | offered load and arrivals, a row per HTTP worker |
-    slot columns | pixels | logits | model description
+    slot columns | pixels | embeddings | logits | model description
 
 This module does not import numpy, so that the supervisor can clear the slots of a crashed HTTP worker.
 The HTTP worker that owns a slot writes its column entries, with two exceptions: when an engine worker starts a batch,
@@ -38,7 +38,7 @@ NO_ENGINE = 255  # entry of the engines column of a slot that no engine worker h
 NOT_RUNNING = 1 << 40  # entry of the connections of an HTTP worker that is not running
 
 _MAGIC = b"vitslots"
-_HEADER = struct.Struct("<8s10Q")
+_HEADER = struct.Struct("<8s11Q")
 _PAGE_BYTES = 4096
 _ITEM_BYTES = {"u1": 1, "<u8": 8, "<f8": 8, "<f4": 4}
 
@@ -58,6 +58,7 @@ class Shape:
     classes: int
     width: int = 0  # pixels; 0 for a square
     channels: int = 3
+    embedding: int = 1  # values of an embedding
 
     @property
     def slots(self) -> int:
@@ -87,6 +88,7 @@ def regions(shape: Shape) -> dict[str, Region]:
         "sequences": ("<u8", (slots,)),
         "sort_keys": ("<f8", (slots,)),  # smaller keys run first; infinite for slots that are free or running
         "pixels": ("u1", (slots, shape.image_size, shape.width or shape.image_size, shape.channels)),
+        "embeddings": ("<f4", (slots, shape.embedding)),  # written only for images that need them
         "logits": ("<f4", (slots, shape.classes)),
     }
     result: dict[str, Region] = {}

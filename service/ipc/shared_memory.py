@@ -74,6 +74,7 @@ class SlotTable:
         self._all_arrivals = self._array("arrivals")
         self.pixels: Pixels = self._array("pixels")
         self.logits: Floats = self._array("logits")
+        self.embeddings: Floats = self._array("embeddings")
         self._all_engines, self._all_sort_keys = self._array("engines"), self._array("sort_keys")
         self._estimates = self._array("completion_estimates")
         self._row = struct.Struct(f"<{self._estimates.shape[1]}d")

@@ -18,7 +18,7 @@ DONE, REJECTED_DEADLINE, REJECTED_FULL, FAILED, EXPIRED, WITHDRAWN = range(6)
 
 MAX_BYTES = 1 << 16
 _HEADER = struct.Struct("<II")
-_SUBMISSION = struct.Struct("<IBBxxQd")
+_SUBMISSION = struct.Struct("<IBBxxQd?")
 _COMPLETION = struct.Struct("<IB3xQddd")
 
 
@@ -34,6 +34,7 @@ class Submission(NamedTuple):
     priority: int
     sequence: int
     deadline: float  # monotonic seconds; all processes of a machine share this clock
+    embedding: bool = False  # whether the slot also gets the embedding
 
 
 class Completion(NamedTuple):

@@ -22,7 +22,7 @@ from tests.support.manifests import (
     read_manifests,
     settings_env,
 )
-from vitserve.service.http_worker.classify.request_parsing import PRIORITY_HEADER
+from vitserve.service.http_worker.inference.request_parsing import PRIORITY_HEADER
 from vitserve.service.settings import Settings
 from vitserve.service.supervisor.supervisor import ENGINE_EXIT_SECONDS
 

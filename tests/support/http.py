@@ -13,7 +13,7 @@ from tests.support.images import encoded, random_image
 from tests.support.server import Server
 
 
-def classify(client: httpx.Client, image: bytes, **options: int) -> httpx.Response:
+def classify(client: httpx.Client, image: bytes, **options: int | str) -> httpx.Response:
     return client.post("/v1/classify", content=image, headers={"content-type": "image/png"}, params=options)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from vitserve.service import errors
-from vitserve.service.http_worker.classify.response import Response, problem
 from vitserve.service.http_worker.connections.capacity import Capacity
 from vitserve.service.http_worker.connections.limits import MAX_UNFINISHED_HEAD_BYTES, ConnectionLimits
 from vitserve.service.http_worker.connections.rejections import Rejections
 from vitserve.service.http_worker.exchange import request_id
+from vitserve.service.http_worker.inference.response import Response, problem
 from vitserve.service.http_worker.state import State
 
 # A client that sends more than this after its response is disconnected at once. Less is read and dropped: closing a

@@ -117,7 +117,8 @@ class DecodeStage:
         """On the event loop."""
         if len(job.encoded) <= _MAX_OPENED_BYTES:
             began = time.monotonic()
-            job.image = open_image(self.decoder, job.encoded)
+            if job.image is None:
+                job.image = open_image(self.decoder, job.encoded)
             if isinstance(job.image, errors.ServiceError) or job.image.seconds <= self._max_seconds_on_loop:
                 self._decode(job, job.image, began, on_loop=True)
                 return

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.admission import Admission
 from vitserve.service.http_worker.dispatch.decode_stage import DecodeStage, DecodeWorkers
-from vitserve.service.http_worker.dispatch.decoding import decoder_for
+from vitserve.service.http_worker.dispatch.decoding import PixelImage, decoder_for
 from vitserve.service.http_worker.dispatch.engine_connections import EngineConnections, Message
 from vitserve.service.http_worker.dispatch.expiry import Expiry
 from vitserve.service.http_worker.dispatch.image_job import ImageJob, ImageResult, ModelReplacedError, Outcome
@@ -64,16 +64,26 @@ class Dispatcher:
         self._expiry = Expiry(self.loop, self.slot_table, self.abandon)
 
     def submit(
-        self, encoded: bytes, deadline: float, priority: int, on_done: Callable[[Outcome], None], admitted: bool = False
+        self,
+        image: bytes | PixelImage,
+        deadline: float,
+        priority: int,
+        on_done: Callable[[Outcome], None],
+        admitted: bool = False,
+        embedding: bool = False,
     ) -> ImageJob:
-        """Classifies one image. ``deadline`` is in time.monotonic() seconds.
+        """Runs one image through the model. ``deadline`` is in time.monotonic() seconds.
 
         ``on_done`` receives the outcome on the event loop, possibly before submit() returns: OverloadedError without
         decoding if the deadline cannot be met, an error of errors.from_image_error(), EngineFailedError,
         DeadlineExceededError, ModelReplacedError, or ServiceError for an unexpected failure.
         An image that was ``admitted`` by the previous model is not rejected, but waits for a slot.
         """
-        job = ImageJob(encoded, deadline, priority, admitted, on_done, time.monotonic())
+        now = time.monotonic()
+        if isinstance(image, PixelImage):
+            job = ImageJob(b"", deadline, priority, admitted, on_done, now, embedding, image)
+        else:
+            job = ImageJob(image, deadline, priority, admitted, on_done, now, embedding)
         if self.retired:
             job.deliver(ModelReplacedError())
         elif admitted:
@@ -100,7 +110,7 @@ class Dispatcher:
             if connection is None and job.decoded:
                 self._finish(job, errors.DeadlineExceededError("client disconnected"))
         if connection is not None:
-            self._engines.post((connection, job.ticket, wire_format.WITHDRAW))
+            self._engines.post((connection, job.ticket, wire_format.WITHDRAW, False))
 
     # -- engine workers
 
@@ -176,7 +186,7 @@ class Dispatcher:
         send = self._engines.post if on_loop else self._engines.send
         send(message)
         if message is not None and job.abandoned:  # the client may have disconnected before the submission was sent
-            send((message[0], job.slot, wire_format.WITHDRAW))
+            send((message[0], job.slot, wire_format.WITHDRAW, False))
 
     # -- with the lock held
 
@@ -191,7 +201,7 @@ class Dispatcher:
             return None
         engine = self._engines.earliest(job.slot)
         self.slots.submit(job.slot, engine)
-        return self._engines.connections[engine], job.slot, job.action
+        return self._engines.connections[engine], job.slot, job.action, job.embedding
 
     def _retry(self, job: ImageJob) -> Message | None:
         """Submits an image of an engine worker that has exited, unless the image may be the cause."""
@@ -216,13 +226,12 @@ class Dispatcher:
         done: list[tuple[ImageJob, Outcome]] = []
         with self._lock:
             for completion in completions:
-                logits = self.slot_table.logits[completion.slot].copy()
                 ticket = self.slots.complete(completion.slot, completion.sequence)
                 if ticket is None:
                     log.error("dropped a stale completion of image %d in slot %d", completion.sequence, completion.slot)
                     continue
                 job = self._jobs.pop(ticket.sequence)
-                done.append((job, job.outcome(completion, logits, self.model_info.activation)))
+                done.append((job, job.outcome(completion, self.slot_table, self.model_info.activation)))
         for job, outcome in done:
             self._deliver(job, outcome)
         if done and isinstance(done[-1][1], ImageResult):

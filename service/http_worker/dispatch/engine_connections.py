@@ -18,7 +18,8 @@ from vitserve.service.ipc.slots import Ticket
 
 log = logging.getLogger(__name__)
 
-Message = tuple[Connection, Ticket, int]  # the connection to send it on, the image, and the action
+# The connection to send it on, the image, the action, and whether the embedding is needed.
+Message = tuple[Connection, Ticket, int, bool]
 
 # Messages are sent after the dispatcher's lock has been released, because sending releases the interpreter lock: other
 # threads would wait for both. If the engine worker has exited by then, the connection is closed and drops the message,
@@ -138,5 +139,5 @@ class EngineConnections:
 
 
 def _submission(message: Message) -> wire_format.Submission:
-    _, ticket, action = message
-    return wire_format.Submission(ticket.slot, action, ticket.priority, ticket.sequence, ticket.deadline)
+    _, ticket, action, embedding = message
+    return wire_format.Submission(ticket.slot, action, ticket.priority, ticket.sequence, ticket.deadline, embedding)

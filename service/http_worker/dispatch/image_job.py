@@ -11,6 +11,7 @@ from vitserve.model.arrays import Activation, Floats, to_probabilities
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.decoding import OpenedImage
 from vitserve.service.ipc import wire_format
+from vitserve.service.ipc.shared_memory import SlotTable
 from vitserve.service.ipc.slots import MAX_CRASHES, Ticket
 from vitserve.service.scheduler import Rejection, RejectionReason
 
@@ -36,6 +37,8 @@ class ModelReplacedError(Exception):
 @dataclass(frozen=True, slots=True)
 class ImageResult:
     probabilities: Floats  # [classes]
+    logits: Floats  # [classes]
+    embedding: Floats | None  # [width]; None unless the job has the flag
     decode_seconds: float
     queue_seconds: float
     inference_seconds: float
@@ -46,12 +49,13 @@ Outcome = ImageResult | errors.ServiceError | ModelReplacedError
 
 @dataclass(slots=True, eq=False)
 class ImageJob:
-    encoded: bytes
+    encoded: bytes  # empty for pixels, which need no decoding
     deadline: float  # of the response, monotonic seconds
     priority: int
     admitted: bool  # by an engine worker earlier, so it is not rejected again
     on_done: Callable[[Outcome], None]  # called once, on the event loop, unless the image is abandoned
     received: float = 0.0  # monotonic seconds
+    embedding: bool = False  # whether the result needs the embedding
     image: OpenedImage | errors.ServiceError | None = None  # None: not opened yet
     ticket: Ticket | None = None  # None while it waits for a slot
     waits_as_large: bool = False  # for its turn in a decode process
@@ -85,12 +89,14 @@ class ImageJob:
             return wire_format.SUBMIT
         return wire_format.RETRY_ALONE if self.slot.crashes else wire_format.RETRY
 
-    def outcome(self, completion: wire_format.Completion, logits: Floats, activation: Activation) -> Outcome:
+    def outcome(self, completion: wire_format.Completion, table: SlotTable, activation: Activation) -> Outcome:
+        """Copies the results from the slot, which no other image can have yet: the dispatcher's lock is held."""
         if completion.outcome == wire_format.DONE:
+            logits = table.logits[completion.slot].copy()
+            embedding = table.embeddings[completion.slot].copy() if self.embedding else None
             queue_seconds = max(0.0, completion.started - self.received - self.decode_seconds)
-            return ImageResult(
-                to_probabilities(logits, activation), self.decode_seconds, queue_seconds, completion.seconds
-            )
+            times = self.decode_seconds, queue_seconds, completion.seconds
+            return ImageResult(to_probabilities(logits, activation), logits, embedding, *times)
         if completion.outcome == wire_format.REJECTED_DEADLINE:
             return overloaded(Rejection("deadline", completion.retry_after_seconds))
         if completion.outcome == wire_format.REJECTED_FULL:

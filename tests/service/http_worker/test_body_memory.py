@@ -14,7 +14,7 @@ from tests.support.images import encoded, random_image
 from tests.support.processes import serving
 from tests.support.server import Server
 from tests.support.waiting import eventually
-from vitserve.service.http_worker.classify.body_memory import SMALL_BYTES, BodyMemory
+from vitserve.service.http_worker.inference.body_memory import SMALL_BYTES, BodyMemory
 
 MIB = 2**20
 SMALL = encoded(random_image(40, 30))

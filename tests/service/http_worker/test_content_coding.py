@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.effort import effort_of
 from vitserve.service import errors
-from vitserve.service.http_worker.classify.content_coding import decoded
+from vitserve.service.http_worker.inference.content_coding import decoded
 
 STEP = 2**20
 ENCODERS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {

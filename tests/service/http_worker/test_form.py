@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.effort import effort_of
 from vitserve.service import errors
-from vitserve.service.http_worker.classify.form import read_form
+from vitserve.service.http_worker.inference.form import read_form
 
 MEGABYTE = 2**20
 PART = b'--B\r\nContent-Disposition: form-data; name="image"; filename="a"'

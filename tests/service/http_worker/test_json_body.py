@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.support.effort import effort_of
 from vitserve.service import errors
-from vitserve.service.http_worker.classify.json_body import JsonBody, read_json
+from vitserve.service.http_worker.inference.json_body import JsonBody, read_json
 
 MEGABYTE = 2**20
 MAX_IMAGES = 8

@@ -73,6 +73,8 @@ def test_responses_match_their_schemas(client: httpx.Client, document: dict[str,
     check(document, classify(client, IMAGE), 200)
     several = {"images": [base64.b64encode(IMAGE).decode(), "%"]}
     check(document, client.post("/v1/classify", json=several), 200)
+    check(document, classify(client, IMAGE, embedding="true"), 200)
+    check(document, client.post("/v1/embed", json=several | {"encoding": "base64"}), 200)
     check(document, classify(client, b"not an image"), 422)
     check(document, classify(client, IMAGE, top_k=0), 400)
     check(document, client.post("/v1/classify", content=b"", headers={"content-type": "text/plain"}), 415)

@@ -13,7 +13,7 @@ from tests.support.http import classify, connect, metric
 from tests.support.images import encoded, png_header, random_image
 from tests.support.server import Server, start_server
 from vitserve.model.bundle.bundle import Bundle
-from vitserve.service.http_worker.classify.request_parsing import ClassifyRequest, ImageBytes, parse_head
+from vitserve.service.http_worker.inference.request_parsing import ImageBytes, parse_head
 from vitserve.service.settings import Settings
 
 IMAGE = encoded(random_image())
@@ -130,7 +130,7 @@ def test_clients_that_disconnect_mid_body_leave_nothing_behind(server: Server, c
 def test_the_expected_number_of_images_is_within_the_limit() -> None:
     """It counts as offered load. Tiny images must not make a large form look like thousands of images."""
     sizes = ImageBytes()
-    sizes.record(ClassifyRequest([b"x" * 100] * 20, top_k=1, timeout_ms=1))
+    sizes.record([b"x" * 100] * 20)
     headers = [(b"content-type", FORM.encode()), (b"content-length", b"33554432")]
-    head = parse_head(b"", headers, Settings())
+    head = parse_head(b"", headers, Settings(), ())
     assert sizes.expected_images(head, max_images=64) == 64

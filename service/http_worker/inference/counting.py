@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vitserve.service import errors
-from vitserve.service.http_worker.classify.response import Outcome
+from vitserve.service.http_worker.inference.response import Outcome
 from vitserve.service.http_worker.metric_buffer import MetricBuffer
 
 

@@ -1,4 +1,4 @@
-"""POST /v1/classify as a route of the ASGI application, for requests that the protocol does not handle itself."""
+"""Requests with images as routes of the ASGI application, for those that the protocol does not handle itself."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from starlette import responses
 from starlette.requests import ClientDisconnect, Request
 
 from vitserve.service import errors
-from vitserve.service.http_worker.classify.call import ClassifyCall
-from vitserve.service.http_worker.classify.response import Response
 from vitserve.service.http_worker.exchange.middleware import exchange_of
+from vitserve.service.http_worker.inference.call import InferenceCall
+from vitserve.service.http_worker.inference.operations import Operation
+from vitserve.service.http_worker.inference.response import Response
 from vitserve.service.http_worker.state import State
 
 
-async def classify(state: State, request: Request) -> responses.Response:
+async def respond(state: State, operation: Operation, request: Request) -> responses.Response:
     result: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-    call = ClassifyCall(state, result.set_result)
+    call = InferenceCall(state, operation, result.set_result)
     exchange_of(request.scope).recorded = True  # by the call
     arrived = time.monotonic()
     call.begin(request.scope["query_string"], request.headers.raw, arrived, request.scope["client"])

@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 from vitserve.service import errors
-from vitserve.service.http_worker.classify import base64_image
+from vitserve.service.http_worker.inference import base64_image
 
 _PIECE_BYTES = 1_048_576
 _MAX_HEADER_BYTES, _MAX_HEADERS = 8192, 32  # of a part; further headers are ignored

@@ -1,4 +1,4 @@
-"""POST /v1/classify: one request from its headers to its response."""
+"""One request with images, from its headers to its response."""
 
 from __future__ import annotations
 
@@ -9,38 +9,34 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from vitserve.service import errors
-from vitserve.service.http_worker.classify.body_memory import memory_of
-from vitserve.service.http_worker.classify.counting import count_images, count_rejected
-from vitserve.service.http_worker.classify.request_parsing import (
-    ClassifyRequest,
-    Headers,
-    RequestHead,
-    check_length,
-    parse_body,
-    parse_head,
-    takes_long,
-)
-from vitserve.service.http_worker.classify.response import Outcome, Response, problem, server_timing
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.http_worker.dispatch.image_job import ImageJob
 from vitserve.service.http_worker.dispatch.image_job import Outcome as JobOutcome
 from vitserve.service.http_worker.exchange import request_id
+from vitserve.service.http_worker.inference.body_memory import memory_of
+from vitserve.service.http_worker.inference.counting import count_images, count_rejected
+from vitserve.service.http_worker.inference.operations import Operation
+from vitserve.service.http_worker.inference.request_parsing import (
+    Headers,
+    ImageRequest,
+    RequestHead,
+    check_length,
+)
+from vitserve.service.http_worker.inference.response import Outcome, Response, server_timing
 from vitserve.service.http_worker.state import State
 
 log = logging.getLogger(__name__)
 
-ROUTE = "/v1/classify"
 
-
-class ClassifyCall:
+class InferenceCall:
     """begin() → receive() … → end(). Then ``respond`` is called once, unless cancel() is called first.
 
     ``respond`` may also be called earlier: by begin() for a request that is rejected from its headers, and by receive()
     for a body that is too large. All methods run on the event loop.
     """
 
-    def __init__(self, state: State, respond: Callable[[Response], None]) -> None:
-        self._state, self._respond = state, respond
+    def __init__(self, state: State, operation: Operation, respond: Callable[[Response], None]) -> None:
+        self._state, self._operation, self._respond = state, operation, respond
         self._began = time.monotonic()
         self._arrived = self._began
         self._read_seconds = 0.0
@@ -49,7 +45,7 @@ class ClassifyCall:
         self._length = 0
         self._reserved = 0  # bytes of memory
         self._dispatcher: Dispatcher | None = None
-        self._request: ClassifyRequest | None = None
+        self._request: ImageRequest | None = None
         self._jobs: list[ImageJob] = []
         self._outcomes: list[JobOutcome | None] = []
         self._missing = 0  # outcomes that have not arrived
@@ -76,7 +72,7 @@ class ClassifyCall:
         self._cors_headers = self._state.cors.headers(headers)
         with _Errors(self):
             self._dispatcher = self._state.serving()
-            self._head = parse_head(query, headers, self._state.settings)
+            self._head = self._operation.parse_head(query, headers, self._state.settings)
             self._check_memory(
                 self._dispatcher, self._head, memory_of(self._head.media_type, self._head.content_length or 0)
             )
@@ -135,9 +131,9 @@ class ClassifyCall:
         chunks, self._chunks = self._chunks, []
         self._read_seconds = time.monotonic() - self._began
         self._state.metrics.observe(self._state.metrics.all.read_seconds, self._read_seconds)
-        classes = len(self._dispatcher.model_info.labels)
-        parse = partial(parse_body, self._head, chunks, self._state.settings, classes)
-        if takes_long(self._head, chunks, self._length):
+        arguments = self._head, chunks, self._state.settings, self._dispatcher.model_info
+        parse = partial(self._operation.parse_body, *arguments)
+        if self._operation.takes_long(self._head, chunks, self._length):
             parsing = asyncio.get_running_loop().run_in_executor(self._state.parsing_threads, parse)
             parsing.add_done_callback(self._parsed)
         else:
@@ -152,7 +148,7 @@ class ClassifyCall:
 
     # -- images
 
-    def _parsed(self, parsing: asyncio.Future[ClassifyRequest]) -> None:
+    def _parsed(self, parsing: asyncio.Future[ImageRequest]) -> None:
         error = parsing.exception()
         if error is not None:  # raising it here would create a cycle, which keeps the body until it is collected
             self.fail(error)
@@ -160,7 +156,7 @@ class ClassifyCall:
             with _Errors(self):
                 self._submit(parsing.result())
 
-    def _submit(self, request: ClassifyRequest, admitted: bool = False) -> None:
+    def _submit(self, request: ImageRequest, admitted: bool = False) -> None:
         """``admitted``: by a model that has been replaced since."""
         assert self._dispatcher is not None
         assert self._head is not None
@@ -168,7 +164,7 @@ class ClassifyCall:
         if self._head.coding:  # the decoded images may be much larger than the body
             decoded = sum(len(image) for image in request.images if isinstance(image, bytes))
             self._reserve(self._dispatcher, self._head, max(0, decoded - self._reserved))
-        self._state.image_bytes.record(request)
+        self._state.image_bytes.record(request.images)
         self._missing = len(request.images)
         self._outcomes = [None] * len(request.images)
         jobs = self._jobs = list[ImageJob]()  # an image may be rejected, and the call be finished, in submit()
@@ -178,8 +174,8 @@ class ClassifyCall:
                 self._image_done(index, image)
             else:
                 on_done = partial(self._image_done, index)
-                job = self._dispatcher.submit(image, deadline, self._head.priority, on_done, admitted)
-                jobs.append(job)
+                options = self._head.priority, on_done, admitted, request.embedding
+                jobs.append(self._dispatcher.submit(image, deadline, *options))
 
     def _image_done(self, index: int, outcome: JobOutcome) -> None:
         self._outcomes[index] = outcome
@@ -205,8 +201,8 @@ class ClassifyCall:
                 dispatcher.admission.remember(request.timeout_ms, self._head.priority, first)
             self.fail(first)
             return
-        encoder = self._state.encoder(dispatcher)
-        self._send(encoder.classification(outcomes, request.top_k, self._read_seconds), "", outcomes)
+        response = request.encode(self._state.encoder(dispatcher), outcomes, self._read_seconds)
+        self._send(response, "", outcomes)
 
     # -- the response
 
@@ -221,13 +217,13 @@ class ClassifyCall:
         self.finished = True
         self._state.body_memory.used -= self._reserved
         seconds = time.monotonic() - self._began
-        self._state.count_request(ROUTE, str(status), seconds)
+        self._state.count_request(self._operation.route, str(status), seconds)
         if self._state.request_log.on:
             failed = {outcome.code for outcome in outcomes if isinstance(outcome, errors.ServiceError)}
             code = code or ",".join(sorted(failed))
             details = f"images={len(self._outcomes)} {server_timing(self._read_seconds, outcomes).decode()}"
             details = details.replace(";dur=", "_ms=").replace(",", "")
-            about = self._request_id, self._client, "POST", ROUTE
+            about = self._request_id, self._client, "POST", self._operation.route
             self._state.request_log.write(*about, status, code, seconds, details)
 
     def _release(self) -> None:
@@ -246,7 +242,7 @@ class ClassifyCall:
         if not isinstance(error, errors.ServiceError):
             log.error("request %s failed", self._request_id.decode(), exc_info=error)
             error = errors.internal(self._request_id.decode())
-        self._send(problem(error), error.code)
+        self._send(self._operation.problem(error), error.code)
 
 
 class _Errors:
@@ -254,7 +250,7 @@ class _Errors:
 
     __slots__ = ("_call",)
 
-    def __init__(self, call: ClassifyCall) -> None:
+    def __init__(self, call: InferenceCall) -> None:
         self._call = call
 
     def __enter__(self) -> None:

@@ -1,25 +1,26 @@
-"""Parses classify requests: a raw image, a multipart form or JSON.
+"""Parses requests with images: a raw image, a multipart form or JSON.
 
 Data from clients is never fetched as a URL, unpickled, written to disk or used as a path.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
 from vitserve.service import errors
-from vitserve.service.http_worker.classify.content_coding import coding_of, decoded
-from vitserve.service.http_worker.classify.form import read_form
-from vitserve.service.http_worker.classify.json_body import Images, read_json, too_many_images
+from vitserve.service.http_worker.dispatch.decoding import PixelImage
+from vitserve.service.http_worker.inference.content_coding import coding_of, decoded
+from vitserve.service.http_worker.inference.form import read_form
+from vitserve.service.http_worker.inference.json_body import Images, read_json, too_many_images
+from vitserve.service.http_worker.inference.options import reject_unknown, timeout_ms, whole_number
+from vitserve.service.http_worker.inference.response import Outcome, Response, ResponseEncoder
 from vitserve.service.settings import Settings
 
 PRIORITY_HEADER = "Vitserve-Priority"
 DEFAULT_PRIORITY = 5
-_OPTIONS = ("top_k", "timeout_ms")
 _JSON, _FORM = "application/json", "multipart/form-data"
 _RAW = ("application/octet-stream", "binary/octet-stream")  # the second is the default of object stores
 _URL_ENCODED = "application/x-www-form-urlencoded"  # the default of curl --data-binary
@@ -27,14 +28,14 @@ _URL_ENCODED = "application/x-www-form-urlencoded"  # the default of curl --data
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 # Larger bodies are parsed on a thread. Escaped characters in JSON take longer than all others.
 _MAX_PARSED_ON_LOOP, _MAX_ESCAPED_ON_LOOP = 1_048_576, 65_536
-_NUMBER = re.compile(r"\s*[+-]?[0-9]{1,100}\s*", re.ASCII)  # int() accepts more, such as 1_0
 
 Headers = Iterable[tuple[bytes, bytes]]  # names in lower case
+ImageInput = bytes | PixelImage | errors.ServiceError  # an image that cannot be read is replaced by its error
 
 
 @dataclass(frozen=True, slots=True)
 class RequestHead:
-    """The part of a classify request that is known before its body."""
+    """The part of a request that is known before its body."""
 
     content_type: str  # as sent, with parameters
     media_type: str  # without parameters, in lower case
@@ -46,10 +47,11 @@ class RequestHead:
 
 
 @dataclass(frozen=True, slots=True)
-class ClassifyRequest:
-    images: Images
-    top_k: int
+class ImageRequest:
+    images: Sequence[ImageInput]
     timeout_ms: int
+    embedding: bool  # whether the results need embeddings
+    encode: Callable[[ResponseEncoder, Sequence[Outcome], float], Response]  # the last argument: seconds of reading
 
 
 class ImageBytes:
@@ -58,8 +60,8 @@ class ImageBytes:
     def __init__(self) -> None:
         self._average = 0.0
 
-    def record(self, request: ClassifyRequest) -> None:
-        for image in request.images:
+    def record(self, images: Iterable[ImageInput]) -> None:
+        for image in images:
             if isinstance(image, bytes):
                 self._average += (len(image) - self._average) * (0.1 if self._average else 1.0)
 
@@ -71,8 +73,11 @@ class ImageBytes:
         return max(1, min(max_images, round(length / self._average)))
 
 
-def parse_head(query: bytes, headers: Headers, settings: Settings) -> RequestHead:
-    """Raises BadRequestError, BodyTooLargeError, UnsupportedMediaTypeError, UnsupportedCodingError."""
+def parse_head(query: bytes, headers: Headers, settings: Settings, option_names: Sequence[str]) -> RequestHead:
+    """``option_names``: those that the query may have.
+
+    Raises BadRequestError, BodyTooLargeError, UnsupportedMediaTypeError, UnsupportedCodingError.
+    """
     content_type, coding, content_length = "application/octet-stream", "", None
     priority: int = DEFAULT_PRIORITY
     for name, value in headers:
@@ -81,19 +86,19 @@ def parse_head(query: bytes, headers: Headers, settings: Settings) -> RequestHea
         elif name == b"content-length":
             content_length = int(value)
         elif name == b"vitserve-priority":
-            priority = _whole_number(PRIORITY_HEADER, value.decode("latin-1"), 0, 9)
+            priority = whole_number(PRIORITY_HEADER, value.decode("latin-1"), 0, 9)
         elif name == b"content-encoding":
             coding = ",".join(filter(None, [coding, value.decode("latin-1")]))
     options: dict[str, Any] = {}
-    timeout_ms = settings.timeout_ms
+    milliseconds = settings.timeout_ms
     if query:
         options = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
-        reject_unknown("query parameter", options, _OPTIONS)
-        timeout_ms = _timeout_ms(options, settings)
+        reject_unknown("query parameter", options, option_names)
+        milliseconds = timeout_ms(options, settings)
     media_type = content_type.partition(";")[0].strip().lower()
     _check_media_type(media_type)
     coding = coding_of(coding) if coding else ""
-    head = RequestHead(content_type, media_type, coding, content_length, options, timeout_ms, priority)
+    head = RequestHead(content_type, media_type, coding, content_length, options, milliseconds, priority)
     if content_length is not None:
         check_length(content_length, settings, exact=True)
     return head
@@ -115,40 +120,29 @@ def takes_long(head: RequestHead, chunks: list[bytes], length: int) -> bool:
     return head.media_type in (_JSON, _FORM) and length > _MAX_PARSED_ON_LOOP
 
 
-def parse_body(head: RequestHead, chunks: list[bytes], settings: Settings, classes: int) -> ClassifyRequest:
-    """``chunks`` are the body. Their memory is freed as they are joined.
+def parse_body(
+    head: RequestHead, chunks: list[bytes], settings: Settings, option_names: Sequence[str]
+) -> tuple[Images, Mapping[str, Any]]:
+    """The images, and the options of the query and of the body. ``chunks`` are the body; their memory is freed.
 
     Raises BadRequestError, BodyTooLargeError, UnsupportedMediaTypeError.
     """
     options = dict(head.options)
-    body = _joined(chunks, head)
+    body = joined(chunks, in_steps=head.media_type in (_JSON, _FORM))
     if head.coding:
         body = decoded(body, head.coding, settings.max_body_bytes)
     if head.media_type == _JSON:
-        images, more_options = read_json(body, settings.max_images, _OPTIONS)
+        images, more_options = read_json(body, settings.max_images, option_names)
         options |= more_options
     elif head.media_type == _FORM:
-        images = _from_form(head, body, settings, options)
+        images = _from_form(head, body, settings, options, option_names)
     elif head.media_type == _URL_ENCODED and not _is_image(body):
         raise errors.UnsupportedMediaTypeError(_wrong_media_type(_URL_ENCODED))
     else:
         images = [bytes(body)]
     if not 1 <= len(images) <= settings.max_images:
         raise too_many_images(str(len(images)), settings.max_images)
-    return ClassifyRequest(
-        images,
-        top_k=_whole_number("top_k", options.get("top_k", min(5, classes)), 1, classes),
-        timeout_ms=_timeout_ms(options, settings),
-    )
-
-
-def reject_unknown(kind: str, names: Iterable[str], allowed: tuple[str, ...] = ()) -> None:
-    """Raises BadRequestError for the first name that is not allowed."""
-    for name in names:
-        if name not in allowed:
-            raise errors.BadRequestError(
-                f"unknown {kind} {name[:100]!r}; allowed: {', '.join(allowed) if allowed else 'none'}"
-            )
+    return images, options
 
 
 def _check_media_type(media_type: str) -> None:
@@ -163,9 +157,9 @@ def _wrong_media_type(media_type: str) -> str:
     )
 
 
-def _joined(chunks: list[bytes], head: RequestHead) -> bytes | bytearray:
+def joined(chunks: list[bytes], in_steps: bool) -> bytes | bytearray:
     """Large bodies that are parsed are joined in steps: joining 32 MB at once blocks the event loop for 20 ms."""
-    if head.media_type not in (_JSON, _FORM):
+    if not in_steps:
         return b"".join(chunks) if len(chunks) != 1 else chunks[0]
     body = bytearray()
     for number, chunk in enumerate(chunks):
@@ -178,17 +172,23 @@ def _is_image(body: bytes | bytearray) -> bool:
     return body.startswith(_SIGNATURES) or body[4:8] == b"ftyp"
 
 
-def _from_form(head: RequestHead, body: bytes | bytearray, settings: Settings, options: dict[str, Any]) -> Images:
+def _from_form(
+    head: RequestHead,
+    body: bytes | bytearray,
+    settings: Settings,
+    options: dict[str, Any],
+    option_names: Sequence[str],
+) -> Images:
     """A part without a file name is an image if it has a media type other than text (RFC 7578, 4.2 and 4.4)."""
     images: Images = []
-    for part in read_form(head.content_type, body, max_parts=settings.max_images + len(_OPTIONS)):
-        if part.has_file_name or (part.name not in _OPTIONS and not _is_text(part.media_type)):
+    for part in read_form(head.content_type, body, max_parts=settings.max_images + len(option_names)):
+        if part.has_file_name or (part.name not in option_names and not _is_text(part.media_type)):
             images.append(part.content)
-        elif part.name in _OPTIONS:
+        elif part.name in option_names:
             options[part.name] = part.content.decode("latin-1")
         else:
             raise errors.BadRequestError(
-                f"unknown form field {part.name[:100]!r}; allowed: {', '.join(_OPTIONS)}, and images, "
+                f"unknown form field {part.name[:100]!r}; allowed: {', '.join(option_names)}, and images, "
                 "which need a file name or a Content-Type such as image/jpeg"
             )
     return images
@@ -196,19 +196,3 @@ def _from_form(head: RequestHead, body: bytes | bytearray, settings: Settings, o
 
 def _is_text(media_type: str) -> bool:
     return not media_type or media_type.startswith("text/")
-
-
-def _timeout_ms(options: dict[str, Any], settings: Settings) -> int:
-    return _whole_number("timeout_ms", options.get("timeout_ms", settings.timeout_ms), 1, 3_600_000)
-
-
-def _whole_number(name: str, value: Any, low: int, high: int) -> int:
-    try:
-        if isinstance(value, (bool, float)) or (isinstance(value, str) and not _NUMBER.fullmatch(value)):
-            raise ValueError
-        number = int(value)
-    except (TypeError, ValueError) as error:
-        raise errors.BadRequestError(f"{name} must be an integer from {low} to {high}") from error
-    if not low <= number <= high:
-        raise errors.BadRequestError(f"{name} is {str(number)[:100]}; it must be from {low} to {high}")
-    return number

@@ -11,11 +11,11 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vitserve.service import errors
-from vitserve.service.http_worker.classify import base64_image
+from vitserve.service.http_worker.inference import base64_image
 
 Images = list[bytes | errors.ServiceError]  # an image that cannot be read is replaced by its error
 
@@ -33,7 +33,7 @@ class JsonBody(NamedTuple):
     options: dict[str, Any]
 
 
-def read_json(body: bytes | bytearray, max_images: int, option_names: tuple[str, ...]) -> JsonBody:
+def read_json(body: bytes | bytearray, max_images: int, option_names: Sequence[str]) -> JsonBody:
     """Raises BadRequestError."""
     if b"\0" in body[:4]:
         raise errors.BadRequestError("JSON must be encoded in UTF-8")
@@ -52,7 +52,7 @@ def read_json(body: bytes | bytearray, max_images: int, option_names: tuple[str,
         if name == "images":
             images = _images(scanner, max_images)
         else:
-            options[name] = scanner.scalar(f"{name} must be an integer")
+            options[name] = scanner.scalar(f"{name} must be a single value")
     scanner.end()
     if images is None:
         raise errors.BadRequestError(f"{_STRUCTURE}; the field 'images' is missing")

@@ -1,11 +1,13 @@
-"""Responses of POST /v1/classify as bytes. The parts that depend on the model only are encoded once."""
+"""Responses with results of images, as bytes. The parts that depend on the model only are encoded once."""
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 from pydantic_core import to_json
 
 from vitserve.model.arrays import Floats
@@ -16,6 +18,10 @@ from vitserve.service.ipc.model_info import ModelInfo
 _MAX_SELECTED = 16  # for so few of a thousand classes, repeated argmax is faster than sorting
 
 Outcome = ImageResult | errors.ServiceError
+Encoding = Literal["list", "base64"]
+Type = Literal["float32", "float16"]
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
+TYPES: tuple[Type, ...] = get_args(Type)
 
 
 class Response(NamedTuple):
@@ -29,6 +35,20 @@ def problem(error: errors.ServiceError) -> Response:
     return Response(error.status, [(b"content-type", b"application/problem+json"), *headers], error.body())
 
 
+class EmbeddingFormat(NamedTuple):
+    normalize: bool  # to a Euclidean norm of 1
+    encoding: Encoding  # base64: of little-endian values
+    dtype: Type
+
+    def encode(self, embedding: Floats) -> bytes:
+        """A JSON value. ``embedding``: float32 [width]."""
+        if self.normalize:
+            embedding = embedding / (float(np.linalg.norm(embedding)) or 1.0)
+        if self.encoding == "list":
+            return to_json(embedding.tolist())
+        return b'"%b"' % base64.b64encode(embedding.astype("<f4" if self.dtype == "float32" else "<f2").tobytes())
+
+
 class ResponseEncoder:
     """Encodes the results of one model."""
 
@@ -40,25 +60,52 @@ class ResponseEncoder:
             for index, label in enumerate(model_info.labels)
         ]
 
-    def classification(self, outcomes: Sequence[Outcome], top_k: int, read_seconds: float) -> Response:
+    def classification(
+        self, outcomes: Sequence[Outcome], read_seconds: float, *, top_k: int, embedding: EmbeddingFormat | None
+    ) -> Response:
         """``outcomes`` has one entry per image, in the order of the request."""
-        results = b",".join([self._result(outcome, top_k) for outcome in outcomes])
+        results = [self._predictions(outcome, top_k, embedding) for outcome in outcomes]
+        return self._response(results, outcomes, read_seconds)
+
+    def embeddings(self, outcomes: Sequence[Outcome], read_seconds: float, *, embedding: EmbeddingFormat) -> Response:
+        """As classification(), with embeddings only."""
+        results = [
+            b'{"embedding":%b}' % _embedding(outcome, embedding)
+            if isinstance(outcome, ImageResult)
+            else _failed(outcome)
+            for outcome in outcomes
+        ]
+        return self._response(results, outcomes, read_seconds)
+
+    def _response(self, results: list[bytes], outcomes: Sequence[Outcome], read_seconds: float) -> Response:
         headers = [
             (b"content-type", b"application/json"),
             (b"server-timing", server_timing(read_seconds, outcomes)),
         ]
-        return Response(200, headers, b"%b%b]}" % (self._begin, results))
+        return Response(200, headers, b"%b%b]}" % (self._begin, b",".join(results)))
 
-    def _result(self, outcome: Outcome, top_k: int) -> bytes:
+    def _predictions(self, outcome: Outcome, top_k: int, embedding: EmbeddingFormat | None) -> bytes:
         if isinstance(outcome, errors.ServiceError):
-            return json.dumps({"error": outcome.problem()}).encode()
+            return _failed(outcome)
         probabilities = outcome.probabilities
         indices = most_probable(probabilities, top_k)
         predictions = [
             b"%b%a}" % (self._classes[index], probability)
             for index, probability in zip(indices, probabilities[indices].tolist(), strict=True)
         ]
-        return b'{"predictions":[%b]}' % b",".join(predictions)
+        joined = b",".join(predictions)
+        if embedding is None:
+            return b'{"predictions":[%b]}' % joined
+        return b'{"predictions":[%b],"embedding":%b}' % (joined, _embedding(outcome, embedding))
+
+
+def _failed(error: errors.ServiceError) -> bytes:
+    return json.dumps({"error": error.problem()}).encode()
+
+
+def _embedding(result: ImageResult, embedding: EmbeddingFormat) -> bytes:
+    assert result.embedding is not None
+    return embedding.encode(result.embedding)
 
 
 def most_probable(probabilities: Floats, count: int) -> list[int]:
