@@ -92,6 +92,9 @@ class Exposition:
         self._registry.register(_StoredMetrics(documentation))
         self._registry.register(_Gauges(gauges))
 
+    def collect(self) -> Iterable[Metric]:
+        return self._registry.collect()
+
     def text(self) -> bytes:
         return generate_latest(self._registry)
 

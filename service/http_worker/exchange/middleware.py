@@ -23,6 +23,7 @@ class Exchange:
 
     request_id: bytes
     code: str = ""  # of the error
+    route: str = ""  # as the metrics name it, if that is not the path
     recorded: bool = False  # by the handler, which has also added the headers
 
 
@@ -66,7 +67,8 @@ def observed(app: ASGIApp, state: State, routes: Collection[str]) -> ASGIApp:
         finally:
             if not exchange.recorded:
                 seconds = time.monotonic() - began
-                state.count_request(path if path in routes else OTHER_ROUTE, str(status), seconds)
+                route = exchange.route or (path if path in routes else OTHER_ROUTE)
+                state.count_request(route, str(status), seconds)
                 if state.request_log.on:
                     about = exchange.request_id, scope["client"], scope["method"], path
                     state.request_log.write(*about, status, exchange.code, seconds)

@@ -174,7 +174,7 @@ class InferenceCall:
                 self._image_done(index, image)
             else:
                 on_done = partial(self._image_done, index)
-                options = self._head.priority, on_done, admitted, request.embedding
+                options = request.priority, on_done, admitted, request.embedding
                 jobs.append(self._dispatcher.submit(image, deadline, *options))
 
     def _image_done(self, index: int, outcome: JobOutcome) -> None:
@@ -198,7 +198,7 @@ class InferenceCall:
         if isinstance(first, errors.ServiceError) and all(isinstance(outcome, type(first)) for outcome in outcomes):
             admitted = any(job.ticket is not None for job in self._jobs)
             if isinstance(first, errors.OverloadedError) and self._head is not None and not admitted:
-                dispatcher.admission.remember(request.timeout_ms, self._head.priority, first)
+                dispatcher.admission.remember(request.timeout_ms, request.priority, first)
             self.fail(first)
             return
         response = request.encode(self._state.encoder(dispatcher), outcomes, self._read_seconds)

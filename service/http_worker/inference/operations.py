@@ -69,7 +69,7 @@ class _OnImages:
     ) -> ImageRequest:
         images, options = request_parsing.parse_body(head, chunks, settings, self.names)
         embedding, encode = self.encoding(options, len(model_info.labels))
-        return ImageRequest(images, timeout_ms(options, settings), embedding, encode)
+        return ImageRequest(images, timeout_ms(options, settings), embedding, encode, head.priority)
 
     def problem(self, error: errors.ServiceError) -> Response:
         return problem(error)

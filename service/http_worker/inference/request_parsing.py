@@ -52,6 +52,7 @@ class ImageRequest:
     timeout_ms: int
     embedding: bool  # whether the results need embeddings
     encode: Callable[[ResponseEncoder, Sequence[Outcome], float], Response]  # the last argument: seconds of reading
+    priority: int  # 9 is the most urgent
 
 
 class ImageBytes:

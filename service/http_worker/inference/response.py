@@ -53,6 +53,7 @@ class ResponseEncoder:
     """Encodes the results of one model."""
 
     def __init__(self, model_info: ModelInfo) -> None:
+        self.model_info = model_info
         model = to_json({"model": model_info.name, "version": model_info.version, "results": []})
         self._begin = model.removesuffix(b"]}")
         self._classes = [
@@ -108,15 +109,15 @@ def _embedding(result: ImageResult, embedding: EmbeddingFormat) -> bytes:
     return embedding.encode(result.embedding)
 
 
-def most_probable(probabilities: Floats, count: int) -> list[int]:
-    """Indices of the ``count`` largest probabilities, largest first. Ties go to the lower index."""
-    if count > _MAX_SELECTED or len(probabilities) <= 4 * _MAX_SELECTED:
-        order: list[int] = (-probabilities).argsort(kind="stable")[:count].tolist()
+def most_probable(values: Floats, count: int) -> list[int]:
+    """Indices of the ``count`` largest values, largest first. Ties go to the lower index."""
+    if count > _MAX_SELECTED or len(values) <= 4 * _MAX_SELECTED:
+        order: list[int] = (-values).argsort(kind="stable")[:count].tolist()
         return order
-    remaining, indices = probabilities.copy(), []
+    remaining, indices = values.copy(), []
     for _ in range(count):
         indices.append(int(remaining.argmax()))
-        remaining[indices[-1]] = -1
+        remaining[indices[-1]] = -np.inf
     return indices
 
 

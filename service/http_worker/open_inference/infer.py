@@ -1,0 +1,258 @@
+"""Inference with the Open Inference Protocol: a request becomes images, and their results become tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic_core import from_json, to_json
+
+from vitserve.service import errors
+from vitserve.service.http_worker.dispatch.decoding import PixelImage
+from vitserve.service.http_worker.dispatch.image_job import ImageResult
+from vitserve.service.http_worker.inference import request_parsing
+from vitserve.service.http_worker.inference.content_coding import decoded
+from vitserve.service.http_worker.inference.json_body import too_many_images
+from vitserve.service.http_worker.inference.options import flag, timeout_ms, whole_number
+from vitserve.service.http_worker.inference.request_parsing import (
+    DEFAULT_PRIORITY,
+    Headers,
+    ImageInput,
+    ImageRequest,
+    RequestHead,
+)
+from vitserve.service.http_worker.inference.response import (
+    Outcome,
+    Response,
+    ResponseEncoder,
+    most_probable,
+    server_timing,
+)
+from vitserve.service.http_worker.open_inference.tensors import Input, Output, message
+from vitserve.service.ipc.model_info import ModelInfo
+from vitserve.service.settings import Settings
+
+OUTPUTS = ("probabilities", "logits", "embedding")
+LENGTH_HEADER = b"inference-header-content-length"
+# JSON with more values takes so long to parse that other requests would wait for the interpreter lock.
+MAX_VALUES = 500_000
+_PARSED_ON_LOOP = 65_536  # bytes
+_FIELDS = ("id", "parameters", "inputs", "outputs")
+_PARAMETERS = ("timeout", "priority", "binary_data_output")
+
+
+class _Requested(NamedTuple):
+    """An output that the client requests."""
+
+    name: str
+    binary: bool
+    classification: int  # number of classes in place of values; 0 for values
+
+
+class Infer:
+    """An Operation. The handler of its route has compared the model's name with the path."""
+
+    route = "/v2/models/{name}/infer"
+
+    def parse_head(self, query: bytes, headers: Headers, settings: Settings) -> RequestHead:
+        plain = [(name, value) for name, value in headers if name != b"content-type"]
+        head = request_parsing.parse_head(query, [*plain, (b"content-type", b"application/json")], settings, ())
+        for name, value in headers:
+            if name == LENGTH_HEADER:
+                text = value.decode("latin-1")
+                head.options["json_bytes"] = whole_number("Inference-Header-Content-Length", text, 1, 1 << 40)
+        return head
+
+    def takes_long(self, head: RequestHead, chunks: list[bytes], length: int) -> bool:
+        return bool(head.coding) or length > _PARSED_ON_LOOP
+
+    def parse_body(
+        self, head: RequestHead, chunks: list[bytes], settings: Settings, model_info: ModelInfo
+    ) -> ImageRequest:
+        body = request_parsing.joined(chunks, in_steps=True)
+        if head.coding:
+            body = decoded(body, head.coding, settings.max_body_bytes)
+        json_bytes = head.options.get("json_bytes", len(body))
+        if json_bytes > len(body):
+            raise errors.BadRequestError(
+                f"Inference-Header-Content-Length is {json_bytes:,}, but the body has {len(body):,} bytes"
+            )
+        request = _parsed(body, json_bytes)
+        parameters = _members(request.get("parameters", {}), "parameters", _PARAMETERS)
+        images = _images(request, memoryview(body)[json_bytes:], settings, model_info)
+        if not 1 <= len(images) <= settings.max_images:
+            raise too_many_images(str(len(images)), settings.max_images)
+        requested = _requested(request, parameters)
+        return ImageRequest(
+            images,
+            _timeout_ms(parameters, settings),
+            any(output.name == "embedding" for output in requested),
+            partial(_response, _text(request.get("id", ""), "id"), requested),
+            _priority(parameters, head.priority),
+        )
+
+    def problem(self, error: errors.ServiceError) -> Response:
+        return error_response(error)
+
+
+def error_response(error: errors.ServiceError) -> Response:
+    """As the protocol has it, with the status and the headers of all errors."""
+    headers = [(name.encode(), value.encode()) for name, value in error.headers().items()]
+    body = to_json({"error": f"{error.code}: {error.detail}"})
+    return Response(error.status, [(b"content-type", b"application/json"), *headers], body)
+
+
+# -- the request
+
+
+def _parsed(body: bytes | bytearray, json_bytes: int) -> Mapping[str, Any]:
+    if body.count(b",", 0, json_bytes) > MAX_VALUES:
+        raise errors.BadRequestError(f"the JSON has more than {MAX_VALUES:,} values; send tensors as binary data")
+    try:
+        request = from_json(bytes(memoryview(body)[:json_bytes]))
+    except ValueError as error:
+        raise errors.BadRequestError(f"the body is not valid JSON: {str(error)[:200]}") from error
+    return _members(request, "the body", _FIELDS)
+
+
+def _members(value: Any, name: str, allowed: Sequence[str]) -> Mapping[str, Any]:
+    """An object of JSON that has only ``allowed`` members."""
+    if not isinstance(value, dict):
+        raise errors.BadRequestError(f"{name} must be an object")
+    for member in value:
+        if member not in allowed:
+            raise errors.BadRequestError(f"{name} has {member[:100]!r}; allowed: {', '.join(allowed)}")
+    return value
+
+
+def _objects(request: Mapping[str, Any], name: str, allowed: Sequence[str]) -> list[Mapping[str, Any]]:
+    values = request.get(name, [])
+    if not isinstance(values, list):
+        raise errors.BadRequestError(f"{name} must be a list")
+    return [_members(value, f"an element of {name}", allowed) for value in values]
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or len(value) > 1000:
+        raise errors.BadRequestError(f"{name} must be a text of at most 1,000 characters")
+    return value
+
+
+def _images(
+    request: Mapping[str, Any], binary: memoryview, settings: Settings, model_info: ModelInfo
+) -> Sequence[ImageInput]:
+    inputs = _inputs(request, binary)
+    if len(inputs) != 1:
+        raise errors.BadRequestError(f"the request has {len(inputs)} inputs; it must have one: image or pixels")
+    (value,) = inputs
+    count = value.shape[0] if value.shape else 0
+    if not 1 <= count <= settings.max_images:
+        raise too_many_images(str(count), settings.max_images)
+    if value.name == "pixels":
+        value.check("UINT8", (None, *model_info.preprocessing.shape))
+        return [PixelImage(pixels) for pixels in value.pixels()]
+    value.check("BYTES", (None,) if len(value.shape) == 1 else (None, 1))
+    images = value.elements()
+    if len(images) != count:
+        raise errors.BadRequestError(f"input 'image' has {len(images)} elements; its shape needs {count}")
+    return images
+
+
+def _inputs(request: Mapping[str, Any], binary: memoryview) -> list[Input]:
+    inputs, position = [], 0
+    for member in _objects(request, "inputs", ("name", "shape", "datatype", "parameters", "data")):
+        name = _text(member.get("name"), "the name of an input")
+        if name not in ("image", "pixels"):
+            raise errors.BadRequestError(f"unknown input {name[:100]!r}; allowed: image, pixels")
+        shape = member.get("shape")
+        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
+            raise errors.BadRequestError(f"the shape of input {name!r} must be a list of sizes")
+        parameters = _members(member.get("parameters", {}), f"parameters of input {name!r}", ("binary_data_size",))
+        content: memoryview | None = None
+        if "binary_data_size" in parameters:
+            size = whole_number("binary_data_size", parameters["binary_data_size"], 0, 1 << 40)
+            content = binary[position : position + size]
+            position += size
+        elif "data" not in member:
+            raise errors.BadRequestError(f"input {name!r} has neither data nor binary_data_size")
+        inputs.append(Input(name, str(member.get("datatype")), tuple(shape), member.get("data"), content))
+    if position != len(binary):
+        raise errors.BadRequestError(f"the inputs have {position:,} bytes of binary data; the body has {len(binary):,}")
+    return inputs
+
+
+def _requested(request: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[_Requested]:
+    """All outputs unless the request names some."""
+    binary = flag("binary_data_output", parameters.get("binary_data_output", False))
+    requested = []
+    for member in _objects(request, "outputs", ("name", "parameters")):
+        name = _text(member.get("name"), "the name of an output")
+        if name not in OUTPUTS:
+            raise errors.BadRequestError(f"unknown output {name[:100]!r}; allowed: {', '.join(OUTPUTS)}")
+        options = _members(
+            member.get("parameters", {}), f"parameters of output {name!r}", ("binary_data", "classification")
+        )
+        classes = whole_number("classification", options.get("classification", 0), 0, 1 << 31)
+        if classes and name == "embedding":
+            raise errors.BadRequestError("the embedding is not a classification")
+        requested.append(_Requested(name, flag("binary_data", options.get("binary_data", binary)), classes))
+    return requested or [_Requested(name, binary, 0) for name in OUTPUTS]
+
+
+def _timeout_ms(parameters: Mapping[str, Any], settings: Settings) -> int:
+    """The protocol has microseconds."""
+    if "timeout" not in parameters:
+        return settings.timeout_ms
+    microseconds = whole_number("timeout", parameters["timeout"], 1, 3_600_000_000)
+    return timeout_ms({"timeout_ms": max(1, microseconds // 1000)}, settings)
+
+
+def _priority(parameters: Mapping[str, Any], of_header: int) -> int:
+    """Triton's 1 is the most urgent, and 0 the default; 9 is our most urgent."""
+    number = whole_number("priority", parameters.get("priority", 0), 0, 1 << 31)
+    if number == 0:
+        return of_header
+    return max(0, 10 - number) if of_header == DEFAULT_PRIORITY else of_header
+
+
+# -- the response
+
+
+def _response(
+    request_id: str,
+    requested: Sequence[_Requested],
+    encoder: ResponseEncoder,
+    outcomes: Sequence[Outcome],
+    read_seconds: float,
+) -> Response:
+    """Raises the error of the first image that has one: a tensor cannot have errors in it."""
+    results = list[ImageResult]()
+    for outcome in outcomes:
+        if isinstance(outcome, errors.ServiceError):
+            raise outcome
+        results.append(outcome)
+    info = encoder.model_info
+    fields = {"model_name": info.name, "model_version": info.version} | ({"id": request_id} if request_id else {})
+    body, json_bytes = message(fields, [_output(output, results, info.labels) for output in requested])
+    headers = [(b"server-timing", server_timing(read_seconds, outcomes))]
+    if json_bytes is None:
+        headers.append((b"content-type", b"application/json"))
+    else:
+        headers += [(b"content-type", b"application/octet-stream"), (LENGTH_HEADER, b"%d" % json_bytes)]
+    return Response(200, headers, body)
+
+
+def _output(requested: _Requested, results: Sequence[ImageResult], labels: Sequence[str]) -> Output:
+    values = np.stack([getattr(result, requested.name) for result in results])
+    if not requested.classification:
+        return Output(requested.name, values, requested.binary)
+    classes = min(requested.classification, len(labels))
+    texts = [
+        [f"{row[index]:f}:{index}:{labels[index]}".encode() for index in most_probable(row, classes)] for row in values
+    ]
+    return Output(requested.name, texts, requested.binary)
+
+
+INFER = Infer()
