@@ -119,7 +119,7 @@ def test_ingress_and_gateway_expose_only_public_routes(client: httpx.Client) -> 
     gateway_rules = manifest("components/gateway/route.yaml")["spec"]["rules"]
     ingress = {path["path"] for rule in ingress_rules for path in rule["http"]["paths"]}
     gateway = {match["path"]["value"] for rule in gateway_rules for match in rule["matches"]}
-    assert ingress == gateway == {"/v1/classify", "/v1/model"}
+    assert ingress == gateway == {"/v1/classify", "/v1/embed", "/v1/model"}
     assert client.get("/v1/model").status_code == 200
     assert client.post("/v1/classify").status_code != 404
 

@@ -40,6 +40,7 @@ LENGTH_HEADER = b"inference-header-content-length"
 MAX_VALUES = 500_000
 _PARSED_ON_LOOP = 65_536  # bytes
 _FIELDS = ("id", "parameters", "inputs", "outputs")
+_OF_THE_PATH = ("model_name", "model_version")  # KServe's client repeats them in the body
 _PARAMETERS = ("timeout", "priority", "binary_data_output")
 
 
@@ -114,6 +115,8 @@ def _parsed(body: bytes | bytearray, json_bytes: int) -> Mapping[str, Any]:
         request = from_json(bytes(memoryview(body)[:json_bytes]))
     except ValueError as error:
         raise errors.BadRequestError(f"the body is not valid JSON: {str(error)[:200]}") from error
+    if isinstance(request, dict):
+        request = {name: value for name, value in request.items() if name not in _OF_THE_PATH}
     return _members(request, "the body", _FIELDS)
 
 

@@ -41,7 +41,7 @@ def test_the_client_of_kserve(server: Server, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     subprocess.run([environment / "bin/pip", "install", "-q", "kserve>=0.21"], check=True)
     image.write_bytes(encoded(random_image(), "JPEG"))
-    command = [environment / "bin/python", "-c", PROGRAM, server.url, image]
+    command = [str(environment / "bin/python"), "-c", PROGRAM, server.url, str(image)]
     shapes = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     sizes = {"probabilities": 7, "logits": 7, "embedding": 32}
     for name, count in (("image", 1), ("pixels", 2)):
