@@ -102,7 +102,9 @@ class Preprocessing:
         return self.image_size, self.image_size if self.width is None else self.width, self.channels
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of the upright image after the resize. The shorter side becomes floor(image size / crop), as in timm.
+        """Width and height of the upright image after the resize.
+
+        The shorter side becomes floor(image size / crop), as in timm.
 
         For an output that is not square, the image covers it with the same factor; with a border, it fits into it.
         """
