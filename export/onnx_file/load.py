@@ -67,6 +67,8 @@ def load_onnx(path: Path, overrides: Overrides) -> OnnxCheckpoint:
     head = find_head(model, lambda output: reference.run(pixels, output), overrides.outputs)
     classes = reference.run(pixels[:1], head.output).reshape(1, -1).shape[1]
     labels = default_labels(classes) if overrides.labels is None else overrides.labels
+    if head.from_probabilities and overrides.activation:  # its inverse makes the logits
+        head = replace(head, activation=overrides.activation)
     activation = overrides.activation or head.activation or ("sigmoid" if classes == 1 else "softmax")
     if classes == 1 and activation == "softmax":
         raise CheckpointError("the model has one logit, whose softmax is always 1: --activation must be sigmoid")

@@ -89,19 +89,31 @@ def add_outputs(model: ir.Model, head: Head) -> None:
 
 
 def _logarithm(graph: ir.Graph, value: ir.Value, activation: Activation | None) -> ir.Value:
+    """In float32, with operators that every supported opset has in the same form."""
+    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, name="probability_float32")
+    graph.append(cast)
+    value = cast.outputs[0]
     least = add_initializer(graph, "least_probability", np.array(_LEAST_PROBABILITY, np.float32))
-    clipped = ir.node("Max", [value, least], name="probability_clipped")
-    log = ir.node("Log", [clipped.outputs[0]], name="probability_log")
-    graph.extend([clipped, log])
+    log = _log_of_at_least(graph, value, least, "probability")
     if activation != "sigmoid":
-        return log.outputs[0]
+        return log
     one = add_initializer(graph, "one", np.array(1, np.float32))
     other = ir.node("Sub", [one, value], name="other_probability")
-    other_clipped = ir.node("Max", [other.outputs[0], least], name="other_probability_clipped")
-    other_log = ir.node("Log", [other_clipped.outputs[0]], name="other_probability_log")
-    odds = ir.node("Sub", [log.outputs[0], other_log.outputs[0]], name="log_odds")
-    graph.extend([other, other_clipped, other_log, odds])
+    graph.append(other)
+    other_log = _log_of_at_least(graph, other.outputs[0], least, "other_probability")
+    odds = ir.node("Sub", [log, other_log], name="log_odds")
+    graph.append(odds)
     return odds.outputs[0]
+
+
+def _log_of_at_least(graph: ir.Graph, value: ir.Value, least: ir.Value, name: str) -> ir.Value:
+    """log(max(value, least)). As relu(value - least) + least, because Max does not broadcast before opset 8."""
+    above = ir.node("Sub", [value, least], name=f"{name}_above")
+    positive = ir.node("Relu", [above.outputs[0]], name=f"{name}_positive")
+    clipped = ir.node("Add", [positive.outputs[0], least], name=f"{name}_clipped")
+    log = ir.node("Log", [clipped.outputs[0]], name=f"{name}_log")
+    graph.extend([above, positive, clipped, log])
+    return log.outputs[0]
 
 
 def _output(model: ir.Model) -> ir.Value:

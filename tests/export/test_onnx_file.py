@@ -112,6 +112,35 @@ def test_logits_and_probabilities_differ(last: nn.Module, stated: Any, activatio
     assert model.run(pixels).embedding.shape == (3, 5 if stated == "logits" else 24)
 
 
+class Probabilities(nn.Module):
+    """Probabilities that the graph does not show to be of a softmax or sigmoid."""
+
+    def __init__(self, half: bool = False) -> None:
+        super().__init__()
+        self.half_precision = half
+
+    def forward(self, logits: Any) -> Any:
+        values = logits.softmax(-1).clamp(1e-6, 0.999)
+        return values.half() if self.half_precision else values
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_probabilities_are_served_with_the_stated_activation(activation: Any, half: bool, tmp_path: Path) -> None:
+    write(tmp_path / "model.onnx", 17, network=Classifier(Probabilities(half)))
+    checkpoint = load_onnx(
+        tmp_path / "model.onnx", Overrides(**NORMALIZED, outputs="probabilities", activation=activation)
+    )
+    model = checkpoint.source_model(lambda step: None)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
+    answer = own_answer(tmp_path / "model.onnx", pixels)
+    model.write_graph(tmp_path / "graph.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"pixels": pixels})
+    for computed in (model.run(pixels).logits, logits):
+        assert relative_difference(to_probabilities(computed, checkpoint.activation), answer) < 2e-3
+
+
 def test_bf16_is_simulated_in_the_graph(tmp_path: Path) -> None:
     write(tmp_path / "model.onnx", dynamic=True)
     model = load_onnx(tmp_path / "model.onnx", Overrides(**NORMALIZED)).source_model(lambda step: None)
