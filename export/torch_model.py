@@ -13,6 +13,7 @@ from torch import nn
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.library.network import LibraryNetwork, unfuse
 from vitserve.export.checkpoint.library.owner import LibraryMissingError, Owner
+from vitserve.export.checkpoint.overrides import NetworkChoice
 from vitserve.export.golden_images import open_graph, textures
 from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.passes import optimize_verified
@@ -79,10 +80,11 @@ def torch_model(
     architecture: str,
     owner: Owner | None,
     progress: Callable[[str], None],
+    choice: NetworkChoice = "auto",
 ) -> TorchModel:
     """Builds the library's network, and compares ours with it.
 
-    If they differ, the library's is exported, with a warning.
+    If they differ, the library's is exported, with a warning. Raises CheckpointError if ours was chosen.
     """
     if isinstance(network, LibraryNetwork):
         return TorchModel(network, preprocessing, architecture, reference=network.config.library)
@@ -101,10 +103,10 @@ def torch_model(
     difference = _relative(TorchModel(network, preprocessing, architecture).run(pixels), model.run(pixels))
     if difference <= TOLERANCE["fp32"]:
         return model
-    progress(
-        f"warning: vitserve's form of {architecture} differs from {owner.name} by {difference:.1e} of the largest"
-        " logit; the library's network is exported instead, without our optimizations"
-    )
+    reason = f"vitserve's form of {architecture} differs from {owner.name} by {difference:.1e} of the largest logit"
+    if choice == "ours":
+        raise CheckpointError(f"--network ours: {reason}; allowed is {TOLERANCE['fp32']:.0e}")
+    progress(f"warning: {reason}; the library's network is exported instead, without our optimizations")
     exported = LibraryNetwork(library, owner.name, architecture, preprocessing.shape)
     return TorchModel(exported, preprocessing, architecture, reference=owner.name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from torch import nn
 from tests.support.checkpoints import SMALL_TIMM, relative_difference, save_with_timm
 from tests.support.library_networks import SMALL
 from vitserve.export.build_bundle import build_bundle
+from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.config import LibraryConfig, ViTConfig
@@ -81,6 +83,8 @@ def test_our_network_is_replaced_by_the_librarys_if_it_differs(timm: ModuleType,
     for norm in checkpoint.network.modules():
         if isinstance(norm, nn.LayerNorm):
             norm.eps = 0.5
+    with pytest.raises(CheckpointError, match="--network ours: vitserve's form of custom differs from timm"):
+        replace(checkpoint, choice="ours").source_model(steps.append)
     bundle = build_bundle(checkpoint, tmp_path / "bundle", name="a", precisions=["fp32"], progress=steps.append)
     assert isinstance(bundle.manifest.config, LibraryConfig)
     assert any(step.startswith("warning: vitserve's form of custom differs from timm") for step in steps)
