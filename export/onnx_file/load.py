@@ -9,7 +9,7 @@ The reference is the file itself in ONNX Runtime, without optimizations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def _read(path: Path) -> ir.Model:
     )
     if others:
         raise CheckpointError(f"{path} has operators of the domain {', '.join(others)}, which only its own runtime has")
-    for tensor in model.graph.initializers.values():
+    for tensor in _tensors(model):
         _check_external(path, tensor)
     return model
 
@@ -115,13 +115,23 @@ def _is_function(model: ir.Model, node: ir.Node) -> bool:
     return node.op_identifier() in model.functions
 
 
-def _check_external(path: Path, value: ir.Value) -> None:
-    """Raises CheckpointError for weights outside of the file's directory, or missing ones."""
-    tensor = value.const_value
+def _tensors(model: ir.Model) -> Iterator[Any]:
+    """Of the initializers and attributes of all graphs and functions."""
+    for graph in [*model.graphs(), *model.functions.values()]:
+        yield from (value.const_value for value in getattr(graph, "initializers", {}).values())
+        for attribute in (attribute for node in graph for attribute in node.attributes.values()):
+            if attribute.type == ir.AttributeType.TENSOR:
+                yield attribute.value
+            elif attribute.type == ir.AttributeType.TENSORS:
+                yield from attribute.value
+
+
+def _check_external(path: Path, tensor: Any) -> None:
+    """Raises CheckpointError for weights outside of the file's directory, also by a symbolic link, or missing ones."""
     if not isinstance(tensor, ir.ExternalTensor):
         return
-    location = Path(tensor.location)
-    if location.is_absolute() or ".." in location.parts:
+    location, directory = Path(tensor.location), path.resolve().parent
+    if not (path.parent / location).resolve().is_relative_to(directory) or ".." in location.parts:
         raise CheckpointError(f"{path} has weights outside of its directory: {tensor.location}")
     try:
         tensor.numpy()

@@ -141,8 +141,9 @@ def test_probabilities_are_served_with_the_stated_activation(activation: Any, ha
         assert relative_difference(to_probabilities(computed, checkpoint.activation), answer) < 2e-3
 
 
-def test_bf16_is_simulated_in_the_graph(tmp_path: Path) -> None:
-    write(tmp_path / "model.onnx", dynamic=True)
+@pytest.mark.parametrize("opset", [11, 17])
+def test_bf16_is_simulated_in_the_graph(opset: int, tmp_path: Path) -> None:
+    write(tmp_path / "model.onnx", opset, dynamic=True)
     model = load_onnx(tmp_path / "model.onnx", Overrides(**NORMALIZED)).source_model(lambda step: None)
     assert isinstance(model, OnnxModel)
     pixels = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), np.uint8)
@@ -167,6 +168,27 @@ def test_external_weights_must_be_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "inner" / "model.onnx").write_bytes(split.SerializeToString())
     with pytest.raises(CheckpointError, match=r"weights outside of its directory: \.\./elsewhere\.bin"):
         load_onnx(tmp_path / "inner" / "model.onnx", Overrides(**NORMALIZED))
+
+
+@pytest.mark.parametrize("place", ["initializer", "constant", "link"])
+def test_external_weights_anywhere_in_the_file_are_checked(place: str, tmp_path: Path) -> None:
+    directory = tmp_path / "inner"
+    directory.mkdir()
+    write(directory / "model.onnx")
+    (tmp_path / "outside.bin").write_bytes(bytes(4096))
+    model = onnx.load(directory / "model.onnx")
+    tensor = onnx.helper.make_tensor("extra", onnx.TensorProto.FLOAT, [4], bytes(16), raw=True)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="link.bin" if place == "link" else "../outside.bin")
+    (directory / "link.bin").symlink_to(tmp_path / "outside.bin")
+    if place == "constant":
+        model.graph.node.append(onnx.helper.make_node("Constant", [], ["extra_value"], value=tensor))
+    else:
+        model.graph.initializer.append(tensor)
+    (directory / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match="weights outside of its directory"):
+        load_onnx(directory / "model.onnx", Overrides(**NORMALIZED))
 
 
 def test_files_that_cannot_be_served_are_explained(tmp_path: Path) -> None:
