@@ -260,7 +260,7 @@ def export(
             output,
             name=name or _name_of(source),
             version=version or None,
-            training=_training_record(source),
+            training=training_record(source),
             golden_images=golden_images,
             precisions=[choice.value for choice in precision] if precision else None,
             calibration_images=calibration,
@@ -273,10 +273,12 @@ def export(
     typer.echo(f"{bundle.manifest.name} {bundle.manifest.version} → {output}")
 
 
-def _training_record(source: str) -> dict[str, Any] | None:
-    """What `vitserve train` wrote beside the weights."""
-    path = Path(source).with_name("training.json")
-    record: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+def training_record(source: str) -> dict[str, Any] | None:
+    """That of `vitserve train`, which lies beside its weights."""
+    path = Path(source)
+    if path.name != "weights.safetensors" or not path.with_name("training.json").exists():
+        return None
+    record: dict[str, Any] = json.loads(path.with_name("training.json").read_text())
     return record
 
 
