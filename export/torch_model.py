@@ -84,12 +84,17 @@ def torch_model(
 ) -> TorchModel:
     """Builds the library's network, and compares ours with it.
 
-    If they differ, the library's is exported, with a warning. Raises CheckpointError if ours was chosen.
+    If they differ, the library's is exported, with a warning. Raises CheckpointError if ours was chosen, or if the
+    library's was chosen and there is none.
     """
     if isinstance(network, LibraryNetwork):
         return TorchModel(network, preprocessing, architecture, reference=network.config.library)
     if owner is None:
+        if choice == "library":
+            raise CheckpointError("--network library: no library has the network of this checkpoint")
         return TorchModel(network, preprocessing, architecture)
+    if choice == "library":
+        return _of_library(owner.build(preprocessing.shape[:2]), preprocessing, architecture, owner)
     try:
         library = owner.build(preprocessing.shape[:2])
     except LibraryMissingError as error:
@@ -107,8 +112,12 @@ def torch_model(
     if choice == "ours":
         raise CheckpointError(f"--network ours: {reason}; allowed is {TOLERANCE['fp32']:.0e}")
     progress(f"warning: {reason}; the library's network is exported instead, without our optimizations")
-    exported = LibraryNetwork(library, owner.name, architecture, preprocessing.shape)
-    return TorchModel(exported, preprocessing, architecture, reference=owner.name)
+    return _of_library(library, preprocessing, architecture, owner)
+
+
+def _of_library(library: nn.Module, preprocessing: Preprocessing, architecture: str, owner: Owner) -> TorchModel:
+    network = LibraryNetwork(library, owner.name, architecture, preprocessing.shape)
+    return TorchModel(network, preprocessing, architecture, reference=owner.name)
 
 
 def _run(network: nn.Module, pixels: Pixels) -> Outputs:

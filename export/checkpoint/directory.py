@@ -17,7 +17,7 @@ from vitserve.export.checkpoint.formats import huggingface, huggingface_names, i
 from vitserve.export.checkpoint.formats.preprocessor import preprocessor_of
 from vitserve.export.checkpoint.formats.source import Source
 from vitserve.export.checkpoint.library import sources, zero_shot
-from vitserve.export.checkpoint.overrides import NetworkChoice, Overrides
+from vitserve.export.checkpoint.overrides import NetworkChoice, Overrides, check_overrides
 from vitserve.export.checkpoint.selection import Groups, find_network
 from vitserve.export.checkpoint.state_dict import read_tensors
 from vitserve.model.bundle.preprocess import Preprocessing
@@ -27,6 +27,7 @@ _OTHER_FRAMEWORKS = {".h5", ".msgpack", ".onnx", ".tflite", ".keras", ".ot"}
 
 def read_directory(directory: Path, overrides: Overrides, preprocessing: Preprocessing | None) -> Source:
     """``preprocessing`` replaces the directory's own. Raises CheckpointError."""
+    check_overrides("a directory", overrides)
     keys = read_json(_existing(directory / CONFIG))
     if overrides.architecture:
         raise CheckpointError(f"{directory} has its own configuration; --architecture is for a state dict of timm")

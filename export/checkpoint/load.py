@@ -29,7 +29,7 @@ from vitserve.export.checkpoint.library import sources, timm_network
 from vitserve.export.checkpoint.library.network import LibraryNetwork
 from vitserve.export.checkpoint.library.owner import LibraryMissingError, Owner
 from vitserve.export.checkpoint.locate import check_source, fetch_snapshot, split_scheme
-from vitserve.export.checkpoint.overrides import NetworkChoice, Overrides
+from vitserve.export.checkpoint.overrides import NetworkChoice, Overrides, check_overrides
 from vitserve.export.checkpoint.position_embeddings import GREATEST_IMAGE_SIZE, at_image_size
 from vitserve.export.checkpoint.selection import find_network
 from vitserve.export.checkpoint.state_dict import Tensors, build_network, read_tensors
@@ -73,6 +73,7 @@ def load_checkpoint(source: str | Path, overrides: Overrides | None = None, /, *
     check_source(str(source))
     scheme, name = split_scheme(str(source))
     if scheme == "random":
+        check_overrides("random weights", overrides)
         return random_checkpoint(name)
     preprocessing = stated_preprocessing(overrides)
     snapshot = fetch_snapshot(str(source))
@@ -132,7 +133,9 @@ def _read_file(path: Path, overrides: Overrides) -> Source:
     if path.suffix == ".safetensors" and not overrides.architecture:
         of_training = trained.read(path)
         if of_training is not None:
+            check_overrides("weights of `vitserve train`", overrides)
             return of_training
+    check_overrides("another file of weights", overrides)
     file = read_tensors(path)
     architecture = overrides.architecture or file.architecture
     if architecture:

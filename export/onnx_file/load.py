@@ -21,7 +21,7 @@ from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.files import fault_of
 from vitserve.export.checkpoint.formats.preprocessor import stated_preprocessing, with_options
 from vitserve.export.checkpoint.labels import checked_labels, default_labels
-from vitserve.export.checkpoint.overrides import Layout, Overrides
+from vitserve.export.checkpoint.overrides import Layout, Overrides, check_overrides
 from vitserve.export.golden_images import textures
 from vitserve.export.onnx_file.model import OnnxModel, Reference
 from vitserve.export.onnx_file.outputs import Head, find_head
@@ -57,6 +57,7 @@ class OnnxCheckpoint:
 
 def load_onnx(path: Path, overrides: Overrides) -> OnnxCheckpoint:
     """Raises CheckpointError naming what is wrong with the file, and what is supported."""
+    check_overrides("an ONNX file", overrides)
     model = _read(path)
     value = _image_input(model, path)
     shape = [dim if isinstance(dim, int) else None for dim in value.shape or ()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +16,10 @@ from torch import nn
 
 from tests.support.checkpoints import SMALL_TIMM, relative_difference, save_with_timm
 from tests.support.library_networks import SMALL
+from tests.support.paths import ROOT
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.library.owner import missing
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.config import LibraryConfig, ViTConfig
@@ -103,3 +107,11 @@ def test_without_the_library_the_bundle_says_that_it_is_compared_with_ours(
     assert note.startswith(
         "note: the artifacts are compared with vitserve's form of the network only: timm is required"
     )
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+def test_a_missing_library_is_named_with_an_extra_that_exists(library: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.search(r"pip install 'vitserve\[(\w+)\]'", str(missing(library, ImportError(library))))
+    assert named is not None
+    assert any(re.match(rf"{library}\b", requirement) for requirement in extras[named[1]])

@@ -67,7 +67,8 @@ class Reversed(nn.Module):
 def missing(library: str, error: BaseException) -> LibraryMissingError:
     """The error for a library that cannot be imported."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return LibraryMissingError(f"{library} is required ({reason}): pip install 'vitserve[{library}]'")
+    extra = "timm" if library == "torchvision" else library
+    return LibraryMissingError(f"{library} is required ({reason}): pip install 'vitserve[{extra}]'")
 
 
 def check_fit(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> None:
