@@ -19,7 +19,7 @@ import torch
 
 from vitserve.export.checkpoint.configuration import Configuration
 from vitserve.export.checkpoint.directory import read_directory, with_fallback
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError
 from vitserve.export.checkpoint.files import CONFIG, PREPROCESSOR
 from vitserve.export.checkpoint.formats import google, huggingface, timm, torchvision, trained
 from vitserve.export.checkpoint.formats.preprocessor import stated_preprocessing, with_options
@@ -181,7 +181,7 @@ def _read_timm(tensors: Tensors, path: Path, recorded: str, overrides: Overrides
     """A state dict. ``recorded`` is the architecture that the training script saved, if it did."""
     architecture = overrides.architecture or recorded
     if not architecture:
-        raise CheckpointError(
+        raise OptionNeededError(
             f"{path} is a state dict in timm's layout; name its architecture"
             " (--architecture vit_base_patch16_224), or export the directory that save_for_hf writes"
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError
 from vitserve.export.checkpoint.state_dict import Tensors
 
 # The usual names of weights that were averaged during the training.
@@ -94,9 +94,7 @@ def _choose(places: list[Place], path: Path) -> tuple[Place, list[str]]:
         return places[0], []
     averaged = [place for place in places if place.averaged]
     if len(averaged) != 1 or len(places) != 2:
-        raise CheckpointError(
-            f"{path} holds several networks: {_names(places)}; name the one to take with --weights of `vitserve export`"
-        )
+        raise OptionNeededError(f"{path} holds several networks: {_names(places)}; name the one to take with --weights")
     (raw,) = (place for place in places if not place.averaged)
     return averaged[0], [
         f"the file holds raw weights ({str(raw) or 'without a prefix'}) and weights averaged during the training"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError
 from vitserve.export.checkpoint.files import fault_of
 from vitserve.export.checkpoint.formats.preprocessor import stated_preprocessing, with_options
 from vitserve.export.checkpoint.labels import checked_labels, default_labels
@@ -165,7 +165,7 @@ def _layout(value: ir.Value, shape: list[int | None], stated: Layout | None, pat
             raise CheckpointError(f"--layout {stated}: the input of {path} is {value.shape}, which has {size} channels")
         return stated, size or 3
     if len(fits) != 1:
-        raise CheckpointError(
+        raise OptionNeededError(
             f"the input of {path} is {value.shape}, which does not show whether its layout is NCHW or NHWC: --layout"
         )
     return next(iter(fits.items()))
@@ -177,7 +177,7 @@ def _preprocessing(
     stated = stated_preprocessing(overrides)
     raw = value.dtype == ir.DataType.UINT8
     if stated is None and overrides.mean is None and overrides.std is None and not raw:
-        raise CheckpointError(
+        raise OptionNeededError(
             f"{path} does not say how images are prepared: give --preprocessor, a file or directory of transformers or"
             " timm, or --mean and --std of pixels from 0 to 1 (with --interpolation, --crop and --squash)"
         )
@@ -186,7 +186,7 @@ def _preprocessing(
     size = overrides.image_size or (stated.image_size if stated else None)
     height, width = height or size, width or (stated.shape[1] if stated and not overrides.image_size else size)
     if height is None or width is None:
-        raise CheckpointError(f"the input of {path} is {value.shape}; its image size must be stated: --image-size")
+        raise OptionNeededError(f"the input of {path} is {value.shape}; its image size must be stated: --image-size")
     fixed = [side for axis, side in zip(axes, (height, width), strict=True) if shape[axis] is not None]
     if overrides.image_size and any(side != overrides.image_size for side in fixed):
         raise CheckpointError(f"--image-size {overrides.image_size}: the input of {path} is fixed to {value.shape}")

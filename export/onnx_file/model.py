@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -95,7 +97,7 @@ class OnnxModel:
         return Outputs(logits, self._extended.run(pixels, self.head.embedding))
 
     def run_bf16(self, pixels: Pixels) -> Outputs:
-        graph = Path(self._temporary.name) / "bf16.onnx"
+        graph = self._temporary / "bf16.onnx"
         self.write_graph(graph)
         model = ir.load(graph)
         round_to_bf16(model.graph)
@@ -129,14 +131,16 @@ class OnnxModel:
         for name in {self.head.cut, self.head.embedding or self.head.cut}:
             if values[name] not in model.graph.outputs:
                 model.graph.outputs.append(values[name])
-        path = Path(self._temporary.name) / "extended.onnx"
+        path = self._temporary / "extended.onnx"
         save_graph(model, path)
         return replace(self.file, path=path)
 
     @cached_property
-    def _temporary(self) -> tempfile.TemporaryDirectory[str]:
+    def _temporary(self) -> Path:
         """Deleted with this object."""
-        return tempfile.TemporaryDirectory()
+        path = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
+        return path
 
     def _check_batch(self, path: Path) -> None:
         pixels = textures(self.preprocessing.shape, 3)

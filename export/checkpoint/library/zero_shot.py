@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError
 from vitserve.export.checkpoint.formats.source import Source
 from vitserve.export.checkpoint.labels import checked_labels
 from vitserve.export.checkpoint.library import transformers_network
@@ -41,7 +41,7 @@ def of_towers(
 ) -> Source:
     """``keys`` is config.json. Needs labels. Raises CheckpointError."""
     if overrides.labels is None:
-        raise CheckpointError(
+        raise OptionNeededError(
             f"{path} has an image tower and a text tower, and no classes: give them with --labels FILE, and how a label"
             f" becomes a text with --prompt (default: {DEFAULT_PROMPT!r})"
         )
