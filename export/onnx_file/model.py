@@ -19,6 +19,7 @@ from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.overrides import Layout
 from vitserve.export.golden_images import textures
 from vitserve.export.graph.initializers import add_initializer
+from vitserve.export.graph.normalization import scale_and_shift
 from vitserve.export.graph.passes import optimize_verified, save_graph
 from vitserve.export.onnx_file.batch import make_dynamic
 from vitserve.export.onnx_file.bf16 import round_to_bf16
@@ -154,12 +155,6 @@ class OnnxModel:
         if actual.shape != expected.shape or not np.abs(actual - expected).max() <= _EQUAL * scale:
             reason = "a batch of 3 images has other outputs than the images one by one"
             raise CheckpointError(f"{fixed}: {reason}" if self.file.batch else f"{self.path}: {reason}")
-
-
-def scale_and_shift(preprocessing: Preprocessing) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """(pixels / 255 - mean) / std as pixels * scale + shift, one value for each channel."""
-    mean, std = (np.array(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
-    return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
 
 def _add_pixels(model: ir.Model, file: Reference) -> None:
