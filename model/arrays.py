@@ -10,7 +10,7 @@ import numpy.typing as npt
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 # softmax: one of the classes applies. sigmoid: each class applies or not (multi-label), and one logit is one class.
 Activation = Literal["softmax", "sigmoid"]
-Pixels = npt.NDArray[np.uint8]  # [H, W, 3], or a batch [n, H, W, 3]
+Pixels = npt.NDArray[np.uint8]  # [H, W, C], or a batch [n, H, W, C]; C = 3 for RGB, 1 for gray
 Floats = npt.NDArray[np.float32]
 
 

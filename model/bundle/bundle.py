@@ -126,7 +126,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Golden:
-    pixels: Pixels  # [k, H, W, 3]; textures, then images of the model's domain
+    pixels: Pixels  # [k, H, W, C]; textures, then images of the model's domain
     reference: Outputs
     domain_images: int = 0  # how many of the last images are of the model's domain
     # The outputs that artifacts had at export, by engine and precision. Empty in bundles of earlier versions.

@@ -21,7 +21,7 @@ _LISTED = 3  # files named in a message
 
 @dataclass(frozen=True)
 class Images:
-    pixels: Pixels  # [n, H, W, 3]
+    pixels: Pixels  # [n, H, W, C]
     classes: Classes | None  # [n]; None if unknown
 
 
