@@ -58,13 +58,15 @@ class TorchModel:
         network = ReferenceNetwork(self.network, self.preprocessing).eval()
         try:
             trace(network, self.preprocessing.shape, path)
-        except Exception as error:  # the exporter has no common base class for what it cannot express
+        except Exception as error:  # the errors of the exporter have no common base class
             if not unfuse(network):
                 raise CheckpointError(f"torch cannot trace {self.architecture}: {_first_line(error)}") from error
             try:
                 trace(network, self.preprocessing.shape, path)
-            except Exception as again:
-                raise CheckpointError(f"torch cannot trace {self.architecture}: {_first_line(again)}") from again
+            except Exception as second_error:
+                raise CheckpointError(
+                    f"torch cannot trace {self.architecture}: {_first_line(second_error)}"
+                ) from second_error
         optimize_verified(path, self._is_equal)
 
     def _is_equal(self, graph: Path) -> bool:

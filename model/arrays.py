@@ -61,5 +61,5 @@ def agreement(predicted: npt.NDArray[np.bool_], expected: npt.NDArray[np.bool_])
     It is the Jaccard index of each image's two sets of classes, and 1 if both are empty. With one class for each image,
     it is the share of images with the same class.
     """
-    common, either = (predicted & expected).sum(1), (predicted | expected).sum(1)
-    return float(np.where(either, common / np.maximum(either, 1), 1.0).mean())
+    intersection, union = (predicted & expected).sum(1), (predicted | expected).sum(1)
+    return float(np.where(union, intersection / np.maximum(union, 1), 1.0).mean())

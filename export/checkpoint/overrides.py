@@ -1,4 +1,4 @@
-"""What the user states about a checkpoint, where the checkpoint does not state it or states something else."""
+"""Statements of the user about a checkpoint, in place of those that it lacks or that are wrong."""
 
 from __future__ import annotations
 

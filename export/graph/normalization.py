@@ -11,4 +11,4 @@ from vitserve.model.bundle.preprocess import Preprocessing
 def scale_and_shift(preprocessing: Preprocessing) -> tuple[Floats, Floats]:
     """(pixels / 255 - mean) / std as pixels * scale + shift, one value for each channel."""
     mean, std = (np.array(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
-    return 1 / (255 * std), -mean / std
+    return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)

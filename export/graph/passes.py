@@ -237,9 +237,9 @@ def replace_uses(old: ir.Value, new: ir.Value) -> None:
         user.replace_input_with(index, new)
 
 
-def like(value: ir.Value, other: ir.Value, name: str) -> None:
+def like(value: ir.Value, template: ir.Value, name: str) -> None:
     """Gives a new value the type and shape of another one."""
-    value.name, value.type, value.shape = name, other.type, other.shape
+    value.name, value.type, value.shape = name, template.type, template.shape
 
 
 def _producers(node: ir.Node, *kinds: str) -> list[ir.Node] | None:

@@ -38,7 +38,7 @@ def _locations(data: mmap.mmap) -> Iterator[str]:
 
 
 def _length(data: mmap.mmap, position: int) -> tuple[int, int]:
-    """Where the text begins, and its length: a varint of at most two bytes, as no path is longer than 4,096 bytes."""
+    """The start of the text, and its length: a varint of at most two bytes, as no path is longer than 4,096 bytes."""
     first, second = data[position : position + 1] or b"\0", data[position + 1 : position + 2] or b"\0"
     if first[0] < 128:
         return position + 1, first[0]

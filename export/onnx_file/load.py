@@ -56,7 +56,7 @@ class OnnxCheckpoint:
 
 
 def load_onnx(path: Path, overrides: Overrides) -> OnnxCheckpoint:
-    """Raises CheckpointError naming what is wrong with the file, and what is supported."""
+    """Raises CheckpointError naming the fault of the file, and the supported values."""
     check_overrides("an ONNX file", overrides)
     model = _read(path)
     value = _image_input(model, path)
@@ -102,11 +102,13 @@ def _read(path: Path) -> ir.Model:
         raise CheckpointError(f"{path} has opset {opset}; supported are {LEAST_OPSET} to {GREATEST_OPSET}")
     if model.ir_version > GREATEST_IR:
         raise CheckpointError(f"{path} has IR version {model.ir_version}; supported are versions up to {GREATEST_IR}")
-    others = sorted(
+    domains = sorted(
         {node.domain for node in model.graph if node.domain not in _DOMAINS and not _is_function(model, node)}
     )
-    if others:
-        raise CheckpointError(f"{path} has operators of the domain {', '.join(others)}, which only its own runtime has")
+    if domains:
+        raise CheckpointError(
+            f"{path} has operators of the domain {', '.join(domains)}, which only its own runtime has"
+        )
     for tensor in _tensors(model):
         _check_external(path, tensor)
     return model

@@ -160,7 +160,7 @@ class OnnxModel:
 def _add_pixels(model: ir.Model, file: Reference) -> None:
     """Puts normalization and layout before the graph's own input, which is then no input any more."""
     graph = model.graph
-    own = next(value for value in graph.inputs if value.name == file.input_name)
+    image = next(value for value in graph.inputs if value.name == file.input_name)
     height, width, channels = file.preprocessing.shape
     pixels = ir.Value(
         name="pixels", type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(["n", height, width, channels])
@@ -178,7 +178,7 @@ def _add_pixels(model: ir.Model, file: Reference) -> None:
     if file.layout == "nchw":
         transpose = ir.node("Transpose", [last], {"perm": [0, 3, 1, 2]}, name="pixels_transpose")
         nodes, last = [*nodes, transpose], transpose.outputs[0]
-    for user, index in tuple(own.uses()):
+    for user, index in tuple(image.uses()):
         user.replace_input_with(index, last)
     graph.inputs[:] = [pixels]
     graph.insert_before(graph[0], nodes)

@@ -67,7 +67,7 @@ _RESIZE_SECONDS = 5e-9  # for each pixel; bicubic
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are prepared for the network. The graph, not the decoder, applies mean and standard deviation."""
+    """The preparation of images for the network. The graph, not the decoder, applies mean and standard deviation."""
 
     image_size: int  # pixels, height of the output, and its width unless ``width`` is another
     crop: float = 1.0  # share of the resized shorter side that the center crop keeps (timm's crop_pct)

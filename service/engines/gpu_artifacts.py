@@ -147,8 +147,8 @@ def report_beside(plan: Path) -> PlanReport | None:
 def plans_of(directory: Path, bundle: Bundle) -> list[Path]:
     """The bundle's plans in ``directory``, for any GPU. Beside each plan lies its PlanReport, with the suffix .json."""
     plan_engines = {name for name, kind in ENGINES.items() if kind.artifact == "plan"}
-    artifacts = [each for each in bundle.manifest.artifacts if each.plan is None]
-    own_graphs = {each.path for each in artifacts if each.engine in plan_engines}
+    artifacts = [artifact for artifact in bundle.manifest.artifacts if artifact.plan is None]
+    own_graphs = {artifact.path for artifact in artifacts if artifact.engine in plan_engines}
     return [
         path
         for graph in sorted({GRAPH, *own_graphs})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -103,7 +102,7 @@ def test_our_network_is_replaced_by_the_librarys_if_it_differs(timm: ModuleType,
 def test_the_librarys_network_is_offered_if_an_engine_does_not_match_ours(
     timm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trace_scaled(network: OptimizedNetwork, shape: Sequence[int], path: Path) -> None:
+    def trace_scaled(network: OptimizedNetwork, shape: int | tuple[int, int, int], path: Path) -> None:
         with torch.no_grad():
             network.network.head.weight.mul_(2)
         trace(network, shape, path)

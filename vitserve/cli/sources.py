@@ -1,10 +1,10 @@
-"""What `vitserve export --list` prints: the sources that are known."""
+"""The list of `vitserve export --list`: the sources that are known."""
 
 from __future__ import annotations
 
 import typer
 
-# (what SOURCE is, the networks in it, how they are exported)
+# (kind of SOURCE, the networks in it, the form in which they are exported)
 SOURCES = (
     (
         "directory or state dict of timm",

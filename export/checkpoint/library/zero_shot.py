@@ -114,11 +114,11 @@ def text_embeddings(towers: nn.Module, tokens: Mapping[str, Tensor], prompts: in
     count = len(tokens["input_ids"])
     with torch.no_grad():
         parts = [
-            _normalized(_pooled(embed(**{name: each[start : start + _AT_A_TIME] for name, each in tokens.items()})))
+            _normalized(_pooled(embed(**{name: tensor[start : start + _AT_A_TIME] for name, tensor in tokens.items()})))
             for start in range(0, count, _AT_A_TIME)
         ]
-        every = torch.cat(parts).reshape(count // prompts, prompts, -1)
-    return _normalized(every.mean(1))
+        embeddings = torch.cat(parts).reshape(count // prompts, prompts, -1)
+    return _normalized(embeddings.mean(1))
 
 
 def _pooled(features: Any) -> Tensor:
