@@ -216,10 +216,8 @@ def _on_gpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artifact]:
             continue
         for precision in kind.gpu:
             if precision in CALIBRATED:
-                calibrated = [artifact for artifact in bundle.manifest.artifacts if artifact.plan is None]
-                yield from (
-                    artifact for artifact in calibrated if (artifact.engine, artifact.precision) == (engine, precision)
-                )
+                own = [each for each in bundle.manifest.artifacts if each.plan is None]
+                yield from (each for each in own if (each.engine, each.precision) == (engine, precision))
             elif precision != "fp32" or options.engine == engine:  # fp32 is slow on a GPU: only on request
                 yield from _from_reference_graph(bundle, engine, precision)
 
@@ -249,8 +247,7 @@ def _speed_rank(artifact: Artifact) -> tuple[int, int]:
 
 def _from_reference_graph(bundle: Bundle, engine: str, precision: Precision) -> Iterator[Artifact]:
     reference = next(
-        (artifact for artifact in bundle.manifest.artifacts if (artifact.path, artifact.precision) == (GRAPH, "fp32")),
-        None,
+        (each for each in bundle.manifest.artifacts if (each.path, each.precision) == (GRAPH, "fp32")), None
     )
     if reference is not None:
         yield dataclasses.replace(reference, engine=engine, precision=precision, attention=None, evaluation=None)
