@@ -21,7 +21,7 @@ import onnx_ir as ir
 from vitserve.export.graph.tensorrt_attention import UnsupportedAttentionError, attention_nodes, tensorrt_graph
 from vitserve.export.tensorrt.builder import PlanError, Progress, build
 from vitserve.model.bundle.plan import PlanReport
-from vitserve.service.engines.gpu_artifacts import PlanOptions, report_beside
+from vitserve.service.engines.gpu_artifacts import STATED_REASON, PlanOptions, report_beside
 
 
 def plan_for(source: Path, path: Path, options: PlanOptions, progress: Progress = lambda step: True) -> PlanReport:
@@ -76,7 +76,7 @@ def main() -> int:
         progress(str(plan_for(Path(graph), Path(path), PlanOptions.of(json.loads(options)), progress)))
     except PlanError as error:
         progress(str(error))
-        return 1
+        return STATED_REASON
     return 0
 
 

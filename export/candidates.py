@@ -1,4 +1,4 @@
-"""Which candidates are made for each precision. Each search yields the candidates for one artifact."""
+"""The candidates for each precision. Each search yields the candidates for one artifact."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def make_golden(
     if domain is not None:
         pixels = np.concatenate([pixels, domain])
     outputs = run(pixels)
-    if not all(np.isfinite(each).all() for each in outputs):
+    if not all(np.isfinite(array).all() for array in outputs):
         raise GoldenError("the source network itself computes NaN or infinity: its weights are damaged or too large")
     return Golden(pixels, outputs, len(pixels) - COUNT)
 

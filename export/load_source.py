@@ -14,7 +14,7 @@ def load_source(source: str, overrides: Overrides | None = None) -> Exportable:
     """Raises CheckpointError, MissingPackageError, ValueError, OSError."""
     check_source(source)
     require_packages(*packages_for(source))
-    if _is_onnx(source):
+    if is_onnx(source):
         from vitserve.export.onnx_file.load import load_onnx
 
         return load_onnx(Path(source), overrides or Overrides())
@@ -25,8 +25,8 @@ def load_source(source: str, overrides: Overrides | None = None) -> Exportable:
 
 def packages_for(source: str) -> tuple[str, ...]:
     """Those that an export of the source imports."""
-    return ONNX_PACKAGES if _is_onnx(source) else EXPORT_PACKAGES
+    return ONNX_PACKAGES if is_onnx(source) else EXPORT_PACKAGES
 
 
-def _is_onnx(source: str) -> bool:
+def is_onnx(source: str) -> bool:
     return Path(source).suffix == ".onnx"

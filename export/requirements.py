@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 ONNX_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")  # for an ONNX file
-EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
+EXPORT_PACKAGES = ("torch", *ONNX_PACKAGES, "safetensors")
 
 
 class MissingPackageError(RuntimeError):

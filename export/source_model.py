@@ -1,4 +1,4 @@
-"""What a bundle is made from: a network in torch, or an ONNX file. The export needs nothing else of them."""
+"""The source of a bundle: a network in torch, or an ONNX file. The export needs nothing else of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SourceModel(Protocol):
 
     @property
     def reference(self) -> str:
-        """Whose network computes the golden outputs: a library with its version, or vitserve."""
+        """The owner of the network that computes the golden outputs: a library with its version, or vitserve."""
         ...
 
     def run(self, pixels: Pixels) -> Outputs:

@@ -13,6 +13,7 @@ from torch import nn
 from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.library.network import LibraryNetwork, unfuse
 from vitserve.export.checkpoint.library.owner import LibraryMissingError, Owner
+from vitserve.export.checkpoint.overrides import NetworkChoice
 from vitserve.export.golden_images import open_graph, textures
 from vitserve.export.graph.optimize import OptimizedNetwork
 from vitserve.export.graph.passes import optimize_verified
@@ -57,13 +58,15 @@ class TorchModel:
         network = ReferenceNetwork(self.network, self.preprocessing).eval()
         try:
             trace(network, self.preprocessing.shape, path)
-        except Exception as error:  # the exporter has no common base class for what it cannot express
+        except Exception as error:  # the errors of the exporter have no common base class
             if not unfuse(network):
                 raise CheckpointError(f"torch cannot trace {self.architecture}: {_first_line(error)}") from error
             try:
                 trace(network, self.preprocessing.shape, path)
-            except Exception as again:
-                raise CheckpointError(f"torch cannot trace {self.architecture}: {_first_line(again)}") from again
+            except Exception as second_error:
+                raise CheckpointError(
+                    f"torch cannot trace {self.architecture}: {_first_line(second_error)}"
+                ) from second_error
         optimize_verified(path, self._is_equal)
 
     def _is_equal(self, graph: Path) -> bool:
@@ -79,15 +82,21 @@ def torch_model(
     architecture: str,
     owner: Owner | None,
     progress: Callable[[str], None],
+    choice: NetworkChoice = "auto",
 ) -> TorchModel:
     """Builds the library's network, and compares ours with it.
 
-    If they differ, the library's is exported, with a warning.
+    If they differ, the library's is exported, with a warning. Raises CheckpointError if ours was chosen, or if the
+    library's was chosen and there is none.
     """
     if isinstance(network, LibraryNetwork):
         return TorchModel(network, preprocessing, architecture, reference=network.config.library)
     if owner is None:
+        if choice == "library":
+            raise CheckpointError("--network library: no library has the network of this checkpoint")
         return TorchModel(network, preprocessing, architecture)
+    if choice == "library":
+        return _of_library(owner.build(preprocessing.shape[:2]), preprocessing, architecture, owner)
     try:
         library = owner.build(preprocessing.shape[:2])
     except LibraryMissingError as error:
@@ -101,12 +110,16 @@ def torch_model(
     difference = _relative(TorchModel(network, preprocessing, architecture).run(pixels), model.run(pixels))
     if difference <= TOLERANCE["fp32"]:
         return model
-    progress(
-        f"warning: vitserve's form of {architecture} differs from {owner.name} by {difference:.1e} of the largest"
-        " logit; the library's network is exported instead, without our optimizations"
-    )
-    exported = LibraryNetwork(library, owner.name, architecture, preprocessing.shape)
-    return TorchModel(exported, preprocessing, architecture, reference=owner.name)
+    reason = f"vitserve's form of {architecture} differs from {owner.name} by {difference:.1e} of the largest logit"
+    if choice == "ours":
+        raise CheckpointError(f"--network ours: {reason}; allowed is {TOLERANCE['fp32']:.0e}")
+    progress(f"warning: {reason}; the library's network is exported instead, without our optimizations")
+    return _of_library(library, preprocessing, architecture, owner)
+
+
+def _of_library(library: nn.Module, preprocessing: Preprocessing, architecture: str, owner: Owner) -> TorchModel:
+    network = LibraryNetwork(library, owner.name, architecture, preprocessing.shape)
+    return TorchModel(network, preprocessing, architecture, reference=owner.name)
 
 
 def _run(network: nn.Module, pixels: Pixels) -> Outputs:

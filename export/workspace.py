@@ -1,4 +1,4 @@
-"""The directory in which a bundle is made, and what its artifacts are made from."""
+"""The directory in which a bundle is made, and the inputs of its artifacts."""
 
 from __future__ import annotations
 

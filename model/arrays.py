@@ -10,7 +10,7 @@ import numpy.typing as npt
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 # softmax: one of the classes applies. sigmoid: each class applies or not (multi-label), and one logit is one class.
 Activation = Literal["softmax", "sigmoid"]
-Pixels = npt.NDArray[np.uint8]  # [H, W, 3], or a batch [n, H, W, 3]
+Pixels = npt.NDArray[np.uint8]  # [H, W, C], or a batch [n, H, W, C]; C = 3 for RGB, 1 for gray
 Floats = npt.NDArray[np.float32]
 
 
@@ -61,5 +61,5 @@ def agreement(predicted: npt.NDArray[np.bool_], expected: npt.NDArray[np.bool_])
     It is the Jaccard index of each image's two sets of classes, and 1 if both are empty. With one class for each image,
     it is the share of images with the same class.
     """
-    common, either = (predicted & expected).sum(1), (predicted | expected).sum(1)
-    return float(np.where(either, common / np.maximum(either, 1), 1.0).mean())
+    intersection, union = (predicted & expected).sum(1), (predicted | expected).sum(1)
+    return float(np.where(union, intersection / np.maximum(union, 1), 1.0).mean())

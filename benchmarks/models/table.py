@@ -6,25 +6,38 @@ from collections.abc import Sequence
 
 from benchmarks.models.measure import Result
 
-_HEAD = """\
-| family | library | network | exported as | difference of logits | attention fused | images/s fp32 | images/s int8 |
-|---|---|---|---|---|---|---|---|"""
+_COLUMNS = ("family", "library", "network", "exported as", "difference of logits", "attention fused", "images/s fp32")
+_OPTIONAL_COLUMN = "images/s int8"  # only if `quantize` ran
 
 
 def markdown(results: Sequence[Result]) -> str:
-    accepted, rejected = [each for each in results if not each.message], [each for each in results if each.message]
-    rows = [_row(result) for result in accepted]
-    lines = [f"{len(accepted)} of {len(results)} networks are exported.", "", _HEAD, *rows]
+    accepted = [result for result in results if not result.message]
+    rejected = [result for result in results if result.message]
+    with_int8 = any(result.int8 is not None for result in accepted)
+    columns = (*_COLUMNS, _OPTIONAL_COLUMN) if with_int8 else _COLUMNS
+    rows = [_row(result)[: len(columns)] for result in accepted]
+    lines = [
+        f"{len(accepted)} of {len(results)} networks are exported.",
+        "",
+        _line(columns),
+        "|---" * len(columns) + "|",
+        *map(_line, rows),
+    ]
     if rejected:
         lines += ["", "| family | library | network | message |", "|---|---|---|---|"]
         lines += [
-            f"| {each.family} | {each.library} | `{each.architecture}` | {_cell(each.message)} |" for each in rejected
+            f"| {result.family} | {result.library} | `{result.architecture}` | {_cell(result.message)} |"
+            for result in rejected
         ]
     return "\n".join(lines)
 
 
-def _row(result: Result) -> str:
-    cells = (
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    return (
         result.family,
         result.library,
         f"`{result.architecture}`",
@@ -34,7 +47,6 @@ def _row(result: Result) -> str:
         _speed(result.fp32),
         _speed(result.int8),
     )
-    return f"| {' | '.join(cells)} |"
 
 
 def _attention(result: Result) -> str:

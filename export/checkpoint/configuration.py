@@ -1,6 +1,6 @@
 """A JSON configuration of another library. Each key is read once; a key that nothing reads is rejected by name.
 
-A key that is not understood may change what the network computes. So only keys that are known to have no effect on the
+A key that is not understood may change the outputs of the network. So only keys that are known to have no effect on the
 outputs are ignored, and the formats give the reason for each of them.
 """
 
@@ -15,7 +15,9 @@ from vitserve.export.checkpoint.errors import CheckpointError, UnsupportedError
 from vitserve.export.checkpoint.files import fault_of
 
 GREATEST_NUMBER = 1e30  # NaN and infinity, which Python's JSON has, are not below it
-GREATEST_INTEGER = 1_000_000  # above every width, depth and image size; protects from allocating what a file claims
+GREATEST_INTEGER = (
+    1_000_000  # above every width, depth and image size; protects from allocating as much as a file claims
+)
 
 
 class Configuration:
@@ -73,15 +75,15 @@ class Configuration:
         value = self.take(key, default)
         values = value if isinstance(value, list | tuple) else [value]
         values = list(values) * channels if len(values) == 1 else values
-        if len(values) != channels or not all(_is_number(each) for each in values):
+        if len(values) != channels or not all(_is_number(part) for part in values):
             raise self.fault(key, value, "one number or three" if channels == 3 else "one number")
-        return tuple(float(each) for each in values)
+        return tuple(float(part) for part in values)
 
     def side(self, key: str, default: Any) -> int:
         """Of a square: an integer, or two equal ones."""
         value = self.take(key, default)
         sides = value if isinstance(value, list | tuple) else [value, value]
-        if len(sides) != 2 or not all(_is_size(each) for each in sides):
+        if len(sides) != 2 or not all(_is_size(part) for part in sides):
             raise self.fault(key, value, "a positive integer, or two equal ones")
         if sides[0] != sides[1]:
             raise UnsupportedError(

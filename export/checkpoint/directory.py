@@ -17,7 +17,7 @@ from vitserve.export.checkpoint.formats import huggingface, huggingface_names, i
 from vitserve.export.checkpoint.formats.preprocessor import preprocessor_of
 from vitserve.export.checkpoint.formats.source import Source
 from vitserve.export.checkpoint.library import sources, zero_shot
-from vitserve.export.checkpoint.overrides import NetworkChoice, Overrides
+from vitserve.export.checkpoint.overrides import NetworkChoice, Overrides, check_overrides
 from vitserve.export.checkpoint.selection import Groups, find_network
 from vitserve.export.checkpoint.state_dict import read_tensors
 from vitserve.model.bundle.preprocess import Preprocessing
@@ -27,6 +27,7 @@ _OTHER_FRAMEWORKS = {".h5", ".msgpack", ".onnx", ".tflite", ".keras", ".ot"}
 
 def read_directory(directory: Path, overrides: Overrides, preprocessing: Preprocessing | None) -> Source:
     """``preprocessing`` replaces the directory's own. Raises CheckpointError."""
+    check_overrides("a directory", overrides)
     keys = read_json(_existing(directory / CONFIG))
     if overrides.architecture:
         raise CheckpointError(f"{directory} has its own configuration; --architecture is for a state dict of timm")
@@ -42,7 +43,7 @@ def read_directory(directory: Path, overrides: Overrides, preprocessing: Preproc
     if not Configuration(CONFIG, keys).text("model_type", ""):
         huggingface.kind_of(Configuration(CONFIG, keys))  # raises the error that names the supported ones
     if preprocessing is None:
-        preprocessor_of(directory)  # raises an error that says what is missing
+        preprocessor_of(directory)  # raises an error that names the missing file
     if zero_shot.is_zero_shot(keys):
         return zero_shot.of_towers(_groups(directory), keys, overrides, preprocessing, directory)
     if overrides.prompts:
@@ -56,16 +57,16 @@ def read_directory(directory: Path, overrides: Overrides, preprocessing: Preproc
 
 
 def with_fallback(
-    ours: Callable[[], Source], library: Callable[[], Source], known: bool, choice: NetworkChoice
+    read_ours: Callable[[], Source], library: Callable[[], Source], known: bool, choice: NetworkChoice
 ) -> Source:
     """The source read as one of our networks, or, if it has parts that they lack, as the library's own network.
 
-    Raises CheckpointError: of a known network the one that says what is wrong with it, else that of the library.
+    Raises CheckpointError: of a known network the one that names its fault, else that of the library.
     """
     if choice == "library" or (choice == "auto" and not known):
         return library()
     try:
-        return ours()
+        return read_ours()
     except UnsupportedError as error:
         if choice == "ours":
             raise
@@ -107,21 +108,21 @@ def _existing(path: Path) -> Path:
     """Raises CheckpointError if there is no such file."""
     if path.exists():
         return path
-    below = sorted(each.parent.name for each in path.parent.glob(f"*/{path.name}"))
+    below = sorted(config.parent.name for config in path.parent.glob(f"*/{path.name}"))
     hint = f"; these directories in it have one: {', '.join(below[:5])}" if below else _hint(path.parent)
     raise CheckpointError(f"{path.parent} has no {path.name}{hint}")
 
 
 def _hint(directory: Path) -> str:
-    """What a directory is that lacks the files of a checkpoint."""
+    """The kind of a directory that lacks the files of a checkpoint."""
     if (directory / "bundle.json").exists():
         return "; it is a bundle already"
     if (directory / "adapter_config.json").exists():
         return (
             "; it is an adapter: merge it into its base model first (merge_and_unload() of peft), and save the result"
         )
-    others = sorted(path.name for path in directory.iterdir() if path.suffix in _OTHER_FRAMEWORKS)
-    return f"; those of other frameworks are not read: {', '.join(others[:3])}" if others else ""
+    files = sorted(path.name for path in directory.iterdir() if path.suffix in _OTHER_FRAMEWORKS)
+    return f"; those of other frameworks are not read: {', '.join(files[:3])}" if files else ""
 
 
 def _groups(directory: Path) -> Groups:

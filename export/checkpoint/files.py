@@ -1,4 +1,4 @@
-"""The names of a checkpoint's files, and what other files are that are often found in their place.
+"""The names of a checkpoint's files, and the kinds of other files that are often found in their place.
 
 Only the first bytes are read, and the directory of a zip archive. Needs neither torch nor the library that wrote them.
 """
@@ -20,7 +20,7 @@ WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", PICKLED_INDEX, "pyto
 _HEAD_BYTES = 1024
 _GIT_LFS = b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 _CONVERTED = "vitserve exports the weights of the framework that trained the network: a state dict or safetensors"
-# First bytes → what the file is, and the remedy.
+# First bytes → the kind of the file, and the remedy.
 _SIGNATURES: dict[bytes, str] = {
     _GIT_LFS: "is a Git LFS pointer, not the file that it points to; run `git lfs pull` in its repository,"
     " or download the file itself",
@@ -40,9 +40,9 @@ _PICKLE = (b"\x80\x03", b"\x80\x04", b"\x80\x05")  # protocols other than torch'
 
 
 def fault_of(path: Path) -> str | None:
-    """What the file is and what to do, as the rest of a sentence that begins with its name; None if it may be weights.
+    """The kind of the file and the remedy, as the rest of a sentence that begins with its name.
 
-    Raises OSError.
+    None if it may be weights. Raises OSError.
     """
     if path.is_dir():
         return "is a directory; name the file of the weights"

@@ -101,15 +101,15 @@ def timm_labels(
     labels is the old name of label_names.
     label_descriptions only describe the names, so they are not labels.
     """
-    found = [
+    named = [
         (f"{key} in {source.name}", names)
         for source in (root, pretrained)
         for key in ("label_names", "labels")
         if (names := source.take(key)) is not None
     ]
     described = [source.name for source in (root, pretrained) if source.take("label_descriptions") is not None]
-    if found:
-        where, names = found[0]
+    if named:
+        where, names = named[0]
         return labels_of(names, classes, where)
     if described:
         notes.append(

@@ -19,17 +19,17 @@ import torch
 
 from vitserve.export.checkpoint.configuration import Configuration
 from vitserve.export.checkpoint.directory import read_directory, with_fallback
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError
 from vitserve.export.checkpoint.files import CONFIG, PREPROCESSOR
 from vitserve.export.checkpoint.formats import google, huggingface, timm, torchvision, trained
 from vitserve.export.checkpoint.formats.preprocessor import stated_preprocessing, with_options
 from vitserve.export.checkpoint.formats.source import Source
 from vitserve.export.checkpoint.labels import checked_labels, default_labels, numbered_labels
-from vitserve.export.checkpoint.library import sources
+from vitserve.export.checkpoint.library import sources, timm_network
 from vitserve.export.checkpoint.library.network import LibraryNetwork
-from vitserve.export.checkpoint.library.owner import Owner
+from vitserve.export.checkpoint.library.owner import LibraryMissingError, Owner
 from vitserve.export.checkpoint.locate import check_source, fetch_snapshot, split_scheme
-from vitserve.export.checkpoint.overrides import Overrides
+from vitserve.export.checkpoint.overrides import NetworkChoice, Overrides, check_overrides
 from vitserve.export.checkpoint.position_embeddings import GREATEST_IMAGE_SIZE, at_image_size
 from vitserve.export.checkpoint.selection import find_network
 from vitserve.export.checkpoint.state_dict import Tensors, build_network, read_tensors
@@ -52,6 +52,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # decisions that the user should know of
     owner: Owner | None = None  # builds the network of the library that the checkpoint is from
     architecture: str = ""  # default: the name of our variant
+    choice: NetworkChoice = "auto"
 
     @property
     def classes(self) -> int:
@@ -59,7 +60,7 @@ class Checkpoint:
 
     def source_model(self, progress: Callable[[str], None]) -> TorchModel:
         architecture = self.architecture or variant_of(self.network.config)
-        return torch_model(self.network, self.preprocessing, architecture, self.owner, progress)
+        return torch_model(self.network, self.preprocessing, architecture, self.owner, progress, self.choice)
 
 
 def load_checkpoint(source: str | Path, overrides: Overrides | None = None, /, **fields: Any) -> Checkpoint:
@@ -72,6 +73,7 @@ def load_checkpoint(source: str | Path, overrides: Overrides | None = None, /, *
     check_source(str(source))
     scheme, name = split_scheme(str(source))
     if scheme == "random":
+        check_overrides("random weights", overrides)
         return random_checkpoint(name)
     preprocessing = stated_preprocessing(overrides)
     snapshot = fetch_snapshot(str(source))
@@ -103,7 +105,8 @@ def _checkpoint(source: Source, overrides: Overrides, preprocessing: Preprocessi
     if overrides.labels is not None:
         labels = checked_labels(overrides.labels, classes, "--labels")
     activation = _activation(source.activation, overrides.activation, classes)
-    return Checkpoint(network, labels, preprocessing, activation, source.notes, owner, source.architecture)
+    notes, choice = source.notes, overrides.network
+    return Checkpoint(network, labels, preprocessing, activation, notes, owner, source.architecture, choice)
 
 
 def _network(source: Source, preprocessing: Preprocessing) -> Network | LibraryNetwork:
@@ -130,7 +133,9 @@ def _read_file(path: Path, overrides: Overrides) -> Source:
     if path.suffix == ".safetensors" and not overrides.architecture:
         of_training = trained.read(path)
         if of_training is not None:
+            check_overrides("weights of `vitserve train`", overrides)
             return of_training
+    check_overrides("another file of weights", overrides)
     file = read_tensors(path)
     architecture = overrides.architecture or file.architecture
     if architecture:
@@ -176,7 +181,7 @@ def _read_timm(tensors: Tensors, path: Path, recorded: str, overrides: Overrides
     """A state dict. ``recorded`` is the architecture that the training script saved, if it did."""
     architecture = overrides.architecture or recorded
     if not architecture:
-        raise CheckpointError(
+        raise OptionNeededError(
             f"{path} is a state dict in timm's layout; name its architecture"
             " (--architecture vit_base_patch16_224), or export the directory that save_for_hf writes"
         )
@@ -202,14 +207,13 @@ def _read_timm(tensors: Tensors, path: Path, recorded: str, overrides: Overrides
 def _pretrained_cfg(architecture: str) -> dict[str, Any]:
     """timm's table of preprocessing, which a bare state dict does not contain."""
     try:
-        from timm import get_pretrained_cfg
-    except (ImportError, RuntimeError) as error:
+        pretrained = timm_network.imported().get_pretrained_cfg(architecture)
+    except LibraryMissingError as error:
         raise CheckpointError(
             f"timm is required to determine the preprocessing of {architecture}: pip install timm,"
             " or give --preprocessor, or export the directory that save_for_hf writes"
         ) from error
-    pretrained = get_pretrained_cfg(architecture)
     if pretrained is None:
         raise CheckpointError(f"timm has no architecture {architecture!r}")
-    settings: dict[str, Any] = pretrained.to_dict()  # type: ignore[no-untyped-call]  # untyped in timm
+    settings: dict[str, Any] = pretrained.to_dict()
     return settings

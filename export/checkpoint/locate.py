@@ -45,7 +45,7 @@ def check_source(source: str) -> None:
 
 
 def _missing(source: str) -> str:
-    """What is wrong with a source that is no path, and what may be meant."""
+    """The fault of a source that is no path, and the source that may be meant."""
     if url := _HUB_URL.match(source):
         return f"{source} is a URL; for the model on the Hugging Face hub, write hf:{url[1]}"
     prefix, colon, name = source.partition(":")

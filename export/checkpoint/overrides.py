@@ -1,4 +1,4 @@
-"""What the user states about a checkpoint, where the checkpoint does not state it or states something else."""
+"""Statements of the user about a checkpoint, in place of those that it lacks or that are wrong."""
 
 from __future__ import annotations
 
@@ -37,6 +37,51 @@ class Overrides:
     outputs: OutputKind | None = None  # of an ONNX file
     prompts: tuple[str, ...] = ()  # texts with {} in place of a label, for CLIP and SigLIP
     ignored_keys: tuple[str, ...] = ()  # of configurations; the user states that they do not affect the outputs
+
+
+# Option → field.
+OPTIONS = {
+    "--image-size": "image_size",
+    "--labels": "labels",
+    "--architecture": "architecture",
+    "--model-arg": "model_args",
+    "--preprocessor": "preprocessor",
+    "--weights": "weights",
+    "--activation": "activation",
+    "--network": "network",
+    "--mean": "mean",
+    "--std": "std",
+    "--interpolation": "interpolation",
+    "--crop": "crop",
+    "--squash": "squash",
+    "--layout": "layout",
+    "--outputs": "outputs",
+    "--prompt": "prompts",
+    "--ignore-key": "ignored_keys",
+}
+SourceKind = Literal[
+    "random weights", "an ONNX file", "weights of `vitserve train`", "another file of weights", "a directory"
+]
+_OF_ONNX = ("--layout", "--outputs")
+_WITHOUT_EFFECT: dict[SourceKind, tuple[str, ...]] = {
+    "random weights": tuple(OPTIONS),
+    "an ONNX file": ("--architecture", "--model-arg", "--weights", "--network", "--prompt"),
+    "weights of `vitserve train`": ("--model-arg", "--weights", *_OF_ONNX, "--prompt"),
+    "another file of weights": (*_OF_ONNX, "--prompt"),
+    "a directory": _OF_ONNX,
+}
+_WITHOUT_CONFIGURATION = ("an ONNX file", "weights of `vitserve train`")
+
+
+def check_overrides(kind: SourceKind, overrides: Overrides) -> None:
+    """Raises CheckpointError naming the options that have no effect on a source of this kind, and those that have."""
+    default, rejected = Overrides(), _WITHOUT_EFFECT[kind]
+    if kind in _WITHOUT_CONFIGURATION and not overrides.preprocessor:  # whose keys may be ignored
+        rejected = (*rejected, "--ignore-key")
+    stated = [name for name in rejected if getattr(overrides, OPTIONS[name]) != getattr(default, OPTIONS[name])]
+    if stated:
+        accepted = ", ".join(name for name in OPTIONS if name not in rejected) or "none"
+        raise CheckpointError(f"no effect on {kind}: {', '.join(stated)}; the options for it are: {accepted}")
 
 
 def channel_values(option: str, text: str) -> tuple[float, ...] | None:

@@ -18,7 +18,7 @@ GREATEST_IMAGE_SIZE = 4096  # pixels; attention over more patches would take hun
 
 @dataclass(frozen=True)
 class Interpolation:
-    """How a library interpolates, in the terms of torch.nn.functional.interpolate."""
+    """A library's interpolation, in the terms of torch.nn.functional.interpolate."""
 
     mode: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = False

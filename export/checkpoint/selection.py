@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError
 from vitserve.export.checkpoint.state_dict import Tensors
 
 # The usual names of weights that were averaged during the training.
@@ -25,7 +25,7 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a network is: the key of its state dict, and the prefix of its tensor names. Either may be empty."""
+    """The place of a network: the key of its state dict, and the prefix of its tensor names. Either may be empty."""
 
     key: str
     prefix: str
@@ -39,7 +39,7 @@ class Place:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """How --weights may name it."""
+        """The names that --weights may have for it."""
         return (str(self), self.key, self.prefix.strip("."), "averaged" if self.averaged else "raw")
 
 
@@ -49,7 +49,7 @@ def find_network(groups: Groups, marks: Sequence[str], chosen: str, path: Path) 
     ``marks`` are names of which every network of the supported formats has one. ``chosen`` is the option --weights: the
     key or the prefix of the weights to take, or raw or averaged.
 
-    If no tensor has one of these names, the result has all tensors, so that the format can report what is missing.
+    If no tensor has one of these names, the result has all tensors, so that the format can report the missing ones.
     Raises CheckpointError if the file holds several networks, or tensors beside the network.
     """
     places = _places(groups, marks)
@@ -64,11 +64,11 @@ def find_network(groups: Groups, marks: Sequence[str], chosen: str, path: Path) 
     place, notes = _choose(places, path)
     if not chosen and str(place):
         notes.append(f"the weights are those under {str(place)!r}")
-    others = [other.prefix for other in _places(groups, marks) if other.key == place.key and other != place]
+    prefixes = [candidate.prefix for candidate in _places(groups, marks) if candidate.key == place.key]
 
     def owner(name: str) -> str | None:
         """The longest prefix of a network that the name has, because one may be empty."""
-        return max((each for each in [place.prefix, *others] if name.startswith(each)), key=len, default=None)
+        return max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
 
     owners = {name: owner(name) for name in groups[place.key]}
     outside = {name: tensor for name, tensor in groups[place.key].items() if owners[name] is None}
@@ -78,14 +78,14 @@ def find_network(groups: Groups, marks: Sequence[str], chosen: str, path: Path) 
 
 
 def _places(groups: Groups, marks: Sequence[str]) -> list[Place]:
-    def found() -> Iterator[Place]:
+    def places() -> Iterator[Place]:
         for key, named in groups.items():
             for name in named:
                 for mark in marks:
                     if name == mark or name.endswith(f".{mark}"):
                         yield Place(key, name.removesuffix(mark))
 
-    return list(dict.fromkeys(found()))
+    return list(dict.fromkeys(places()))
 
 
 def _choose(places: list[Place], path: Path) -> tuple[Place, list[str]]:
@@ -94,9 +94,7 @@ def _choose(places: list[Place], path: Path) -> tuple[Place, list[str]]:
         return places[0], []
     averaged = [place for place in places if place.averaged]
     if len(averaged) != 1 or len(places) != 2:
-        raise CheckpointError(
-            f"{path} holds several networks: {_names(places)}; name the one to take with --weights of `vitserve export`"
-        )
+        raise OptionNeededError(f"{path} holds several networks: {_names(places)}; name the one to take with --weights")
     (raw,) = (place for place in places if not place.averaged)
     return averaged[0], [
         f"the file holds raw weights ({str(raw) or 'without a prefix'}) and weights averaged during the training"

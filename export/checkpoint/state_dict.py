@@ -29,7 +29,7 @@ _OF_TRAINING = re.compile(r"(^|[._])(\w*loss\w*|criterion\w*|metrics?|n_averaged
 class Tensors:
     """A checkpoint's tensors by name. Each is taken once; the remaining ones are unexpected.
 
-    ``notes`` says what was decided while reading: what was ignored, and which of several weights were taken.
+    ``notes`` has the decisions of the reader: tensors that were ignored, and the weights that were taken of several.
     """
 
     def __init__(self, named: Mapping[str, Tensor], notes: Iterable[str] = ()) -> None:
@@ -70,7 +70,7 @@ class Tensors:
         return _checked(name, tensor)
 
     def count(self, pattern: str, first: int = 0) -> int:
-        """How many of ``pattern.format(first)``, ``pattern.format(first + 1)`` … exist in sequence."""
+        """The number of ``pattern.format(first)``, ``pattern.format(first + 1)`` … exist in sequence."""
         number = first
         while pattern.format(number) in self._named:
             number += 1
@@ -150,12 +150,12 @@ def build_network(config: ViTConfig | ResNetConfig, weights: Mapping[str, Tensor
 
 def _check_shapes(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> None:
     faults = {
-        "missing": _with_shapes({name: each for name, each in expected.items() if name not in actual}),
-        "unexpected": _with_shapes({name: each for name, each in actual.items() if name not in expected}),
+        "missing": _with_shapes({name: tensor for name, tensor in expected.items() if name not in actual}),
+        "unexpected": _with_shapes({name: tensor for name, tensor in actual.items() if name not in expected}),
         "wrong shape": _first_names(
-            f"{name} is {list(actual[name].shape)}, expected {list(each.shape)}"
-            for name, each in expected.items()
-            if name in actual and actual[name].shape != each.shape
+            f"{name} is {list(actual[name].shape)}, expected {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in actual and actual[name].shape != tensor.shape
         ),
     }
     if any(faults.values()):
@@ -209,7 +209,7 @@ def _from_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _check_claimed_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """Raises ValueError if an array's header claims more bytes than the file has: numpy allocates what it claims."""
+    """Raises ValueError if an array's header claims more bytes than the file has: numpy allocates that many."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

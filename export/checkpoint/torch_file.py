@@ -1,7 +1,8 @@
 """Reads a file that torch.save() wrote, with torch's restricted unpickler, and finds the state dicts in it.
 
-The unpickler creates tensors and plain data only, and never calls what a file names. Training scripts also save their
-arguments and metrics. The types of those are allowed here; most are replaced by a placeholder that holds nothing.
+The unpickler creates tensors and plain data only, and never calls a function that a file names. Training scripts also
+save their arguments and metrics. The types of those are allowed here; most are replaced by a placeholder that holds
+nothing.
 """
 
 from __future__ import annotations
@@ -80,17 +81,17 @@ def _groups(value: Any, key: str, level: int) -> Iterator[tuple[str, dict[str, T
     """Every mapping or sequence that holds tensors by name, at any level."""
     items: dict[str, Any]
     if isinstance(value, list | tuple):
-        items = {str(index): each for index, each in enumerate(value) if isinstance(each, dict)}
+        items = {str(index): item for index, item in enumerate(value) if isinstance(item, dict)}
     elif isinstance(value, dict):
-        items = {name: each for name, each in value.items() if isinstance(name, str)}
+        items = {name: item for name, item in value.items() if isinstance(name, str)}
     else:
         return
-    tensors = {name: each for name, each in items.items() if isinstance(each, Tensor)}
+    tensors = {name: item for name, item in items.items() if isinstance(item, Tensor)}
     if tensors:
         yield key, tensors
     if level < _MOST_LEVELS:
-        for name, each in items.items():
-            yield from _groups(each, f"{key}.{name}" if key else name, level + 1)
+        for name, item in items.items():
+            yield from _groups(item, f"{key}.{name}" if key else name, level + 1)
 
 
 def _architecture(loaded: Any) -> str:

@@ -17,14 +17,14 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from vitserve.export.graph.reference import scale_and_shift
+from vitserve.export.graph.normalization import scale_and_shift
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.network.build import Network
 from vitserve.model.network.vit import Attention, Block, LayerScale, ViT
 
 
 class OptimizedNetwork(nn.Module):
-    """uint8 pixels [n, H, W, 3] → float32 logits [n, classes] and embedding [n, width], equal to ReferenceNetwork's.
+    """uint8 pixels [n, H, W, C] → float32 logits [n, classes] and embedding [n, width], as ReferenceNetwork.
 
     Works on a copy: ``network`` is not changed.
     """
@@ -35,7 +35,7 @@ class OptimizedNetwork(nn.Module):
     def __init__(self, network: Network, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = copy.deepcopy(network)
-        scale, shift = scale_and_shift(preprocessing)
+        scale, shift = map(torch.from_numpy, scale_and_shift(preprocessing))
         folded = isinstance(self.network, ViT) and fold_normalization(self.network, scale, shift)
         self.register_buffer("scale", None if folded else scale, persistent=False)
         self.register_buffer("shift", None if folded else shift, persistent=False)

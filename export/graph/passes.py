@@ -11,6 +11,7 @@ They need the operators of the graph alone, where export/graph/optimize.py needs
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,16 +27,24 @@ from vitserve.export.graph.initializers import add_initializer
 from vitserve.export.graph.token_pass import skip_unread_tokens
 
 Array = npt.NDArray[Any]
+log = logging.getLogger(__name__)
 
 
 def optimize_verified(path: Path, is_equal: Callable[[Path], bool]) -> bool:
-    """Applies the passes, and keeps the result only if ``is_equal``. Returns whether it was kept."""
+    """Applies the passes, and keeps the result only if ``is_equal``. Returns whether it was kept.
+
+    A result that a pass or ``is_equal`` cannot compute or run is dropped too.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         optimized = Path(temporary) / path.name
         for name in (path.name, f"{path.name}.data"):
             if (path.parent / name).exists():
                 shutil.copyfile(path.parent / name, Path(temporary) / name)
-        if not any(optimize_graph(optimized).values()) or not is_equal(optimized):
+        try:
+            if not any(optimize_graph(optimized).values()) or not is_equal(optimized):
+                return False
+        except Exception:  # ONNX Runtime's errors have no common base class
+            log.warning("the graph is not optimized", exc_info=True)
             return False
         for file in Path(temporary).iterdir():
             shutil.move(file, path.parent / file.name)
@@ -132,8 +141,8 @@ def _fold_into(graph: ir.Graph, mul: ir.Node, scale: Array, scaled: ir.Value) ->
         bias = constant(add.inputs[index])
         if bias is None or bias.shape != scale.shape or len(matmul.outputs[0].uses()) != 1:
             return False
-        add.replace_input_with(index, add_initializer(graph, f"{mul.name}_bias", bias * scale))
-    matmul.replace_input_with(1, add_initializer(graph, f"{mul.name}_weight", weight * scale))
+        add.replace_input_with(index, add_initializer(graph, f"{mul.outputs[0].name}_bias", bias * scale))
+    matmul.replace_input_with(1, add_initializer(graph, f"{mul.outputs[0].name}_weight", weight * scale))
     replace_uses(mul.outputs[0], scaled)
     return True
 
@@ -228,9 +237,9 @@ def replace_uses(old: ir.Value, new: ir.Value) -> None:
         user.replace_input_with(index, new)
 
 
-def like(value: ir.Value, other: ir.Value, name: str) -> None:
+def like(value: ir.Value, template: ir.Value, name: str) -> None:
     """Gives a new value the type and shape of another one."""
-    value.name, value.type, value.shape = name, other.type, other.shape
+    value.name, value.type, value.shape = name, template.type, template.shape
 
 
 def _producers(node: ir.Node, *kinds: str) -> list[ir.Node] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitserve.export.graph.normalization import scale_and_shift
 from vitserve.model.bundle.preprocess import Preprocessing
 
 
@@ -18,7 +19,7 @@ class ReferenceNetwork(nn.Module):
         """``owner`` is the same network in the library that trained it, images → logits. Its logits are taken."""
         super().__init__()
         self.network, self.owner = network, owner
-        scale, shift = scale_and_shift(preprocessing)
+        scale, shift = map(torch.from_numpy, scale_and_shift(preprocessing))
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
 
@@ -26,9 +27,3 @@ class ReferenceNetwork(nn.Module):
         images = (pixels.float() * self.scale + self.shift).permute(0, 3, 1, 2)
         logits, embedding = self.network(images)
         return (logits if self.owner is None else self.owner(images)), embedding
-
-
-def scale_and_shift(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-    """(pixels / 255 - mean) / std as pixels * scale + shift, one value per channel."""
-    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-    return 1 / (255 * std), -mean / std

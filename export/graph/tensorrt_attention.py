@@ -115,7 +115,7 @@ def _by_head(graph: ir.Graph, node: ir.Node) -> ir.Node:
     heads = [node.attributes["q_num_heads"].as_int(), *[node.attributes["kv_num_heads"].as_int()] * 2]
     parts = [_part(graph, node, index, count) for index, count in enumerate(heads)]
     size = _shape(parts[2])[3]
-    attributes = {name: each for name, each in node.attributes.items() if not name.endswith("_num_heads")}
+    attributes = {name: attribute for name, attribute in node.attributes.items() if not name.endswith("_num_heads")}
     shape = [n, heads[0], queries, size]
     by_head = _node("Attention", [*parts, *node.inputs[3:]], f"{node.name}_by_head", query.dtype, shape)
     by_head.attributes.update(attributes)
@@ -137,8 +137,8 @@ def _part(graph: ir.Graph, node: ir.Node, index: int, heads: int) -> ir.Value:
     shape = [n, heads, tokens, width // heads]
     if split is not None and split.op_type == "Split" and _equal_parts(split):
         turned = _all_parts(graph, split, heads)
-        which = add_initializer(graph, f"{node.name}_{index}_part", np.asarray(value.index()))
-        part = _node("Gather", [turned, which], f"{node.name}_{index}", value.dtype, shape, axis=0)
+        position = add_initializer(graph, f"{node.name}_{index}_part", np.asarray(value.index()))
+        part = _node("Gather", [turned, position], f"{node.name}_{index}", value.dtype, shape, axis=0)
         graph.insert_before(node, part)
         return part.outputs[0]
     sizes = add_initializer(graph, f"{node.name}_{index}_sizes", np.asarray([0, tokens, heads, width // heads]))

@@ -47,7 +47,7 @@ def trace(network: nn.Module, shape: int | tuple[int, int, int], path: Path) -> 
 
 def _rename_others(graph: ir.Graph) -> None:
     """Weights and intermediate results are named after modules, which may have the name of an output."""
-    others = [value for node in graph for value in node.outputs if not value.is_graph_output()]
-    for value in [*graph.initializers.values(), *others]:
+    intermediate = [value for node in graph for value in node.outputs if not value.is_graph_output()]
+    for value in [*graph.initializers.values(), *intermediate]:
         if value.name in OUTPUTS:
             value.name = f"{value.name}_module"

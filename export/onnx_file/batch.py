@@ -37,11 +37,11 @@ def make_dynamic(model: ir.Model, batch: int, input_name: str) -> None:
 
 def _dependent(graph: ir.Graph, image: ir.Value) -> set[ir.Value]:
     """The values that are computed from the image, in the order of the graph. Shapes of values do not count."""
-    found = {image}
+    values = {image}
     for node in graph:
-        if node.op_type != "Shape" and any(value in found for value in node.inputs):
-            found.update(node.outputs)
-    return found
+        if node.op_type != "Shape" and any(value in values for value in node.inputs):
+            values.update(node.outputs)
+    return values
 
 
 def _batch_size(graph: ir.Graph, image: ir.Value) -> ir.Value:

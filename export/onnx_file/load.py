@@ -9,7 +9,7 @@ The reference is the file itself in ONNX Runtime, without optimizations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError
 from vitserve.export.checkpoint.files import fault_of
 from vitserve.export.checkpoint.formats.preprocessor import stated_preprocessing, with_options
 from vitserve.export.checkpoint.labels import checked_labels, default_labels
-from vitserve.export.checkpoint.overrides import Layout, Overrides
+from vitserve.export.checkpoint.overrides import Layout, Overrides, check_overrides
 from vitserve.export.golden_images import textures
 from vitserve.export.onnx_file.model import OnnxModel, Reference
 from vitserve.export.onnx_file.outputs import Head, find_head
@@ -56,7 +56,8 @@ class OnnxCheckpoint:
 
 
 def load_onnx(path: Path, overrides: Overrides) -> OnnxCheckpoint:
-    """Raises CheckpointError naming what is wrong with the file, and what is supported."""
+    """Raises CheckpointError naming the fault of the file, and the supported values."""
+    check_overrides("an ONNX file", overrides)
     model = _read(path)
     value = _image_input(model, path)
     shape = [dim if isinstance(dim, int) else None for dim in value.shape or ()]
@@ -67,6 +68,8 @@ def load_onnx(path: Path, overrides: Overrides) -> OnnxCheckpoint:
     head = find_head(model, lambda output: reference.run(pixels, output), overrides.outputs)
     classes = reference.run(pixels[:1], head.output).reshape(1, -1).shape[1]
     labels = default_labels(classes) if overrides.labels is None else overrides.labels
+    if head.from_probabilities and overrides.activation:  # its inverse makes the logits
+        head = replace(head, activation=overrides.activation)
     activation = overrides.activation or head.activation or ("sigmoid" if classes == 1 else "softmax")
     if classes == 1 and activation == "softmax":
         raise CheckpointError("the model has one logit, whose softmax is always 1: --activation must be sigmoid")
@@ -99,12 +102,14 @@ def _read(path: Path) -> ir.Model:
         raise CheckpointError(f"{path} has opset {opset}; supported are {LEAST_OPSET} to {GREATEST_OPSET}")
     if model.ir_version > GREATEST_IR:
         raise CheckpointError(f"{path} has IR version {model.ir_version}; supported are versions up to {GREATEST_IR}")
-    others = sorted(
+    domains = sorted(
         {node.domain for node in model.graph if node.domain not in _DOMAINS and not _is_function(model, node)}
     )
-    if others:
-        raise CheckpointError(f"{path} has operators of the domain {', '.join(others)}, which only its own runtime has")
-    for tensor in model.graph.initializers.values():
+    if domains:
+        raise CheckpointError(
+            f"{path} has operators of the domain {', '.join(domains)}, which only its own runtime has"
+        )
+    for tensor in _tensors(model):
         _check_external(path, tensor)
     return model
 
@@ -113,13 +118,23 @@ def _is_function(model: ir.Model, node: ir.Node) -> bool:
     return node.op_identifier() in model.functions
 
 
-def _check_external(path: Path, value: ir.Value) -> None:
-    """Raises CheckpointError for weights outside of the file's directory, or missing ones."""
-    tensor = value.const_value
+def _tensors(model: ir.Model) -> Iterator[Any]:
+    """Of the initializers and attributes of all graphs and functions."""
+    for graph in [*model.graphs(), *model.functions.values()]:
+        yield from (value.const_value for value in getattr(graph, "initializers", {}).values())
+        for attribute in (attribute for node in graph for attribute in node.attributes.values()):
+            if attribute.type == ir.AttributeType.TENSOR:
+                yield attribute.value
+            elif attribute.type == ir.AttributeType.TENSORS:
+                yield from attribute.value
+
+
+def _check_external(path: Path, tensor: Any) -> None:
+    """Raises CheckpointError for weights outside of the file's directory, also by a symbolic link, or missing ones."""
     if not isinstance(tensor, ir.ExternalTensor):
         return
-    location = Path(tensor.location)
-    if location.is_absolute() or ".." in location.parts:
+    location, directory = Path(tensor.location), path.resolve().parent
+    if not (path.parent / location).resolve().is_relative_to(directory) or ".." in location.parts:
         raise CheckpointError(f"{path} has weights outside of its directory: {tensor.location}")
     try:
         tensor.numpy()
@@ -152,7 +167,7 @@ def _layout(value: ir.Value, shape: list[int | None], stated: Layout | None, pat
             raise CheckpointError(f"--layout {stated}: the input of {path} is {value.shape}, which has {size} channels")
         return stated, size or 3
     if len(fits) != 1:
-        raise CheckpointError(
+        raise OptionNeededError(
             f"the input of {path} is {value.shape}, which does not show whether its layout is NCHW or NHWC: --layout"
         )
     return next(iter(fits.items()))
@@ -164,7 +179,7 @@ def _preprocessing(
     stated = stated_preprocessing(overrides)
     raw = value.dtype == ir.DataType.UINT8
     if stated is None and overrides.mean is None and overrides.std is None and not raw:
-        raise CheckpointError(
+        raise OptionNeededError(
             f"{path} does not say how images are prepared: give --preprocessor, a file or directory of transformers or"
             " timm, or --mean and --std of pixels from 0 to 1 (with --interpolation, --crop and --squash)"
         )
@@ -173,7 +188,7 @@ def _preprocessing(
     size = overrides.image_size or (stated.image_size if stated else None)
     height, width = height or size, width or (stated.shape[1] if stated and not overrides.image_size else size)
     if height is None or width is None:
-        raise CheckpointError(f"the input of {path} is {value.shape}; its image size must be stated: --image-size")
+        raise OptionNeededError(f"the input of {path} is {value.shape}; its image size must be stated: --image-size")
     fixed = [side for axis, side in zip(axes, (height, width), strict=True) if shape[axis] is not None]
     if overrides.image_size and any(side != overrides.image_size for side in fixed):
         raise CheckpointError(f"--image-size {overrides.image_size}: the input of {path} is fixed to {value.shape}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.overrides import Layout
 from vitserve.export.golden_images import textures
 from vitserve.export.graph.initializers import add_initializer
+from vitserve.export.graph.normalization import scale_and_shift
 from vitserve.export.graph.passes import optimize_verified, save_graph
 from vitserve.export.onnx_file.batch import make_dynamic
 from vitserve.export.onnx_file.bf16 import round_to_bf16
@@ -95,7 +98,7 @@ class OnnxModel:
         return Outputs(logits, self._extended.run(pixels, self.head.embedding))
 
     def run_bf16(self, pixels: Pixels) -> Outputs:
-        graph = Path(self._temporary.name) / "bf16.onnx"
+        graph = self._temporary / "bf16.onnx"
         self.write_graph(graph)
         model = ir.load(graph)
         round_to_bf16(model.graph)
@@ -129,14 +132,16 @@ class OnnxModel:
         for name in {self.head.cut, self.head.embedding or self.head.cut}:
             if values[name] not in model.graph.outputs:
                 model.graph.outputs.append(values[name])
-        path = Path(self._temporary.name) / "extended.onnx"
+        path = self._temporary / "extended.onnx"
         save_graph(model, path)
         return replace(self.file, path=path)
 
     @cached_property
-    def _temporary(self) -> tempfile.TemporaryDirectory[str]:
+    def _temporary(self) -> Path:
         """Deleted with this object."""
-        return tempfile.TemporaryDirectory()
+        path = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
+        return path
 
     def _check_batch(self, path: Path) -> None:
         pixels = textures(self.preprocessing.shape, 3)
@@ -152,16 +157,10 @@ class OnnxModel:
             raise CheckpointError(f"{fixed}: {reason}" if self.file.batch else f"{self.path}: {reason}")
 
 
-def scale_and_shift(preprocessing: Preprocessing) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """(pixels / 255 - mean) / std as pixels * scale + shift, one value for each channel."""
-    mean, std = (np.array(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
-    return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-
-
 def _add_pixels(model: ir.Model, file: Reference) -> None:
     """Puts normalization and layout before the graph's own input, which is then no input any more."""
     graph = model.graph
-    own = next(value for value in graph.inputs if value.name == file.input_name)
+    image = next(value for value in graph.inputs if value.name == file.input_name)
     height, width, channels = file.preprocessing.shape
     pixels = ir.Value(
         name="pixels", type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(["n", height, width, channels])
@@ -179,7 +178,7 @@ def _add_pixels(model: ir.Model, file: Reference) -> None:
     if file.layout == "nchw":
         transpose = ir.node("Transpose", [last], {"perm": [0, 3, 1, 2]}, name="pixels_transpose")
         nodes, last = [*nodes, transpose], transpose.outputs[0]
-    for user, index in tuple(own.uses()):
+    for user, index in tuple(image.uses()):
         user.replace_input_with(index, last)
     graph.inputs[:] = [pixels]
     graph.insert_before(graph[0], nodes)

@@ -1,4 +1,4 @@
-"""Which output of an ONNX file has the classes, and whether it has logits or probabilities."""
+"""Finds the output of an ONNX file that has the classes, and whether it has logits or probabilities."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PASSED_THROUGH = ("Identity", "Cast", "Dropout", "Flatten", "Squeeze", "Reshape
 @dataclass(frozen=True)
 class Head:
     output: str  # the name of the file's output
-    cut: str  # the value that holds the logits: the output itself, or what its last Softmax or Sigmoid reads
+    cut: str  # the value that holds the logits: the output itself, or the input of its last Softmax or Sigmoid
     activation: Activation | None  # of that Softmax or Sigmoid
     from_probabilities: bool  # ``cut`` has probabilities
     embedding: str | None  # the input of the last layer, [n, width]
@@ -40,7 +40,9 @@ class Head:
 
 
 def find_head(model: ir.Model, run: Callable[[str], npt.NDArray[np.float32]], stated: OutputKind | None) -> Head:
-    """``run`` computes an output for some images. ``stated`` says what it has, instead of its last operator and values.
+    """``run`` computes an output for some images.
+
+    ``stated`` is the kind of the output, instead of the one that its last operator and values show.
 
     Raises CheckpointError.
     """
@@ -89,19 +91,31 @@ def add_outputs(model: ir.Model, head: Head) -> None:
 
 
 def _logarithm(graph: ir.Graph, value: ir.Value, activation: Activation | None) -> ir.Value:
+    """In float32, with operators that every supported opset has in the same form."""
+    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, name="probability_float32")
+    graph.append(cast)
+    value = cast.outputs[0]
     least = add_initializer(graph, "least_probability", np.array(_LEAST_PROBABILITY, np.float32))
-    clipped = ir.node("Max", [value, least], name="probability_clipped")
-    log = ir.node("Log", [clipped.outputs[0]], name="probability_log")
-    graph.extend([clipped, log])
+    log = _log_of_at_least(graph, value, least, "probability")
     if activation != "sigmoid":
-        return log.outputs[0]
-    one = add_initializer(graph, "one", np.array(1, np.float32))
-    other = ir.node("Sub", [one, value], name="other_probability")
-    other_clipped = ir.node("Max", [other.outputs[0], least], name="other_probability_clipped")
-    other_log = ir.node("Log", [other_clipped.outputs[0]], name="other_probability_log")
-    odds = ir.node("Sub", [log.outputs[0], other_log.outputs[0]], name="log_odds")
-    graph.extend([other, other_clipped, other_log, odds])
+        return log
+    constant_one = add_initializer(graph, "one", np.array(1, np.float32))
+    complement = ir.node("Sub", [constant_one, value], name="other_probability")
+    graph.append(complement)
+    other_log = _log_of_at_least(graph, complement.outputs[0], least, "other_probability")
+    odds = ir.node("Sub", [log, other_log], name="log_odds")
+    graph.append(odds)
     return odds.outputs[0]
+
+
+def _log_of_at_least(graph: ir.Graph, value: ir.Value, least: ir.Value, name: str) -> ir.Value:
+    """log(max(value, least)). As relu(value - least) + least, because Max does not broadcast before opset 8."""
+    above = ir.node("Sub", [value, least], name=f"{name}_above")
+    positive = ir.node("Relu", [above.outputs[0]], name=f"{name}_positive")
+    clipped = ir.node("Add", [positive.outputs[0], least], name=f"{name}_clipped")
+    log = ir.node("Log", [clipped.outputs[0]], name=f"{name}_log")
+    graph.extend([above, positive, clipped, log])
+    return log.outputs[0]
 
 
 def _output(model: ir.Model) -> ir.Value:
@@ -125,7 +139,7 @@ def _embedding(logits: ir.Value) -> str | None:
     node = _last_operator(logits)
     if node is not None and node.op_type == "Add":
         producers = [value.producer() for value in node.inputs if value is not None]
-        node = next((each for each in producers if each is not None and each.op_type == "MatMul"), None)
+        node = next((producer for producer in producers if producer is not None and producer.op_type == "MatMul"), None)
     if node is None or node.op_type not in ("Gemm", "MatMul") or node.inputs[0] is None:
         return None
     value = node.inputs[0]

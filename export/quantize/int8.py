@@ -25,7 +25,7 @@ MISSING = "int8 for OpenVINO needs nncf, which is not installed: pip install 'vi
 
 
 def quantize(graph: Path, images: Pixels, *, smooth: bool) -> openvino.Model:
-    """Weights and activations in int8 with ranges from ``images`` [n, H, W, 3], by NNCF's transformer preset.
+    """Weights and activations in int8 with ranges from ``images`` [n, H, W, C], by NNCF's transformer preset.
 
     ``smooth`` applies SmoothQuant (arXiv:2211.10438). On a CPU without VNNI, weights use half of their range: such a
     CPU adds pairs of products in 16 bits, which would saturate without an error. For the same reason a model that was

@@ -110,7 +110,7 @@ def _config(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # otherwise nothing names the kernels
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     config.progress_monitor = monitor
-    set_target(trt, config, options.capabilities)
+    set_target(choose(), trt, config, options.capabilities)
     pixels = network.get_input(0)
     image = tuple(int(pixels.shape[index]) for index in range(1, len(pixels.shape)))
     for least, most in profile_ranges(options.max_batch):

@@ -70,8 +70,8 @@ def plan_artifacts(workspace: Workspace, artifacts: Sequence[Artifact], request:
     Raises ExportError if a plan cannot be built, or does not fuse its attention, or does not match the source network.
     """
     plans = []
-    for options in _all_options(request, has_fp8=any(each.precision == "fp8" for each in artifacts)):
-        fp8 = next((each for each in artifacts if each.precision == options.precision == "fp8"), None)
+    for options in _all_options(request, has_fp8=any(artifact.precision == "fp8" for artifact in artifacts)):
+        fp8 = next((artifact for artifact in artifacts if artifact.precision == options.precision == "fp8"), None)
         try:
             artifact = _verified(workspace, options) if fp8 is None else fp8
         except UnsupportedAttentionError as error:
@@ -85,14 +85,17 @@ def plan_artifacts(workspace: Workspace, artifacts: Sequence[Artifact], request:
 
 def _all_options(request: PlanRequest, has_fp8: bool) -> Iterator[PlanOptions]:
     def of(allowed: Callable[[Capability], bool]) -> tuple[Capability, ...]:
-        return tuple(sorted(each for each in request.capabilities if allowed(each)))
+        return tuple(sorted(capability for capability in request.capabilities if allowed(capability)))
 
-    fp8, bf16 = of(lambda each: each >= FP8_CAPABILITY), of(lambda each: each >= BF16_CAPABILITY)
+    fp8, bf16 = (
+        of(lambda capability: capability >= FP8_CAPABILITY),
+        of(lambda capability: capability >= BF16_CAPABILITY),
+    )
     if has_fp8 and fp8:
         yield PlanOptions("fp8", MAX_BATCH, fp8)
     if bf16:
         yield PlanOptions("bf16", MAX_BATCH, bf16)
-    if fp16 := of(lambda each: each < BF16_CAPABILITY):
+    if fp16 := of(lambda capability: capability < BF16_CAPABILITY):
         yield PlanOptions("fp16", MAX_BATCH, fp16)
 
 

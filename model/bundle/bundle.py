@@ -47,7 +47,7 @@ class DamagedFileError(BundleError):
 
 @validated(frozen=True, config=_STRICT)
 class AttentionKernels:
-    """How the runtime executes attention, read from its compiled graph on the machine that exported the bundle."""
+    """The runtime's execution of attention, read from its compiled graph on the machine that exported the bundle."""
 
     kernels: dict[str, int]  # fused attention kernels: name → count
     softmax_layers: int  # softmax layers outside of fused kernels
@@ -60,7 +60,7 @@ class AttentionKernels:
 
 @validated(frozen=True, config=_STRICT)
 class Quantization:
-    """How many layers with weights an artifact computes in its reduced precision, read from its graph."""
+    """The number of layers with weights that an artifact computes in its reduced precision, read from its graph."""
 
     layers: int
     of: int
@@ -126,7 +126,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Golden:
-    pixels: Pixels  # [k, H, W, 3]; textures, then images of the model's domain
+    pixels: Pixels  # [k, H, W, C]; textures, then images of the model's domain
     reference: Outputs
     domain_images: int = 0  # how many of the last images are of the model's domain
     # The outputs that artifacts had at export, by engine and precision. Empty in bundles of earlier versions.
@@ -138,7 +138,7 @@ class Bundle:
     path: Path
     manifest: Manifest
     labels: tuple[str, ...]
-    damaged_files: Mapping[str, str] = field(default_factory=dict)  # of artifacts: name → what is wrong
+    damaged_files: Mapping[str, str] = field(default_factory=dict)  # of artifacts: name → fault
 
     def golden(self) -> Golden:
         with np.load(self.path / "golden.npz", allow_pickle=False) as arrays:
@@ -195,7 +195,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _damaged_files(path: Path, manifest: Manifest) -> dict[str, str]:
-    """The damaged files of artifacts → what is wrong. Raises DamagedFileError for any other damaged file."""
+    """The damaged files of artifacts → fault. Raises DamagedFileError for any other damaged file."""
     artifact_files = {name for artifact in manifest.artifacts for name in artifact.files}
     damaged_files = {}
     for name, expected in manifest.files.items():
@@ -217,7 +217,7 @@ def check_destination(path: Path) -> None:
             raise BundleError(f"{path} is a mount point, which cannot be replaced; choose a directory in it")
     elif path.exists():
         raise BundleError(f"{path} exists and is not a directory; choose another path")
-    parent = next(each for each in path.absolute().parents if each.exists())
+    parent = next(ancestor for ancestor in path.absolute().parents if ancestor.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise BundleError(f"{path} cannot be written: {parent} is not a directory in which you may create files")
 

@@ -21,7 +21,7 @@ _LISTED = 3  # files named in a message
 
 @dataclass(frozen=True)
 class Images:
-    pixels: Pixels  # [n, H, W, 3]
+    pixels: Pixels  # [n, H, W, C]
     classes: Classes | None  # [n]; None if unknown
 
 
@@ -72,16 +72,18 @@ def evaluate(
     With sigmoid an image may have several classes, so the one that is known gives no accuracy.
     """
     outputs = run(images.pixels)
-    predicted, expected = (to_predictions(each.logits, activation) for each in (outputs, reference))
-    here, there = (to_probabilities(each.logits, activation) for each in (outputs, reference))
+    predicted, expected = (to_predictions(result.logits, activation) for result in (outputs, reference))
+    actual_probabilities, expected_probabilities = (
+        to_probabilities(result.logits, activation) for result in (outputs, reference)
+    )
     accuracy = source_accuracy = None
     if images.classes is not None and activation == "softmax":
         rows = np.arange(len(images.classes))
-        accuracy, source_accuracy = (float(each[rows, images.classes].mean()) for each in (predicted, expected))
+        accuracy, source_accuracy = (float(classes[rows, images.classes].mean()) for classes in (predicted, expected))
     return Evaluation(
         images=len(images.pixels),
         top1_agreement=agreement(predicted, expected),
-        probability=float(np.abs(here - there).max()),
+        probability=float(np.abs(actual_probabilities - expected_probabilities).max()),
         accuracy=accuracy,
         source_accuracy=source_accuracy,
     )
@@ -137,7 +139,7 @@ def _of_directory(
 def _decode(
     images: Iterable[tuple[str, Callable[[], bytes]]], decoder: Decoder, count: int
 ) -> tuple[list[Pixels], list[int], list[str]]:
-    """The pixels of the first ``count`` images that can be decoded, their places, and what is wrong with the others."""
+    """The pixels of the first ``count`` images that can be decoded, their places, and the faults of the others."""
     pixels, decoded, faults = list[Pixels](), list[int](), list[str]()
     for place, (name, read) in enumerate(images):
         if len(pixels) == count:

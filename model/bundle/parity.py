@@ -81,13 +81,15 @@ def compare(outputs: Outputs, reference: Outputs, activation: Activation = "soft
         if actual.shape != expected.shape:
             raise ValueError(f"{name} have shape {actual.shape}; the reference has {expected.shape}")
     logits, embedding = (_relative(actual, expected) for actual, expected in zip(outputs, reference, strict=True))
-    here, there = (to_probabilities(each.logits, activation) for each in (outputs, reference))
-    predicted, wanted = (to_predictions(each.logits, activation) for each in (outputs, reference))
+    actual_probabilities, expected_probabilities = (
+        to_probabilities(result.logits, activation) for result in (outputs, reference)
+    )
+    predicted, wanted = (to_predictions(result.logits, activation) for result in (outputs, reference))
     of_domain = slice(len(logits) - domain_images if domain_images else 0, None)
     return Parity(
         logits=float(logits.max()),
         embedding=float(embedding.max()),
-        probability=float(np.abs(here - there).max()),
+        probability=float(np.abs(actual_probabilities - expected_probabilities).max()),
         top1_agreement=agreement(predicted, wanted),
         typical=float(max(np.median(logits[of_domain]), np.median(embedding[of_domain]))),
     )

@@ -1,4 +1,4 @@
-"""What is known about a TensorRT plan: its origin, the hardware that it is for, and the kernels that it holds."""
+"""The report on a TensorRT plan: its origin, the hardware that it is for, and the kernels that it holds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PlanReport:
     @property
     def fused(self) -> bool:
         """Whether every profile computes every attention in one kernel."""
-        return all(len(each.attention) == self.attention and not each.unfused for each in self.profiles)
+        return all(len(profile.attention) == self.attention and not profile.unfused for profile in self.profiles)
 
     def to_json(self) -> str:
         return pydantic.TypeAdapter(PlanReport).dump_json(self, indent=1).decode()
@@ -63,16 +63,20 @@ class PlanReport:
 
     def __str__(self) -> str:
         """One line: fused attention per profile, kernels, size, build time."""
-        counts = {len(each.attention) for each in self.profiles}
-        fused = str(counts.pop()) if len(counts) == 1 else ", ".join(str(len(each.attention)) for each in self.profiles)
-        batches = ", ".join(str(each.max_batch) for each in self.profiles)
-        blocks = [each.per_block for each in self.profiles if each.per_block is not None]
+        counts = {len(profile.attention) for profile in self.profiles}
+        fused = (
+            str(counts.pop())
+            if len(counts) == 1
+            else ", ".join(str(len(profile.attention)) for profile in self.profiles)
+        )
+        batches = ", ".join(str(profile.max_batch) for profile in self.profiles)
+        blocks = [profile.per_block for profile in self.profiles if profile.per_block is not None]
         per_block = f" ({median(blocks):g} a block)" if blocks else ""
-        kernels = ", ".join(str(each.kernels) for each in self.profiles)
+        kernels = ", ".join(str(profile.kernels) for profile in self.profiles)
         unfused = "".join(
-            f"; softmax outside of a fused kernel, batches up to {each.max_batch}: {', '.join(each.unfused)}"
-            for each in self.profiles
-            if each.unfused
+            f"; softmax outside of a fused kernel, batches up to {profile.max_batch}: {', '.join(profile.unfused)}"
+            for profile in self.profiles
+            if profile.unfused
         )
         return (
             f"{fused} of {self.attention} attention layers are fused (input: {', '.join(self.input_types) or 'none'}) "

@@ -67,7 +67,7 @@ _RESIZE_SECONDS = 5e-9  # for each pixel; bicubic
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are prepared for the network. The graph, not the decoder, applies mean and standard deviation."""
+    """The preparation of images for the network. The graph, not the decoder, applies mean and standard deviation."""
 
     image_size: int  # pixels, height of the output, and its width unless ``width`` is another
     crop: float = 1.0  # share of the resized shorter side that the center crop keeps (timm's crop_pct)
@@ -102,7 +102,9 @@ class Preprocessing:
         return self.image_size, self.image_size if self.width is None else self.width, self.channels
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after the resize. The shorter side becomes floor(image size / crop), as in timm.
+        """Width and height of the upright image after the resize.
+
+        The shorter side becomes floor(image size / crop), as in timm.
 
         For an output that is not square, the image covers it with the same factor; with a border, it fits into it.
         """
@@ -116,6 +118,11 @@ class Preprocessing:
         if width <= height:
             return short, int(short * height / width)
         return int(short * width / height), short
+
+    def resized_as_stored(self, size: tuple[int, int], orientation: int) -> tuple[int, int]:
+        """resized() for an image of ``size``, width and height as stored; the result is as stored too."""
+        upright = self.resized(*_turned(size, orientation))
+        return _turned(upright, orientation)
 
     def cropped(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Left, top, width and height of the center crop. With a border, left or top may be negative."""
@@ -193,8 +200,8 @@ class OpenedImage:
         return np.asarray(resized(decoded, self._target(decoded.orientation))).reshape(height, width, channels)
 
     def _target(self, orientation: int) -> Target:
-        wanted = self.wanted[::-1] if is_transposed(orientation) else self.wanted
         preprocessing = self._preprocessing
+        wanted = preprocessing.resized(*_turned(self._encoded.size, orientation))
         border = tuple(round(255 * value) for value in preprocessing.mean) if preprocessing.border else None
         box = preprocessing.cropped(*wanted)
         return Target(wanted, *box, preprocessing.channels, _RESAMPLING[preprocessing.interpolation], border)
@@ -211,7 +218,8 @@ class Decoder:
     def open(self, encoded: bytes | memoryview) -> OpenedImage:
         """Reads the header and checks all limits. Raises ImageError. The data after the header is not checked."""
         image = _read_header(encoded if isinstance(encoded, bytes) else bytes(encoded))
-        wanted = self._size_to_resize_to(*image.size)
+        self._check_size(*image.size)
+        wanted = self.preprocessing.resized_as_stored(image.size, image.orientation)
         if self.jpeg_draft and isinstance(image, JpegImage):
             image = image.reduced(*(math.ceil(side * _DRAFT_GAP) for side in wanted))
         return OpenedImage(wanted, image, self.preprocessing)
@@ -228,19 +236,24 @@ class Decoder:
         """Raises ImageError. Does not check the data after the header."""
         return self.open(encoded).header
 
-    def _size_to_resize_to(self, width: int, height: int) -> tuple[int, int]:
-        """Checks the size limits, from the header alone."""
+    def _check_size(self, width: int, height: int) -> None:
+        """Checks the limits of the size as stored, from the header alone."""
         if width < 1 or height < 1:
             raise DamagedImageError(f"the image is {width} × {height} pixels")
         if width * height > self.max_pixels:
             raise TooManyPixelsError(f"the image is {width} × {height} pixels; the limit is {self.max_pixels:,} pixels")
-        wide, high = self.preprocessing.resized(width, height)
-        if wide * high > self.max_pixels:  # for example, 1 × 1,000,000 pixels scaled up to the model's width
-            raise TooManyPixelsError(
-                f"the image is {width} × {height} pixels and {wide} × {high} when resized;"
-                f" the limit is {self.max_pixels:,} pixels"
-            )
-        return wide, high
+        # For example, 1 × 1,000,000 pixels scaled up to the model's width. Only decoding shows how a WebP is turned.
+        for wide, high in (self.preprocessing.resized_as_stored((width, height), turn) for turn in (1, 6)):
+            if wide * high > self.max_pixels:
+                raise TooManyPixelsError(
+                    f"the image is {width} × {height} pixels and {wide} × {high} when resized;"
+                    f" the limit is {self.max_pixels:,} pixels"
+                )
+
+
+def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Width and height as stored → upright, and back."""
+    return size[::-1] if is_transposed(orientation) else size
 
 
 def _read_header(encoded: bytes) -> EncodedImage:

@@ -102,8 +102,8 @@ def recolor(images: Tensor, strength: float, generator: torch.Generator) -> Tens
 
 def mixup(images: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Blends images and targets with others of the batch, in a share from Beta(alpha, alpha) (arXiv:1710.09412)."""
-    share, other = _beta(alpha, generator), torch.randperm(len(images), generator=generator).to(images.device)
-    return torch.lerp(images[other], images, share), torch.lerp(targets[other], targets, share)
+    share, partners = _beta(alpha, generator), torch.randperm(len(images), generator=generator).to(images.device)
+    return torch.lerp(images[partners], images, share), torch.lerp(targets[partners], targets, share)
 
 
 def cutmix(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -112,13 +112,13 @@ def cutmix(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple
     The rectangle is the same for the whole batch, and its area is uniformly distributed (arXiv:1905.04899).
     """
     side = images.shape[-1]
-    share, other = _beta(1.0, generator), torch.randperm(len(images), generator=generator).to(images.device)
+    share, partners = _beta(1.0, generator), torch.randperm(len(images), generator=generator).to(images.device)
     half = side * (1 - share) ** 0.5 / 2
     center = torch.randint(side, (2,), generator=generator).tolist()
     (top, bottom), (left, right) = ((max(round(at - half), 0), min(round(at + half), side)) for at in center)
     images = images.clone()
-    images[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
-    return images, torch.lerp(targets, targets[other], (bottom - top) * (right - left) / side**2)
+    images[:, :, top:bottom, left:right] = images[partners, :, top:bottom, left:right]
+    return images, torch.lerp(targets, targets[partners], (bottom - top) * (right - left) / side**2)
 
 
 def _beta(alpha: float, generator: torch.Generator) -> float:

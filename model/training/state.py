@@ -78,12 +78,12 @@ def initial_state(
 def _optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the transformer blocks, if the recipe has it, and AdamW for all other parameters."""
     matrices: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
+    remaining: list[torch.nn.Parameter] = []
     for name, parameter in network.named_parameters():
         for_muon = recipe.optimizer == "muon" and name.startswith("blocks.") and parameter.ndim == 2
-        (matrices if for_muon else others).append(parameter)
+        (matrices if for_muon else remaining).append(parameter)
     rate, decay = recipe.learning_rate, recipe.weight_decay
-    adamw = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+    adamw = torch.optim.AdamW(remaining, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
     if not matrices:  # AdamW only, or a ResNet
         return [adamw]
     return [torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw]

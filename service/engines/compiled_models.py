@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vitserve.service.cache_directory import private_directory
@@ -27,20 +27,20 @@ def compiled_models(cache: Path, *key: object) -> Iterator[Path | None]:
     None if the directory cannot be used.
     """
     name = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
-    try:
-        directory = private_directory(cache, name)
-        lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        log.warning("the compiled model is not cached: %s", error)
-        yield None
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        verified = _delete_unverified(directory)
+    with ExitStack() as stack:
+        try:
+            directory = private_directory(cache, name)
+            lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            verified = _delete_unverified(directory)
+        except OSError as error:
+            log.warning("the compiled model is not cached: %s", error)
+            stack.close()
+            yield None
+            return
         yield directory
         _list(directory, verified)
-    finally:
-        os.close(lock)
 
 
 def _delete_unverified(directory: Path) -> dict[str, str]:

@@ -45,11 +45,11 @@ class Engine(Protocol):
     max_batch: int
 
     def share(self, pixels: Pixels) -> None:
-        """Registers the slot table's pixels, uint8 [slots, H, W, 3]. Call it once, before run() with ``rows``."""
+        """Registers the slot table's pixels, uint8 [slots, H, W, C]. Call it once, before run() with ``rows``."""
         ...
 
     def run(self, stream: int, pixels: Pixels, rows: Sequence[int] | None = None) -> Outputs:
-        """uint8 [n, H, W, 3] with 1 ≤ n ≤ max_batch → float32 logits [n, classes] and embedding [n, width].
+        """uint8 [n, H, W, C] with 1 ≤ n ≤ max_batch → float32 logits [n, classes] and embedding [n, width].
 
         With ``rows``, ``pixels`` is the array given to share(), and the batch is those rows of it, in this order.
         The returned arrays are new; a later run does not overwrite them.

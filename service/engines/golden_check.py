@@ -45,8 +45,8 @@ def golden_check(engine: Engine, bundle: Bundle, artifact: Artifact) -> Parity:
     return parity
 
 
-def _drift(here: Parity, at_export: Parity) -> str | None:
+def _drift(current: Parity, at_export: Parity) -> str | None:
     """The tolerance of a calibrated precision is wide and would hide defects, so the export's own result limits it."""
-    if here.typical <= _MAX_RATIO * at_export.typical + _MAX_EXCESS:
+    if current.typical <= _MAX_RATIO * at_export.typical + _MAX_EXCESS:
         return None
-    return f"typical outputs differ by {here.typical:.2e} of their range; at export it was {at_export.typical:.2e}"
+    return f"typical outputs differ by {current.typical:.2e} of their range; at export it was {at_export.typical:.2e}"

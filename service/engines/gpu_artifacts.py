@@ -26,6 +26,7 @@ from vitserve.service.python_process import python_command, python_environment
 # Modules that are run and never imported, so that a service without a GPU does not need their libraries.
 PLAN_BUILDER = "vitserve.export.build_plan"
 CAST_GRAPH_BUILDER = "vitserve.export.graph.cast_precision"
+STATED_REASON = 3  # the exit status of a builder whose last line is the reason; Python's own errors have 1
 # The first compute capability with each type: Ada and Ampere.
 # https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html
 FP8_CAPABILITY, BF16_CAPABILITY = (8, 9), (8, 0)
@@ -87,7 +88,7 @@ def _check_target(target: Target, precision: Precision) -> None:
     first = {"fp8": FP8_CAPABILITY, "bf16": BF16_CAPABILITY}.get(precision, (0, 0))
     if target.compute_capability < first:
         raise EngineUnavailableError(
-            f"{precision} needs compute capability {first}; the {target.gpu} has {target.compute_capability}"
+            f"{precision} needs {name_of(first)}; the {target.gpu} is {name_of(target.compute_capability)}"
         )
     if target.library == RTX.library and target.compute_capability not in RTX_CAPABILITIES:
         raise EngineUnavailableError(
@@ -146,8 +147,8 @@ def report_beside(plan: Path) -> PlanReport | None:
 def plans_of(directory: Path, bundle: Bundle) -> list[Path]:
     """The bundle's plans in ``directory``, for any GPU. Beside each plan lies its PlanReport, with the suffix .json."""
     plan_engines = {name for name, kind in ENGINES.items() if kind.artifact == "plan"}
-    artifacts = [each for each in bundle.manifest.artifacts if each.plan is None]
-    own_graphs = {each.path for each in artifacts if each.engine in plan_engines}
+    artifacts = [artifact for artifact in bundle.manifest.artifacts if artifact.plan is None]
+    own_graphs = {artifact.path for artifact in artifacts if artifact.engine in plan_engines}
     return [
         path
         for graph in sorted({GRAPH, *own_graphs})
@@ -201,6 +202,6 @@ def _run_builder(
             last_line = line.strip()
             progress(last_line)
     if process.returncode != 0:
-        stated = process.returncode == 1 and last_line  # otherwise it crashed, and the last line is a step
+        stated = process.returncode == STATED_REASON and last_line  # otherwise it crashed, and the last line is a step
         reason = stated or f"the builder exited with status {process.returncode}"
         raise EngineUnavailableError(f"{failure}: {reason}")

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 
 class GraphShapes(NamedTuple):
-    image: tuple[int, ...]  # H, W, 3
+    image: tuple[int, ...]  # H, W, C
     classes: int
     width: int  # of the embedding
 

@@ -167,7 +167,7 @@ def open_artifact(
 
 def build_missing(bundle: Bundle, options: EngineOptions, rejected: Iterable[EngineRejection]) -> bool:
     """Builds the first plan that was rejected as not built, or the next one if that fails. Whether one was built."""
-    not_built = {(each.engine, each.precision) for each in rejected if each.cause == "not_built"}
+    not_built = {(rejection.engine, rejection.precision) for rejection in rejected if rejection.cause == "not_built"}
     for artifact in candidates(bundle, options):
         if artifact.plan is None and (artifact.engine, artifact.precision) in not_built:
             try:
@@ -206,7 +206,11 @@ def _on_gpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artifact]:
     if not (requested or machine.gpus()):
         return
     for engine, kind in ENGINES.items():
-        plans = [each for each in bundle.manifest.artifacts if each.engine == engine and each.plan is not None]
+        plans = [
+            artifact
+            for artifact in bundle.manifest.artifacts
+            if artifact.engine == engine and artifact.plan is not None
+        ]
         yield from sorted(plans, key=lambda artifact: PRECISIONS.index(artifact.precision))
         if kind.needs_plan_dir and not options.plan_dir:
             continue
@@ -217,7 +221,7 @@ def _on_gpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artifact]:
 
 def _on_cpu(bundle: Bundle, options: EngineOptions) -> Iterator[Artifact]:
     """The bundle's artifacts, then those of a requested engine that runs the reference graph, which are slower."""
-    yield from sorted((each for each in bundle.manifest.artifacts if _is_for_cpu(each)), key=_speed_rank)
+    yield from sorted((artifact for artifact in bundle.manifest.artifacts if _is_for_cpu(artifact)), key=_speed_rank)
     kind = ENGINES.get(options.engine)
     if kind is not None and kind.artifact == "reference_graph" and not (kind.gpu and machine.gpus()):
         for precision in kind.cpu:

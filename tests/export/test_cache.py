@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import httpx
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -18,10 +20,12 @@ from PIL import Image
 from tests.support.checkpoints import SMALL_TRANSFORMERS, SQUASH, save_with_transformers
 from tests.support.images import encoded, random_image
 from tests.support.networks import save_checkpoint
+from tests.support.onnx_files import write
 from tests.support.paths import ROOT
 from tests.support.server import start_server
 from vitserve.export.cache import cached_bundle
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError
+from vitserve.export.onnx_file.external import external_files
 from vitserve.export.requirements import EXPORT_PACKAGES
 from vitserve.model.bundle.bundle import open_bundle
 
@@ -116,6 +120,69 @@ def test_a_changed_checkpoint_or_version_is_exported_again(cache: Path, tmp_path
     changed = cached_bundle(str(source), "1", steps.append)
     assert changed != first
     assert open_bundle(changed).manifest.name == "model.safetensors"
+
+
+def write_onnx(path: Path, weights: np.ndarray) -> None:
+    """The means of three channels of raw pixels as logits; ``weights``, a factor for each, are in weights.bin."""
+    nodes = [
+        onnx.helper.make_node("Cast", ["pixels"], ["images"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("GlobalAveragePool", ["images"], ["means"]),
+        onnx.helper.make_node("Flatten", ["means"], ["features"]),
+        onnx.helper.make_node("MatMul", ["features", "weights"], ["logits"]),
+    ]
+    pixels = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["batch", 3, 8, 8])
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 3])
+    initializers = [onnx.numpy_helper.from_array(np.diag(weights).astype(np.float32), "weights")]
+    graph = onnx.helper.make_graph(nodes, "means", [pixels], [logits], initializers)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+
+
+def test_changed_external_weights_of_an_onnx_file_are_exported_again(cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    write_onnx(source, np.array([0.1, 0.2, 0.3]))
+    assert external_files(source) == [tmp_path / "weights.bin"]
+    first, file = cached_bundle(str(source), "1"), source.read_bytes()
+    (tmp_path / "weights.bin").unlink()
+    write_onnx(source, np.array([0.3, 0.2, 0.1]))
+    assert source.read_bytes() == file
+    second = cached_bundle(str(source), "1")
+    assert second != first
+    packages = ",".join(EXPORT_PACKAGES)
+    assert cached_bundle_without(packages, str(source)) == (str(second), "")
+
+
+@pytest.mark.parametrize("name", ["w.bin", "a/" + "w" * 126 + ".bin", "größe.bin"])
+def test_external_files_are_found_without_a_parser(name: str, tmp_path: Path) -> None:
+    """Also where the length of the name has two bytes."""
+    tensor = onnx.TensorProto(name="weights", data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=name)
+    tensor.external_data.add(key="location", value="missing.bin")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    (tmp_path / "model.onnx").write_bytes(tensor.SerializeToString())
+    assert external_files(tmp_path / "model.onnx") == [tmp_path / name]
+    (tmp_path / "empty.onnx").touch()
+    assert external_files(tmp_path / "empty.onnx") == []
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("kind", ["onnx", "clip", "timm"])
+def test_a_source_that_needs_options_is_to_be_exported_first(
+    kind: str, transformers: ModuleType, cache: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / {"onnx": "model.onnx", "clip": "clip", "timm": "vit.pth"}[kind]
+    if kind == "onnx":
+        write(source)
+    elif kind == "clip":
+        source.mkdir()
+        (source / "config.json").write_text(json.dumps({"model_type": "clip", "architectures": ["CLIPModel"]}))
+        (source / "preprocessor_config.json").write_text(json.dumps(SQUASH))
+        torch.save({"logit_scale": torch.ones(())}, source / "pytorch_model.bin")
+    else:
+        torch.save({"patch_embed.proj.weight": torch.ones(4, 3, 8, 8)}, source)
+    with pytest.raises(OptionNeededError, match=rf"export it first: vitserve export {source} --output BUNDLE$"):
+        cached_bundle(str(source), "1")
 
 
 def test_a_damaged_cached_bundle_is_exported_again(cache: Path, tmp_path: Path) -> None:

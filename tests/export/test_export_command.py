@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from tests.support.checkpoints import SMALL_TIMM, SMALL_TRANSFORMERS, save_with_timm, save_with_transformers
 from tests.support.images import encoded, random_image
+from vitserve.cli.export import training_record
 from vitserve.cli.main import app
 from vitserve.model.bundle.bundle import open_bundle
 
@@ -128,6 +129,17 @@ def test_the_known_sources_are_listed() -> None:
     assert result.exit_code == 0, result.output
     for source in ("FILE.onnx", "clip, metaclip_2, siglip", "timm's network"):
         assert source in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "record"), [("weights.safetensors", {"epochs": 1}), ("model.onnx", None), (".", None), ("b.npz", None)]
+)
+def test_only_the_weights_of_a_run_have_its_record(
+    name: str, record: dict[str, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "training.json").write_text('{"epochs": 1}')
+    assert training_record(name) == record
 
 
 def test_a_source_and_a_bundle_conflict(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,8 +16,15 @@ from torch import nn
 
 from tests.support.checkpoints import SMALL_TIMM, relative_difference, save_with_timm
 from tests.support.library_networks import SMALL
+from tests.support.paths import ROOT
+from vitserve.export import torch_model
+from vitserve.export.artifacts import ExportError
 from vitserve.export.build_bundle import build_bundle
+from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.library.owner import missing
 from vitserve.export.checkpoint.load import load_checkpoint
+from vitserve.export.graph.optimize import OptimizedNetwork
+from vitserve.export.graph.trace import trace
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.config import LibraryConfig, ViTConfig
 from vitserve.model.network.vit import ViT
@@ -81,10 +91,27 @@ def test_our_network_is_replaced_by_the_librarys_if_it_differs(timm: ModuleType,
     for norm in checkpoint.network.modules():
         if isinstance(norm, nn.LayerNorm):
             norm.eps = 0.5
+    with pytest.raises(CheckpointError, match="--network ours: vitserve's form of custom differs from timm"):
+        replace(checkpoint, choice="ours").source_model(steps.append)
     bundle = build_bundle(checkpoint, tmp_path / "bundle", name="a", precisions=["fp32"], progress=steps.append)
     assert isinstance(bundle.manifest.config, LibraryConfig)
     assert any(step.startswith("warning: vitserve's form of custom differs from timm") for step in steps)
     assert relative_difference(bundle.golden().reference.logits, library_logits(source, bundle)) < 1e-5
+
+
+def test_the_librarys_network_is_offered_if_an_engine_does_not_match_ours(
+    timm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trace_scaled(network: OptimizedNetwork, shape: int | tuple[int, int, int], path: Path) -> None:
+        with torch.no_grad():
+            network.network.head.weight.mul_(2)
+        trace(network, shape, path)
+
+    save_with_timm(timm, tmp_path / "source", "vit_base_patch16_224", TINY_TIMM)
+    monkeypatch.setattr(torch_model, "trace", trace_scaled)
+    offer = rf"openvino in fp32 does not match .*; --network library exports the network as timm {timm.__version__}"
+    with pytest.raises(ExportError, match=offer):
+        build_bundle(load_checkpoint(tmp_path / "source"), tmp_path / "bundle", name="a", precisions=["fp32"])
 
 
 def test_without_the_library_the_bundle_says_that_it_is_compared_with_ours(
@@ -99,3 +126,11 @@ def test_without_the_library_the_bundle_says_that_it_is_compared_with_ours(
     assert note.startswith(
         "note: the artifacts are compared with vitserve's form of the network only: timm is required"
     )
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+def test_a_missing_library_is_named_with_an_extra_that_exists(library: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.search(r"pip install 'vitserve\[(\w+)\]'", str(missing(library, ImportError(library))))
+    assert named is not None
+    assert any(re.match(rf"{library}\b", requirement) for requirement in extras[named[1]])

@@ -112,8 +112,38 @@ def test_logits_and_probabilities_differ(last: nn.Module, stated: Any, activatio
     assert model.run(pixels).embedding.shape == (3, 5 if stated == "logits" else 24)
 
 
-def test_bf16_is_simulated_in_the_graph(tmp_path: Path) -> None:
-    write(tmp_path / "model.onnx", dynamic=True)
+class Probabilities(nn.Module):
+    """Probabilities that the graph does not show to be of a softmax or sigmoid."""
+
+    def __init__(self, half: bool = False) -> None:
+        super().__init__()
+        self.half_precision = half
+
+    def forward(self, logits: Any) -> Any:
+        values = logits.softmax(-1).clamp(1e-6, 0.999)
+        return values.half() if self.half_precision else values
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_probabilities_are_served_with_the_stated_activation(activation: Any, half: bool, tmp_path: Path) -> None:
+    write(tmp_path / "model.onnx", 17, network=Classifier(Probabilities(half)))
+    checkpoint = load_onnx(
+        tmp_path / "model.onnx", Overrides(**NORMALIZED, outputs="probabilities", activation=activation)
+    )
+    model = checkpoint.source_model(lambda step: None)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
+    answer = own_answer(tmp_path / "model.onnx", pixels)
+    model.write_graph(tmp_path / "graph.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"pixels": pixels})
+    for computed in (model.run(pixels).logits, logits):
+        assert relative_difference(to_probabilities(computed, checkpoint.activation), answer) < 2e-3
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+def test_bf16_is_simulated_in_the_graph(opset: int, tmp_path: Path) -> None:
+    write(tmp_path / "model.onnx", opset, dynamic=True)
     model = load_onnx(tmp_path / "model.onnx", Overrides(**NORMALIZED)).source_model(lambda step: None)
     assert isinstance(model, OnnxModel)
     pixels = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), np.uint8)
@@ -138,6 +168,27 @@ def test_external_weights_must_be_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "inner" / "model.onnx").write_bytes(split.SerializeToString())
     with pytest.raises(CheckpointError, match=r"weights outside of its directory: \.\./elsewhere\.bin"):
         load_onnx(tmp_path / "inner" / "model.onnx", Overrides(**NORMALIZED))
+
+
+@pytest.mark.parametrize("place", ["initializer", "constant", "link"])
+def test_external_weights_anywhere_in_the_file_are_checked(place: str, tmp_path: Path) -> None:
+    directory = tmp_path / "inner"
+    directory.mkdir()
+    write(directory / "model.onnx")
+    (tmp_path / "outside.bin").write_bytes(bytes(4096))
+    model = onnx.load(directory / "model.onnx")
+    tensor = onnx.helper.make_tensor("extra", onnx.TensorProto.FLOAT, [4], bytes(16), raw=True)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="link.bin" if place == "link" else "../outside.bin")
+    (directory / "link.bin").symlink_to(tmp_path / "outside.bin")
+    if place == "constant":
+        model.graph.node.append(onnx.helper.make_node("Constant", [], ["extra_value"], value=tensor))
+    else:
+        model.graph.initializer.append(tensor)
+    (directory / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match="weights outside of its directory"):
+        load_onnx(directory / "model.onnx", Overrides(**NORMALIZED))
 
 
 def test_files_that_cannot_be_served_are_explained(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.support.checkpoints import relative_difference
 from vitserve.export.golden_images import open_graph, textures
-from vitserve.export.graph.passes import optimize_graph, optimize_verified
+from vitserve.export.graph.passes import fold_scale, optimize_graph, optimize_verified
 from vitserve.export.graph.reference import ReferenceNetwork
 from vitserve.export.graph.trace import trace
 from vitserve.model.bundle.preprocess import Preprocessing
@@ -69,6 +69,45 @@ def test_every_pass_matches_and_keeps_the_outputs(branches: int, tmp_path: Path)
     assert relative_difference(logits_of(path), expected) < 1e-5
     attention = [node for node in ir.load(path).graph if node.op_type == "Attention"]
     assert [set(node.attributes) for node in attention] == [{"q_num_heads", "kv_num_heads"}]
+
+
+def test_layer_scales_without_names_are_folded() -> None:
+    generator = np.random.default_rng(0)
+    weights = [
+        ir.val(f"w{index}", const_value=ir.tensor(generator.standard_normal((4, 4)).astype(np.float32)))
+        for index in range(2)
+    ]
+    scales = [
+        ir.val(f"s{index}", const_value=ir.tensor(generator.standard_normal(4).astype(np.float32)))
+        for index in range(2)
+    ]
+    value = start = ir.val("x", dtype=ir.DataType.FLOAT, shape=[1, 4])
+    nodes = list[ir.Node]()
+    for index, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
+        product = ir.node("MatMul", [value, weight])
+        scaled = ir.node("Mul", [product.outputs[0], scale])
+        product.outputs[0].name, scaled.outputs[0].name = f"product{index}", f"scaled{index}"
+        nodes += [product, scaled]
+        value = scaled.outputs[0]
+    final = ir.node("Identity", [value])
+    graph = ir.Graph(
+        [start], final.outputs, nodes=[*nodes, final], initializers=weights + scales, opset_imports={"": 17}
+    )
+    for node in nodes:
+        node.name = ""  # as loaded from a file without names
+    assert fold_scale(graph) == 2
+
+
+def test_a_result_that_does_not_run_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    traced(path, 1)
+    before = path.read_bytes()
+
+    def fail(graph: Path) -> bool:
+        raise RuntimeError("ONNX Runtime cannot load the graph")
+
+    assert not optimize_verified(path, fail)
+    assert path.read_bytes() == before
 
 
 def test_a_result_that_is_not_equal_is_dropped(tmp_path: Path) -> None:

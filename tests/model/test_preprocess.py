@@ -175,7 +175,18 @@ def test_a_jpeg_is_reduced_if_three_times_the_size_remains(side: int, reduced: b
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(orientation: int) -> None:
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        Preprocessing(32),
+        Preprocessing(24, width=40),
+        Preprocessing(24, width=40, squash=True),
+        Preprocessing(24, width=40, border=True),
+    ],
+    ids=["square", "not square", "squash", "border"],
+)
+def test_exif_orientation_is_undone(preprocessing: Preprocessing, orientation: int) -> None:
+    decoder = Decoder(preprocessing, jpeg_draft=False)
     upright = random_image(48, 32, seed=3)
     stored = {
         1: upright,
@@ -191,8 +202,8 @@ def test_exif_orientation_is_undone(orientation: int) -> None:
     exif[0x0112] = orientation
     for kind in ("PNG", "TIFF", "WEBP"):
         options = {"lossless": True} if kind == "WEBP" else {}
-        decoded = EXACT.decode(encoded(stored, kind, exif=exif, **options))
-        assert np.array_equal(decoded, EXACT.decode(encoded(upright))), kind
+        decoded = decoder.decode(encoded(stored, kind, exif=exif, **options))
+        assert np.array_equal(decoded, decoder.decode(encoded(upright))), kind
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

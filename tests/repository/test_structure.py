@@ -18,6 +18,8 @@ MOST_LINES_IN_A_FILE = 300
 MOST_LINES_IN_A_CLASS = 220
 MEDIAN_LINES_IN_A_FUNCTION = 7
 MOST_FILES_IN_A_DIRECTORY = 14
+PRONOUNS = {"again", "each", "either", "every", "found", "here", "it", "its", "one"}
+PRONOUNS |= {"other", "others", "ours", "own", "theirs", "them", "there", "they"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -33,6 +35,14 @@ def tree(path: Path) -> ast.Module:
 
 def functions(path: Path) -> list[Function]:
     return [node for node in ast.walk(tree(path)) if isinstance(node, Function)]
+
+
+def variables(function: ast.AST) -> set[str]:
+    """The names of arguments and variables in a function, those of comprehensions and exceptions included."""
+    nodes = list(ast.walk(function))
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    arguments = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return stored | arguments | {str(node.name) for node in nodes if isinstance(node, ast.ExceptHandler)}
 
 
 def lines_of(node: ast.ClassDef | Function) -> int:
@@ -54,6 +64,12 @@ def test_no_class_is_too_long() -> None:
 def test_functions_are_short() -> None:
     sizes = [lines_of(function) for path in python_files(*SOURCE) for function in functions(path)]
     assert statistics.median(sizes) <= MEDIAN_LINES_IN_A_FUNCTION
+
+
+@pytest.mark.parametrize("directory", ["export", "model", "vitserve/cli"])
+def test_variables_are_nouns(directory: str) -> None:
+    named = {path: set().union(*map(variables, functions(path))) for path in python_files(directory)}
+    assert not {str(path): names & PRONOUNS for path, names in named.items() if names & PRONOUNS}
 
 
 def test_no_directory_is_crowded() -> None:

@@ -1,4 +1,4 @@
-"""What several commands print: errors in one line, and the table of a bundle's artifacts."""
+"""Output that several commands share: errors in one line, and the table of a bundle's artifacts."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ from vitserve.cli.sources import print_sources
 
 
 class Activation(StrEnum):
-    """How logits become probabilities."""
+    """The function from logits to probabilities."""
 
     softmax = "softmax"
     sigmoid = "sigmoid"
 
 
 class Interpolation(StrEnum):
-    """How images are resized."""
+    """The filter that resizes images."""
 
     bilinear = "bilinear"
     bicubic = "bicubic"
@@ -37,14 +37,14 @@ class Layout(StrEnum):
 
 
 class OutputKind(StrEnum):
-    """What a network computes."""
+    """The outputs of a network."""
 
     logits = "logits"
     probabilities = "probabilities"
 
 
 class NetworkChoice(StrEnum):
-    """Whose form of the network is exported."""
+    """The form of the network that is exported."""
 
     auto = "auto"
     ours = "ours"
@@ -52,7 +52,7 @@ class NetworkChoice(StrEnum):
 
 
 class Precision(StrEnum):
-    """What a bundle may be required to have. Every bundle has fp32."""
+    """A precision that a bundle may be required to have. Every bundle has fp32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -120,18 +120,18 @@ def export(
         str, typer.Option(help="Mean of the channels, of pixels from 0 to 1, such as 0.485,0.456,0.406.")
     ] = "",
     std: Annotated[str, typer.Option(help="Standard deviation of the channels, of pixels from 0 to 1.")] = "",
-    interpolation: Annotated[Interpolation | None, typer.Option(help="How images are resized.")] = None,
+    interpolation: Annotated[Interpolation | None, typer.Option(help="Filter that resizes images.")] = None,
     crop: Annotated[float, typer.Option(help="Share of the resized shorter side that the center crop keeps.")] = 0.0,
     squash: Annotated[
         bool | None, typer.Option("--squash/--no-squash", help="Resize without keeping the aspect ratio.")
     ] = None,
     layout: Annotated[
-        Layout | None, typer.Option(help="Layout of the input of a .onnx file. Default: what its shape shows.")
+        Layout | None, typer.Option(help="Layout of the input of a .onnx file. Default: the one that its shape shows.")
     ] = None,
     outputs: Annotated[
         OutputKind | None,
         typer.Option(
-            help="What a .onnx file computes. Default: probabilities if it ends in a softmax or sigmoid, or if its "
+            help="Outputs of a .onnx file. Default: probabilities if it ends in a softmax or sigmoid, or if its "
             "values add up to 1."
         ),
     ] = None,
@@ -152,8 +152,8 @@ def export(
     activation: Annotated[
         Activation | None,
         typer.Option(
-            help="From logits to probabilities: sigmoid if an image can have several classes. Default: what the "
-            "checkpoint states, otherwise softmax; sigmoid for a single logit."
+            help="From logits to probabilities: sigmoid if an image can have several classes. Default: that of "
+            "the checkpoint, otherwise softmax; sigmoid for a single logit."
         ),
     ] = None,
     ignore_key: Annotated[
@@ -260,7 +260,7 @@ def export(
             output,
             name=name or _name_of(source),
             version=version or None,
-            training=_training_record(source),
+            training=training_record(source),
             golden_images=golden_images,
             precisions=[choice.value for choice in precision] if precision else None,
             calibration_images=calibration,
@@ -273,10 +273,12 @@ def export(
     typer.echo(f"{bundle.manifest.name} {bundle.manifest.version} → {output}")
 
 
-def _training_record(source: str) -> dict[str, Any] | None:
-    """What `vitserve train` wrote beside the weights."""
-    path = Path(source).with_name("training.json")
-    record: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+def training_record(source: str) -> dict[str, Any] | None:
+    """That of `vitserve train`, which lies beside its weights."""
+    path = Path(source)
+    if path.name != "weights.safetensors" or not path.with_name("training.json").exists():
+        return None
+    record: dict[str, Any] = json.loads(path.with_name("training.json").read_text())
     return record
 
 

@@ -1,4 +1,4 @@
-"""``vitserve inspect``: what a bundle holds."""
+"""``vitserve inspect``: the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a table.")] = False,
 ) -> None:
-    """Show what a bundle contains.
+    """Show the contents of a bundle.
 
     Prints the network, its artifacts, their numerical parity, and which kernels run the attention.
     """

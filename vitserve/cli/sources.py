@@ -1,15 +1,16 @@
-"""What `vitserve export --list` prints: the sources that are known."""
+"""The list of `vitserve export --list`: the sources that are known."""
 
 from __future__ import annotations
 
 import typer
 
-# (what SOURCE is, the networks in it, how they are exported)
+# (kind of SOURCE, the networks in it, the form in which they are exported)
 SOURCES = (
     (
         "directory or state dict of timm",
         "vit_*, deit_*, deit3_*, hybrids vit_*_r*_s*, resnetv2_*_bit",
-        "vitserve's network, optimized and compared with timm's; timm's own for arguments that it lacks",
+        "vitserve's network, optimized and compared with timm's; timm's own for arguments that it lacks. "
+        "resnetv2_*_bit may need --network library: see docs/models.md",
     ),
     ("directory or state dict of timm", "every other classifier of timm", "timm's network; needs vitserve[timm]"),
     (

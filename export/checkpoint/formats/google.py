@@ -78,37 +78,37 @@ def _stages(tensors: Tensors) -> tuple[int, ...]:
     return tuple(stages)
 
 
-def _block(tensors: Tensors, theirs: str, ours: str) -> dict[str, Tensor]:
+def _block(tensors: Tensors, source: str, target: str) -> dict[str, Tensor]:
     kernels, biases = [], []
     for name in ("query", "key", "value"):
-        kernel = tensors.take(f"{theirs}/{_ATTENTION}/{name}/kernel")  # [width, heads, head width]
+        kernel = tensors.take(f"{source}/{_ATTENTION}/{name}/kernel")  # [width, heads, head width]
         kernels.append(kernel.flatten(1))
-        biases.append(tensors.take(f"{theirs}/{_ATTENTION}/{name}/bias").flatten())
-    out = tensors.take(f"{theirs}/{_ATTENTION}/out/kernel")  # [heads, head width, width]
+        biases.append(tensors.take(f"{source}/{_ATTENTION}/{name}/bias").flatten())
+    out = tensors.take(f"{source}/{_ATTENTION}/out/kernel")  # [heads, head width, width]
     parts = {
-        f"{ours}.attn.qkv.weight": torch.cat(kernels, dim=1).T.contiguous(),
-        f"{ours}.attn.qkv.bias": torch.cat(biases),
-        f"{ours}.attn.proj.weight": out.flatten(0, 1).T.contiguous(),
-        f"{ours}.attn.proj.bias": tensors.take(f"{theirs}/{_ATTENTION}/out/bias"),
+        f"{target}.attn.qkv.weight": torch.cat(kernels, dim=1).T.contiguous(),
+        f"{target}.attn.qkv.bias": torch.cat(biases),
+        f"{target}.attn.proj.weight": out.flatten(0, 1).T.contiguous(),
+        f"{target}.attn.proj.bias": tensors.take(f"{source}/{_ATTENTION}/out/bias"),
     }
-    parts |= _norm(tensors, f"{theirs}/LayerNorm_0", f"{ours}.norm1") | _norm(
-        tensors, f"{theirs}/LayerNorm_2", f"{ours}.norm2"
+    parts |= _norm(tensors, f"{source}/LayerNorm_0", f"{target}.norm1") | _norm(
+        tensors, f"{source}/LayerNorm_2", f"{target}.norm2"
     )
     return (
         parts
-        | _dense(tensors, f"{theirs}/MlpBlock_3/Dense_0", f"{ours}.mlp.fc1")
-        | _dense(tensors, f"{theirs}/MlpBlock_3/Dense_1", f"{ours}.mlp.fc2")
+        | _dense(tensors, f"{source}/MlpBlock_3/Dense_0", f"{target}.mlp.fc1")
+        | _dense(tensors, f"{source}/MlpBlock_3/Dense_1", f"{target}.mlp.fc2")
     )
 
 
-def _unit(tensors: Tensors, theirs: str, ours: str) -> dict[str, Tensor]:
+def _unit(tensors: Tensors, source: str, target: str) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for number in (1, 2, 3):
-        parts[f"{ours}.conv{number}.weight"] = _filters(tensors.take(f"{theirs}/conv{number}/kernel"))
-        parts |= _norm(tensors, f"{theirs}/gn{number}", f"{ours}.norm{number}")
-    if f"{theirs}/conv_proj/kernel" in tensors:
-        parts[f"{ours}.downsample.conv.weight"] = _filters(tensors.take(f"{theirs}/conv_proj/kernel"))
-        parts |= _norm(tensors, f"{theirs}/gn_proj", f"{ours}.downsample.norm")
+        parts[f"{target}.conv{number}.weight"] = _filters(tensors.take(f"{source}/conv{number}/kernel"))
+        parts |= _norm(tensors, f"{source}/gn{number}", f"{target}.norm{number}")
+    if f"{source}/conv_proj/kernel" in tensors:
+        parts[f"{target}.downsample.conv.weight"] = _filters(tensors.take(f"{source}/conv_proj/kernel"))
+        parts |= _norm(tensors, f"{source}/gn_proj", f"{target}.downsample.norm")
     return parts
 
 
@@ -117,15 +117,15 @@ def _filters(kernel: Tensor) -> Tensor:
     return kernel.permute(3, 2, 0, 1).contiguous()
 
 
-def _norm(tensors: Tensors, theirs: str, ours: str) -> dict[str, Tensor]:
+def _norm(tensors: Tensors, source: str, target: str) -> dict[str, Tensor]:
     return {
-        f"{ours}.weight": tensors.take(f"{theirs}/scale").flatten(),
-        f"{ours}.bias": tensors.take(f"{theirs}/bias").flatten(),
+        f"{target}.weight": tensors.take(f"{source}/scale").flatten(),
+        f"{target}.bias": tensors.take(f"{source}/bias").flatten(),
     }
 
 
-def _dense(tensors: Tensors, theirs: str, ours: str) -> dict[str, Tensor]:
+def _dense(tensors: Tensors, source: str, target: str) -> dict[str, Tensor]:
     return {
-        f"{ours}.weight": tensors.take(f"{theirs}/kernel").T.contiguous(),
-        f"{ours}.bias": tensors.take(f"{theirs}/bias"),
+        f"{target}.weight": tensors.take(f"{source}/kernel").T.contiguous(),
+        f"{target}.bias": tensors.take(f"{source}/bias"),
     }

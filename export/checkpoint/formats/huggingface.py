@@ -97,9 +97,9 @@ def _shape(tensors: Tensors, config: Configuration, kind: str) -> ViTConfig:
     dino, registers, teacher = kind.startswith("dinov2"), kind.endswith("registers"), names.has_teacher(tensors)
     width, heads = config.integer("hidden_size", 768), config.integer("num_attention_heads", 12)
     depth = config.integer("num_hidden_layers", 12)
-    found = tensors.count(f"{names.block(kind)}.attention.q_proj.weight")
-    if found != depth:
-        raise CheckpointError(f"num_hidden_layers in {config.name} is {depth}, but the weights have {found} layers")
+    layers = tensors.count(f"{names.block(kind)}.attention.q_proj.weight")
+    if layers != depth:
+        raise CheckpointError(f"num_hidden_layers in {config.name} is {depth}, but the weights have {layers} layers")
     swiglu = config.flag("use_swiglu_ffn", False) if dino else False
     if swiglu is not names.is_gated(tensors):
         raise CheckpointError(
@@ -183,7 +183,9 @@ def _weights(tensors: Tensors, shape: ViTConfig, kind: str) -> dict[str, Tensor]
     pairs = {f"{embeddings}.patch_embeddings.projection": "patch_embed.proj", f"{kind}.layernorm": "norm"}
     pairs |= {"cls_classifier": "head", "distillation_classifier": "head_dist"}
     if not shape.distillation_head:
-        pairs = {theirs: ours for theirs, ours in pairs.items() if "_classifier" not in theirs} | {"classifier": "head"}
+        pairs = {source: target for source, target in pairs.items() if "_classifier" not in source} | {
+            "classifier": "head"
+        }
     weights |= _pairs(tensors, pairs)
     for index in range(shape.depth):
         weights |= _block(tensors, shape, names.block(kind).format(index), f"blocks.{index}", names.PARTS[dino])
@@ -192,37 +194,38 @@ def _weights(tensors: Tensors, shape: ViTConfig, kind: str) -> dict[str, Tensor]
     return weights
 
 
-def _block(tensors: Tensors, shape: ViTConfig, theirs: str, ours: str, parts: Mapping[str, str]) -> dict[str, Tensor]:
-    weights = _pairs(tensors, {f"{theirs}.{part}": f"{ours}.{our}" for part, our in parts.items()})
+def _block(tensors: Tensors, shape: ViTConfig, source: str, target: str, parts: Mapping[str, str]) -> dict[str, Tensor]:
+    weights = _pairs(tensors, {f"{source}.{part}": f"{target}.{target_part}" for part, target_part in parts.items()})
     if shape.swiglu:
-        weights |= _pairs(tensors, {f"{theirs}.mlp.down_proj": f"{ours}.mlp.fc2"})
-        joined = f"{theirs}.mlp.weights_in" if f"{theirs}.mlp.weights_in.weight" in tensors else ""  # of older versions
-        parts_in = [joined] if joined else [f"{theirs}.mlp.{name}_proj" for name in ("gate", "up")]
-        weights |= _joined(tensors, parts_in, f"{ours}.mlp.fc1")
+        weights |= _pairs(tensors, {f"{source}.mlp.down_proj": f"{target}.mlp.fc2"})
+        joined = f"{source}.mlp.weights_in" if f"{source}.mlp.weights_in.weight" in tensors else ""  # of older versions
+        parts_in = [joined] if joined else [f"{source}.mlp.{name}_proj" for name in ("gate", "up")]
+        weights |= _joined(tensors, parts_in, f"{target}.mlp.fc1")
     else:
-        weights |= _pairs(tensors, {f"{theirs}.mlp.fc{number}": f"{ours}.mlp.fc{number}" for number in (1, 2)})
-    qkv = [f"{theirs}.attention.{name}_proj" for name in ("q", "k", "v")]
-    weights |= _joined(tensors, qkv, f"{ours}.attn.qkv", bias=shape.qkv_bias)
+        weights |= _pairs(tensors, {f"{source}.mlp.fc{number}": f"{target}.mlp.fc{number}" for number in (1, 2)})
+    qkv = [f"{source}.attention.{name}_proj" for name in ("q", "k", "v")]
+    weights |= _joined(tensors, qkv, f"{target}.attn.qkv", bias=shape.qkv_bias)
     if shape.layer_scale:
         for number in (1, 2):
-            weights[f"{ours}.ls{number}.gamma"] = tensors.take(f"{theirs}.layer_scale{number}.lambda1")
+            weights[f"{target}.ls{number}.gamma"] = tensors.take(f"{source}.layer_scale{number}.lambda1")
     return weights
 
 
 def _pairs(tensors: Tensors, names: Mapping[str, str]) -> dict[str, Tensor]:
     return {
-        f"{ours}.{part}": tensors.take(f"{theirs}.{part}")
-        for theirs, ours in names.items()
+        f"{target}.{part}": tensors.take(f"{source}.{part}")
+        for source, target in names.items()
         for part in ("weight", "bias")
     }
 
 
-def _joined(tensors: Tensors, theirs: list[str], ours: str, bias: bool = True) -> dict[str, Tensor]:
+def _joined(tensors: Tensors, sources: list[str], target: str, bias: bool = True) -> dict[str, Tensor]:
     """Several linear layers with the same input as one."""
     joined = {}
     for part in ("weight", "bias") if bias else ("weight",):
-        parts = [tensors.take(f"{name}.{part}") for name in theirs]
-        if len({each.shape for each in parts}) > 1:
-            raise CheckpointError(f"the shapes of {', '.join(theirs)} differ: {[list(each.shape) for each in parts]}")
-        joined[f"{ours}.{part}"] = torch.cat(parts)
+        parts = [tensors.take(f"{name}.{part}") for name in sources]
+        if len({tensor.shape for tensor in parts}) > 1:
+            shapes = [list(tensor.shape) for tensor in parts]
+            raise CheckpointError(f"the shapes of {', '.join(sources)} differ: {shapes}")
+        joined[f"{target}.{part}"] = torch.cat(parts)
     return joined

@@ -38,7 +38,7 @@ WITHOUT_EFFECT = (
     {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures"},
     # The type in which the weights are stored. Served precisions are chosen at export.
     {"dtype", "torch_dtype"},
-    # How the library computes attention, and what it returns besides logits.
+    # The library's way to compute attention, and its outputs besides logits.
     {"attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"},
     {"experts_implementation", "_experts_implementation_internal"},
     {"output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript"},

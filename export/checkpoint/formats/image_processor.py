@@ -161,7 +161,8 @@ def _normalization(
     keys.ignore({"rescale_factor", "image_mean", "image_std"})  # of steps that do not run
     if not factor or not all(std):
         raise CheckpointError(f"rescale_factor and image_std in {keys.name} must not be zero")
-    scaled = [tuple(each / (255 * factor) if factor != 1 / 255 else each for each in values) for values in (mean, std)]
+    divisor = 1 if factor == 1 / 255 else 255 * factor
+    scaled = [tuple(value / divisor for value in values) for values in (mean, std)]
     (red, green, blue), (red_std, green_std, blue_std) = scaled
     return (red, green, blue), (red_std, green_std, blue_std)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitserve.export.checkpoint.configuration import Configuration, read_json
-from vitserve.export.checkpoint.errors import CheckpointError, UnsupportedError
+from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError, UnsupportedError
 from vitserve.export.checkpoint.files import CONFIG, PREPROCESSOR, PROCESSOR
 from vitserve.export.checkpoint.formats import image_processor
 from vitserve.export.checkpoint.formats.timm_preprocessing import preprocessing_of
@@ -66,10 +66,10 @@ def preprocessor_of(directory: Path) -> Configuration:
         if "image_processor" in nested:
             return nested.section("image_processor")
     if not (directory / PREPROCESSOR).exists():
-        raise CheckpointError(
+        raise OptionNeededError(
             f"{directory} has no {PREPROCESSOR}, which says how images are prepared: transformers' Trainer writes it"
             " only if it gets the processor. If the model was fine-tuned, give the file of its base model:"
-            " --preprocessor FILE of `vitserve export`"
+            " --preprocessor FILE"
         )
     return Configuration(PREPROCESSOR, read_json(directory / PREPROCESSOR))
 

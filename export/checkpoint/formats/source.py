@@ -26,7 +26,7 @@ class Source:
     labels: tuple[str, ...] | None = None  # None if the checkpoint has no labels
     activation: Activation | None = None  # None if the checkpoint does not state it
     interpolation: Interpolation = TIMM  # of position embeddings
-    notes: tuple[str, ...] = ()  # what was decided while reading, for the user
+    notes: tuple[str, ...] = ()  # the decisions of the reader, for the user
     owner: Owner | None = None  # None if there is none that could build the network
     architecture: str = ""  # the owner's name of the network
     classes: int = 0  # of the owner's network
@@ -41,25 +41,25 @@ def heads_of(width: int) -> int:
     return _HEADS[width]
 
 
-def rename_head(tensors: Tensors, theirs: str, usual: str) -> None:
+def rename_head(tensors: Tensors, attribute: str, usual: str) -> None:
     """Gives a head that was replaced the ``usual`` name of the linear layer, such as heads.head.
 
-    Before fine-tuning, the attribute ``theirs`` is often replaced by a linear layer, or by a sequence of dropout and a
+    Before fine-tuning, ``attribute`` is often replaced by a linear layer, or by a sequence of dropout and a
     linear layer. Raises CheckpointError if its tensors are not those of one linear layer.
     """
     if f"{usual}.weight" in tensors:
         return
-    found = tensors.names(f"{theirs}.")
-    if not found:
+    tensors_of_head = tensors.names(f"{attribute}.")
+    if not tensors_of_head:
         raise CheckpointError(
             f"the checkpoint has no classification head ({usual}.weight): it is a base model, which computes features."
             " Export a network that was fine-tuned for classification"
         )
-    layers = {name.rpartition(".")[0] for name in found}
-    (layer, *others) = sorted(layers)
-    parts = {name.rpartition(".")[2] for name in found}
-    if others or parts - {"weight", "bias"} or "weight" not in parts or len(tensors.shape(f"{layer}.weight")) != 2:
-        raise UnsupportedError(f"unsupported head: {', '.join(found)}; supported is one linear layer")
+    layers = {name.rpartition(".")[0] for name in tensors_of_head}
+    (layer, *surplus) = sorted(layers)
+    parts = {name.rpartition(".")[2] for name in tensors_of_head}
+    if surplus or parts - {"weight", "bias"} or "weight" not in parts or len(tensors.shape(f"{layer}.weight")) != 2:
+        raise UnsupportedError(f"unsupported head: {', '.join(tensors_of_head)}; supported is one linear layer")
     tensors.rename(lambda name: usual + name.removeprefix(layer) if name.startswith(f"{layer}.") else name)
-    before = "; a layer before it has no weights and is taken for dropout" if layer != theirs else ""
+    before = "; a layer before it has no weights and is taken for dropout" if layer != attribute else ""
     tensors.notes.append(f"the head is the linear layer {layer}{before}")

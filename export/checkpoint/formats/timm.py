@@ -53,7 +53,7 @@ def read(
 ) -> Source:
     """``config`` is config.json. ``model_args`` are added to its own, and ``ignored`` are keys to ignore.
 
-    ``activation`` is what the checkpoint states of it.
+    ``activation`` is that of the checkpoint, if it states one.
 
     Raises CheckpointError.
     """
@@ -66,11 +66,11 @@ def read(
     rename_head(tensors, "head", "head.fc" if bit else "head")
     classes = tensors.shape(BIT_MARK if bit else "head.weight")[0]
     _check_classes(classes, config, pretrained, arguments)
-    own, fixed = preprocessing_of(pretrained), pretrained.flag("fixed_input_size", False)
-    check_square_rgb(own, pretrained.name)
+    preprocessing, fixed = preprocessing_of(pretrained), pretrained.flag("fixed_input_size", False)
+    check_square_rgb(preprocessing, pretrained.name)
     shape: ViTConfig | ResNetConfig
     if bit is not None:
-        shape = _bit_config(tensors, int(bit[1]), int(bit[2]), own.image_size, classes)
+        shape = _bit_config(tensors, int(bit[1]), int(bit[2]), preprocessing.image_size, classes)
         arguments.require({"in_chans": 3, "global_pool": "avg"})
         config.require({"global_pool": "avg"})
         arguments.ignore({"drop_rate", "drop_path_rate", "zero_init_last"})
@@ -80,18 +80,18 @@ def read(
         architecture = _with_root_pool(architecture, config, tensors)
         shape = vit_config(tensors, architecture, classes)
         if architecture.image_size is not None and fixed:  # as timm resolves it
-            own = replace(own, image_size=architecture.image_size)
+            preprocessing = replace(preprocessing, image_size=architecture.image_size)
     labels = timm_labels(config, pretrained, classes, tensors.notes)
     notes = reject_unknown(config, pretrained, ignored)
     owner = _owner(name, stated, shape, tensors)
     weights = tensors.take_all()
-    return Source(shape, weights, own, labels, activation, TIMM, (*tensors.notes, *notes), owner)
+    return Source(shape, weights, preprocessing, labels, activation, TIMM, (*tensors.notes, *notes), owner)
 
 
 def _owner(name: str, stated: Mapping[str, Any], shape: ViTConfig | ResNetConfig, tensors: Tensors) -> Owner:
     """timm's own network. If the tensors are not those of the stated arguments, it gets the sizes that they show.
 
-    What the tensors do not show, such as the number of heads, is timm's to say.
+    Properties that the tensors do not show, such as the number of heads, are timm's.
     """
     named, sizes = tensors.copy(), dict[str, Any]()
     if isinstance(shape, ViTConfig):
@@ -139,40 +139,40 @@ def _with_root_pool(architecture: Architecture, config: Configuration, tensors: 
 
 def vit_config(tensors: Tensors, architecture: Architecture, classes: int) -> ViTConfig:
     """Of the tensors, which must be those of the architecture. Raises CheckpointError."""
-    found = _structure(tensors, architecture.structure.prefix_positions)
-    tensors.notes += architecture.check(found)
-    prefix = found.class_token + found.distillation_token + found.registers
+    structure = _structure(tensors, architecture.structure.prefix_positions)
+    tensors.notes += architecture.check(structure)
+    prefix = structure.class_token + structure.distillation_token + structure.registers
     positions = tensors.shape_of("pos_embed", 3)[1]
     representation = tensors.shape("pre_logits.fc.weight")[0] if "pre_logits.fc.weight" in tensors else None
     return ViTConfig(
-        image_size=square_side(positions - prefix if found.prefix_positions else positions) * found.patch_size,
-        patch_size=found.patch_size,
-        width=found.width,
-        depth=found.depth,
+        image_size=square_side(positions - prefix if structure.prefix_positions else positions) * structure.patch_size,
+        patch_size=structure.patch_size,
+        width=structure.width,
+        depth=structure.depth,
         heads=architecture.heads,
-        mlp_width=found.mlp_width,
+        mlp_width=structure.mlp_width,
         classes=classes,
         pool="mean" if architecture.pool == "avg" else "token",
         representation_width=representation,
-        resnet=found.resnet or None,
-        class_token=found.class_token,
-        distillation_token=found.distillation_token,
+        resnet=structure.resnet or None,
+        class_token=structure.class_token,
+        distillation_token=structure.distillation_token,
         distillation_head="head_dist.weight" in tensors,
-        registers=found.registers,
-        prefix_positions=found.prefix_positions and prefix > 0,
-        pre_norm=found.pre_norm,
-        norm_after_pool=found.norm_after_pool,
+        registers=structure.registers,
+        prefix_positions=structure.prefix_positions and prefix > 0,
+        pre_norm=structure.pre_norm,
+        norm_after_pool=structure.norm_after_pool,
         norm_epsilon=architecture.norm_epsilon,
-        qkv_bias=found.qkv_bias,
-        qk_norm=found.qk_norm,
-        layer_scale=found.layer_scale,
-        swiglu=found.swiglu,
+        qkv_bias=structure.qkv_bias,
+        qk_norm=structure.qk_norm,
+        layer_scale=structure.layer_scale,
+        swiglu=structure.swiglu,
         activation=architecture.activation,
     )
 
 
 def _structure(tensors: Tensors, prefix_positions: bool) -> Structure:
-    """``prefix_positions`` is what the name says, for a number of positions that allows both."""
+    """``prefix_positions`` is that of the name, for a number of positions that allows both."""
     width, _, patch_size, _ = tensors.shape_of(MARK, 4)
     resnet = _stages(tensors)
     if resnet:

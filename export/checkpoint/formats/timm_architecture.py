@@ -80,7 +80,7 @@ _SIZE_FIELDS = {"width", "depth", "mlp_width", "patch_size"}
 
 @dataclass(frozen=True)
 class Structure:
-    """What both the tensors show and the name or the arguments say."""
+    """The properties that both the tensors and the name or the arguments show."""
 
     width: int
     depth: int
@@ -110,14 +110,14 @@ class Architecture:
     norm_epsilon: float = 1e-6
     activation: Activation = "gelu"
     image_size: int | None = None  # of the arguments
-    stated: frozenset[str] = frozenset()  # what the arguments give: fields of the structure, and "heads"
+    stated: frozenset[str] = frozenset()  # by the arguments: fields of the structure, and "heads"
 
-    def check(self, found: Structure) -> list[str]:
+    def check(self, shown: Structure) -> list[str]:
         """Raises CheckpointError if the tensors are those of another network. Returns notes about other sizes."""
-        expected, actual = asdict(self.structure), asdict(found)
+        expected, actual = asdict(self.structure), asdict(shown)
         differing = [key for key in expected if actual[key] != expected[key]]
         listed = ", ".join(f"{key} is {actual[key]} instead of {expected[key]}" for key in differing)
-        own_width = found.width == self.structure.width or found.width not in _WIDTHS
+        own_width = shown.width == self.structure.width or shown.width not in _WIDTHS
         if not set(differing) <= _SIZE_FIELDS - self.stated or not own_width:
             raise CheckpointError(
                 f"the tensors are not those of {self.name}: {listed}. Name the architecture that was trained"
@@ -181,7 +181,7 @@ def with_arguments(architecture: Architecture, arguments: Configuration, ignored
     Raises CheckpointError naming the arguments that are not supported, except those in ``ignored``.
     """
     heads_stated, ratio_stated = "num_heads" in arguments, "mlp_ratio" in arguments
-    changes = {ours: read(arguments, key) for key, (ours, read) in _OF_STRUCTURE.items() if key in arguments}
+    changes = {field: read(arguments, key) for key, (field, read) in _OF_STRUCTURE.items() if key in arguments}
     ratio = arguments.number("mlp_ratio", architecture.mlp_ratio)
     if ratio_stated or "width" in changes:
         width = changes.get("width", architecture.structure.width)

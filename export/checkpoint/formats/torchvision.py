@@ -107,7 +107,8 @@ def preprocessing_of(name: str) -> Preprocessing:
     for published in PUBLISHED:
         if published.name == name:
             return published.preprocessing
-    raise CheckpointError(f"torchvision has no weights {name!r}; known: {', '.join(each.name for each in PUBLISHED)}")
+    known = ", ".join(published.name for published in PUBLISHED)
+    raise CheckpointError(f"torchvision has no weights {name!r}; known: {known}")
 
 
 def _preprocessing(config: ViTConfig, stem: str) -> tuple[Preprocessing, str]:
@@ -116,11 +117,11 @@ def _preprocessing(config: ViTConfig, stem: str) -> tuple[Preprocessing, str]:
     384, 512 and 518 pixels are SWAG's sizes for every network: images are resized to the crop itself. For another size
     it is ImageClassification's default, 256 pixels for a crop of 224.
     """
-    same_size = [each for each in PUBLISHED if each.crop_size == config.image_size]
-    if file := [each for each in same_size if each.file == stem]:
+    same_size = [published for published in PUBLISHED if published.crop_size == config.image_size]
+    if file := [published for published in same_size if published.file == stem]:
         return file[0].preprocessing, ""
     network = (config.patch_size, config.width)
-    matching = [each for each in same_size if (each.patch_size, each.width) == network]
+    matching = [published for published in same_size if (published.patch_size, published.width) == network]
     if not matching and config.image_size != 224:
         matching = same_size[:1]
     default = Published("", "", *network, config.image_size, round(config.image_size / 0.875))
@@ -128,9 +129,9 @@ def _preprocessing(config: ViTConfig, stem: str) -> tuple[Preprocessing, str]:
 
 
 def _note(candidates: list[Published]) -> str:
-    taken, *others = candidates
+    taken, *alternatives = candidates
     like = f", as for {taken.name}" if taken.name else ""
-    choices = " or ".join(f"torchvision:{each.name}" for each in others) or "torchvision:WEIGHTS or a file"
+    choices = " or ".join(f"torchvision:{weights.name}" for weights in alternatives) or "torchvision:WEIGHTS or a file"
     return (
         f"the file does not have its preprocessing: images are resized to {taken.resize_size} pixels"
         f" ({taken.interpolation}) and cropped to {taken.crop_size}{like}; if that is wrong: --preprocessor {choices}"
@@ -143,8 +144,10 @@ def _weights(tensors: Tensors, config: ViTConfig, block_names: Mapping[str, str]
     if config.representation_width is not None:
         names["heads.pre_logits."] = "pre_logits.fc."
     for index in range(config.depth):
-        names |= {f"{_BLOCK.format(index)}.{theirs}": f"blocks.{index}.{ours}" for theirs, ours in block_names.items()}
+        names |= {
+            f"{_BLOCK.format(index)}.{source}": f"blocks.{index}.{target}" for source, target in block_names.items()
+        }
     for part in ("weight", "bias"):
-        weights |= {f"{ours}{part}": tensors.take(f"{theirs}{part}") for theirs, ours in names.items()}
+        weights |= {f"{target}{part}": tensors.take(f"{source}{part}") for source, target in names.items()}
     tensors.expect_nothing_more()
     return weights

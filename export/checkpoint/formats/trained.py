@@ -1,4 +1,4 @@
-"""What `vitserve train` writes: a safetensors file with configuration, labels and normalization in its metadata."""
+"""The file that `vitserve train` writes: safetensors with configuration, labels and normalization in its metadata."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path) -> Source | None:
         fields = {key: json.loads(metadata[key]) for key in _KEYS}
         config = _config(fields["config"])
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the metadata of {path} is not what `vitserve train` writes: {error}") from error
+        raise CheckpointError(f"the metadata of {path} is not that of `vitserve train`: {error}") from error
     normalization = Configuration(f"the metadata of {path}", fields)
     mean, std = normalization.numbers("mean", None), normalization.numbers("std", None)
     labels = labels_of(fields["labels"], config.classes, f"the metadata of {path}")

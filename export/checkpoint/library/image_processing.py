@@ -54,7 +54,7 @@ def read_processor(path: Path) -> Processor:
         raise CheckpointError(f"unsupported {_name(processor)}: {error}") from error
     for candidate in candidates:
         difference = [_levels(candidate, image, output) for image, output in zip(images, outputs, strict=True)]
-        if max(limit(each) for each in difference) <= 1:
+        if max(limit(levels) for levels in difference) <= 1:
             return candidate
     raise CheckpointError(
         f"unsupported {_name(processor)}: no resize, crop and normalization gives its output for generated images;"

@@ -1,6 +1,6 @@
 """The library that a checkpoint comes from, and how it builds the network itself.
 
-Its network is the reference for our own, and what is exported if we have none. Needed at export only.
+Its network is the reference for our own, and is exported if we have none. Needed at export only.
 """
 
 from __future__ import annotations
@@ -67,18 +67,19 @@ class Reversed(nn.Module):
 def missing(library: str, error: BaseException) -> LibraryMissingError:
     """The error for a library that cannot be imported."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return LibraryMissingError(f"{library} is required ({reason}): pip install 'vitserve[{library}]'")
+    extra = "timm" if library == "torchvision" else library
+    return LibraryMissingError(f"{library} is required ({reason}): pip install 'vitserve[{extra}]'")
 
 
 def check_fit(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError naming the tensors that do not fit the library's network, with their shapes."""
     faults = {
-        "missing": [f"{name} {list(each.shape)}" for name, each in expected.items() if name not in actual],
-        "unexpected": [f"{name} {list(each.shape)}" for name, each in actual.items() if name not in expected],
+        "missing": [f"{name} {list(tensor.shape)}" for name, tensor in expected.items() if name not in actual],
+        "unexpected": [f"{name} {list(tensor.shape)}" for name, tensor in actual.items() if name not in expected],
         "wrong shape": [
-            f"{name} is {list(actual[name].shape)}, expected {list(each.shape)}"
-            for name, each in expected.items()
-            if name in actual and actual[name].shape != each.shape
+            f"{name} is {list(actual[name].shape)}, expected {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in actual and actual[name].shape != tensor.shape
         ],
     }
     if any(faults.values()):

@@ -33,7 +33,7 @@ def of_timm(groups: Groups, keys: Mapping[str, Any], overrides: Overrides, path:
     classes = config.take("num_classes")
     original = pretrained.take("num_classes")
     arguments = {key: value for key, value in stated.items() if value is not None}
-    arguments.setdefault("num_classes", next((each for each in (classes, original) if each is not None), 1000))
+    arguments.setdefault("num_classes", next((number for number in (classes, original) if number is not None), 1000))
     pool = config.take("global_pool")
     if isinstance(pool, str) and "model_args" not in keys:
         arguments["global_pool"] = pool  # of older versions, which did not write model_args; otherwise only information
@@ -83,7 +83,7 @@ def of_transformers(
 
     size = preprocessing.shape[:2]
     first = build(size)  # raises for tensors that do not fit
-    owner = Owner("transformers", lambda other: first if other == size else build(other))
+    owner = Owner("transformers", lambda wanted: first if wanted == size else build(wanted))
     return Source(
         None,
         {},
@@ -102,8 +102,8 @@ def _count(groups: Groups) -> int:
 
 
 def _mark(expected: Mapping[str, Any]) -> tuple[str, ...]:
-    """A tensor's name that is not also the end of another one's, so that it shows what stands before it."""
-    names = (name for name in expected if not any(other.endswith(f".{name}") for other in expected))
+    """A tensor's name that is not also the end of another one's, so that it shows the prefix."""
+    names = (name for name in expected if not any(longer.endswith(f".{name}") for longer in expected))
     return (next(names),)
 
 

@@ -66,8 +66,8 @@ def fits(
     architecture: str, arguments: Mapping[str, Any], published: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> bool:
     """Whether the tensors have the names and shapes of the network's."""
-    own = skeleton(architecture, arguments, published).state_dict()
-    return own.keys() == tensors.keys() and all(own[name].shape == tensors[name].shape for name in own)
+    expected = skeleton(architecture, arguments, published).state_dict()
+    return expected.keys() == tensors.keys() and all(expected[name].shape == tensors[name].shape for name in expected)
 
 
 def skeleton(architecture: str, arguments: Mapping[str, Any], published: Mapping[str, Any]) -> nn.Module:

@@ -106,7 +106,7 @@ def classifier_of(config: Any, settings: Mapping[str, Any]) -> Any:
         raise missing("transformers", error) from error
     classes = list(classes) if isinstance(classes, list | tuple) else [classes]
     named = settings.get("architectures") or []
-    return next((each for each in classes if each.__name__ in named), classes[0])
+    return next((candidate for candidate in classes if candidate.__name__ in named), classes[0])
 
 
 def loaded(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -129,12 +129,12 @@ def loaded(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _interpolation(network: nn.Module, config: Any, size: tuple[int, int] | None) -> dict[str, bool]:
     """The argument that makes the network interpolate its position embeddings, if it is needed and there is one."""
-    own: Any = getattr(config, "image_size", None) or getattr(
+    native: Any = getattr(config, "image_size", None) or getattr(
         getattr(config, "vision_config", None), "image_size", None
     )
-    own = tuple(own) if isinstance(own, list | tuple) else (own, own)
+    native = tuple(native) if isinstance(native, list | tuple) else (native, native)
     takes = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
-    return {"interpolate_pos_encoding": True} if takes and size is not None and own != size else {}
+    return {"interpolate_pos_encoding": True} if takes and size is not None and native != size else {}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitserve.export.checkpoint.errors import CheckpointError
+from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError
 from vitserve.export.checkpoint.formats.source import Source
 from vitserve.export.checkpoint.labels import checked_labels
 from vitserve.export.checkpoint.library import transformers_network
@@ -41,7 +41,7 @@ def of_towers(
 ) -> Source:
     """``keys`` is config.json. Needs labels. Raises CheckpointError."""
     if overrides.labels is None:
-        raise CheckpointError(
+        raise OptionNeededError(
             f"{path} has an image tower and a text tower, and no classes: give them with --labels FILE, and how a label"
             f" becomes a text with --prompt (default: {DEFAULT_PROMPT!r})"
         )
@@ -114,11 +114,11 @@ def text_embeddings(towers: nn.Module, tokens: Mapping[str, Tensor], prompts: in
     count = len(tokens["input_ids"])
     with torch.no_grad():
         parts = [
-            _normalized(_pooled(embed(**{name: each[start : start + _AT_A_TIME] for name, each in tokens.items()})))
+            _normalized(_pooled(embed(**{name: tensor[start : start + _AT_A_TIME] for name, tensor in tokens.items()})))
             for start in range(0, count, _AT_A_TIME)
         ]
-        every = torch.cat(parts).reshape(count // prompts, prompts, -1)
-    return _normalized(every.mean(1))
+        embeddings = torch.cat(parts).reshape(count // prompts, prompts, -1)
+    return _normalized(embeddings.mean(1))
 
 
 def _pooled(features: Any) -> Tensor:

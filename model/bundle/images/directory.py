@@ -32,14 +32,14 @@ class Directory:
 
     def values(self, tag: int, most: int = 16) -> tuple[int, ...]:
         """Empty if the tag is missing. Raises DamagedImageError for more values than ``most``, or for other types."""
-        found = self.tags.get(tag)
-        if found is None:
+        entry = self.tags.get(tag)
+        if entry is None:
             return ()
-        letter = _LETTERS.get(found.kind)
-        if letter is None or found.length > most:
-            raise DamagedImageError(f"the TIFF tag {tag} has {found.length:,} values of type {found.kind}")
+        letter = _LETTERS.get(entry.kind)
+        if letter is None or entry.length > most:
+            raise DamagedImageError(f"the TIFF tag {tag} has {entry.length:,} values of type {entry.kind}")
         try:
-            return struct.unpack_from(f"{self.order}{found.length}{letter}", self.encoded, found.at)
+            return struct.unpack_from(f"{self.order}{entry.length}{letter}", self.encoded, entry.at)
         except (struct.error, OverflowError) as error:
             raise DamagedImageError(f"the TIFF tag {tag} is outside of the file") from error
 

@@ -45,7 +45,7 @@ class Buffers:
     """The addresses never change, because captured graphs contain them."""
 
     def __init__(self, image_shape: tuple[int, ...], classes: int, width: int, max_batch: int) -> None:
-        """``image_shape`` is H, W, 3. Raises CudaError and frees everything if there is too little memory."""
+        """``image_shape`` is H, W, C. Raises CudaError and frees everything if there is too little memory."""
         with ExitStack() as undo:
             self.image_shape = image_shape
             self.stream = runtime.Stream()

@@ -48,14 +48,15 @@ class TensorRtEngine(GpuEngine):
         self._runtime = trt.Runtime(LOGGER)
         engine = self._engine = _deserialize(self._runtime, plan.name, content)
         kernels = f"{hashlib.sha256(content).hexdigest()[:12]}-{target.slug}.jit"
-        self._contexts = Contexts(trt, engine, Path(cache_dir) / kernels if cache_dir else None)
+        provider = choose()
+        self._contexts = Contexts(provider, trt, engine, Path(cache_dir) / kernels if cache_dir else None)
         image = shape_of(engine.get_tensor_shape("pixels"))[1:]
         classes, width = (int(engine.get_tensor_shape(name)[1]) for name in ("logits", "embedding"))
         super().__init__(
             precision,
             streams,
             max_batch,
-            candidate_sizes(max_batch) if choose().compiles_late else range(1, max_batch + 1),
+            candidate_sizes(max_batch) if provider.compiles_late else range(1, max_batch + 1),
             lambda: Buffers(image, classes, width, max_batch),
             lambda buffers: _Program(engine, self._contexts, buffers),
         )

@@ -59,9 +59,9 @@ def logged_layers(message: str) -> list[PlanLayer]:
     lines = [line for line in message.splitlines() if line.removeprefix(LAYERS).startswith("Name: ")]
     matches = [_LOGGED.match(line.removeprefix(LAYERS)) for line in lines]
     layers = [
-        PlanLayer(each["name"], each["kind"], each["tactic"], tuple(re.findall(r"Datatype: (\w+)", each["inputs"])))
-        for each in matches
-        if each is not None
+        PlanLayer(match["name"], match["kind"], match["tactic"], tuple(re.findall(r"Datatype: (\w+)", match["inputs"])))
+        for match in matches
+        if match is not None
     ]
     if not layers or len(layers) < len(lines):
         raise ValueError(f"only {len(layers)} of {len(lines)} layers in TensorRT's log can be read")
@@ -81,12 +81,12 @@ def inspected_layers(inspected: str) -> list[PlanLayer]:
 
 def _inspected(described: dict[str, Any]) -> PlanLayer:
     name, kind, tactic = (str(described.get(key, "")) for key in ("Name", "LayerType", "TacticName"))
-    types = [each.get("Datatype") or each.get("Format/Datatype") for each in described.get("Inputs") or []]
-    return PlanLayer(name, kind, tactic, tuple(str(each) for each in types if each))
+    types = [value.get("Datatype") or value.get("Format/Datatype") for value in described.get("Inputs") or []]
+    return PlanLayer(name, kind, tactic, tuple(str(value) for value in types if value))
 
 
 def kernels_of_profiles(layers: Sequence[PlanLayer], max_batches: Sequence[int]) -> tuple[ProfileKernels, ...]:
-    """What each profile runs. ``max_batches`` is the largest batch of each profile, in their order."""
+    """The kernels of each profile. ``max_batches`` is the largest batch of each profile, in their order."""
     kernels = [layer for layer in layers if layer.kind not in _NO_KERNELS]
     return tuple(
         _kernels_of([layer for layer in kernels if layer.profile == profile], max_batch)

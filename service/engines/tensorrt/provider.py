@@ -35,7 +35,8 @@ class Provider:
     extra: str  # of vitserve, that installs the package
     logs_layers: bool  # the builder's log has the layers of the plan; otherwise the inspector is needed, and a GPU
     times_kernels: bool  # the builder measures kernels, and keeps the results in a timing cache
-    compiles_late: bool  # kernels are compiled when a shape runs first
+    compiles_late: bool  # kernels are compiled when a shape runs first, and a cache file keeps them
+    builds_for_others: bool  # the builder gets compute capabilities; otherwise it builds for the GPU of its machine
 
     @property
     def installed(self) -> bool:
@@ -47,7 +48,13 @@ class Provider:
 
 
 DATA_CENTER = Provider(
-    "data-center", "tensorrt", "tensorrt", logs_layers=False, times_kernels=True, compiles_late=False
+    "data-center",
+    "tensorrt",
+    "tensorrt",
+    logs_layers=False,
+    times_kernels=True,
+    compiles_late=False,
+    builds_for_others=False,
 )
 RTX = Provider(
     "rtx",
@@ -56,6 +63,7 @@ RTX = Provider(
     logs_layers=True,
     times_kernels=False,
     compiles_late=True,
+    builds_for_others=True,
 )
 
 
@@ -90,9 +98,9 @@ def require_rtx() -> None:
         )
 
 
-def set_target(trt: Any, config: Any, capabilities: Sequence[Capability]) -> None:
-    """Builds for ``capabilities``, or for the GPU of this machine if there are none. RTX only."""
-    if not hasattr(trt, "ComputeCapability"):
+def set_target(provider: Provider, trt: Any, config: Any, capabilities: Sequence[Capability]) -> None:
+    """The plan is built for ``capabilities``, or for the GPU of this machine if there are none."""
+    if not provider.builds_for_others:
         assert not capabilities, "the builder of TensorRT for data centers builds for its own GPU"
         return
     # Otherwise the plan might allocate memory in a run, which cannot be captured in a CUDA graph.
@@ -106,14 +114,15 @@ def set_target(trt: Any, config: Any, capabilities: Sequence[Capability]) -> Non
 class Contexts:
     """Makes the execution contexts of an engine. They use memory that is set for each one.
 
-    With RTX, kernels are compiled for each shape when it runs first, before CUDA graphs are captured, and are kept in
-    the file ``jit_cache``. TensorRT checks the file's GPU, driver and version, and ignores a file that does not match.
+    If the provider compiles late, kernels are compiled for each shape when it runs first, before CUDA graphs are
+    captured, and are kept in the file ``jit_cache``. TensorRT checks the file's GPU, driver and version, and ignores a
+    file that does not match.
     """
 
-    def __init__(self, trt: Any, engine: Any, jit_cache: Path | None) -> None:
+    def __init__(self, provider: Provider, trt: Any, engine: Any, jit_cache: Path | None) -> None:
         self._trt, self._engine, self._path = trt, engine, jit_cache
         self._cache: Any = None
-        self._settings = self._late_compilation() if hasattr(trt, "IRuntimeCache") else None
+        self._settings = self._late_compilation() if provider.compiles_late else None
 
     def _late_compilation(self) -> Any:
         trt, settings = self._trt, self._engine.create_runtime_config()

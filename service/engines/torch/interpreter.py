@@ -28,7 +28,7 @@ Operator = Callable[[Sequence[Any], Attributes], Any]
 
 
 class TorchGraph(nn.Module):
-    """uint8 pixels [n, H, W, 3] → float32 logits [n, classes] and embedding [n, width].
+    """uint8 pixels [n, H, W, C] → float32 logits [n, classes] and embedding [n, width].
 
     Computes in ``dtype`` where the graph has float32.
     """

@@ -25,6 +25,7 @@ from vitserve.export.checkpoint.formats.torchvision import PUBLISHED, preprocess
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.preprocess import Decoder
+from vitserve.model.config import LibraryConfig
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "mlp_dim": 96, "num_classes": 5}
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchvision's own
@@ -41,6 +42,8 @@ def test_a_torchvision_state_dict_has_the_same_logits(
     source = randomized(VisionTransformer(**SMALL | arguments))
     torch.save(source.state_dict(), tmp_path / "vit.pth")
     assert_same_logits(load_checkpoint(tmp_path / "vit.pth"), source)
+    chosen = load_checkpoint(tmp_path / "vit.pth", network="library").source_model(lambda step: None)
+    assert isinstance(chosen.config, LibraryConfig)
 
 
 @pytest.mark.slow

@@ -101,6 +101,22 @@ def test_a_file_that_was_compiled_from_an_earlier_model_is_deleted(cache: Path) 
         assert not list(other.glob("*.blob"))
 
 
+@pytest.mark.parametrize("name", ["fcntl.flock", "hashlib.file_digest"])
+def test_a_cache_that_cannot_be_read_is_not_used(
+    bundle: Bundle, cache: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a network drive without locks, or a damaged disk."""
+    first = run(bundle, cache)
+
+    def fail(*_: object) -> None:
+        raise OSError("no locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(name, fail)
+        assert run(bundle, cache) == first
+    assert "the compiled model is not cached: no locks available" in caplog.text
+
+
 def test_a_cache_that_others_may_write_to_is_not_used(
     bundle: Bundle, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

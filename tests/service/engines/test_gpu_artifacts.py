@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,23 @@ def test_a_failed_build_is_not_repeated_in_the_background(
     with pytest.raises(EngineUnavailableError, match=r"for node 7$"):
         open_artifact(bundle, bf16, replace(options, defer_builds=False))
     assert builds == ["bf16", "fp16", "bf16"], "a start that waits for the plan builds it again"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("print('a step'); print('no kernel'); raise SystemExit(3)", "no kernel"),
+        ("print('a step'); raise RuntimeError", "the builder exited with status 1"),
+    ],
+    ids=["stated", "uncaught"],
+)
+def test_only_a_stated_reason_is_reported(
+    code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last line of a builder that crashed is a step, not the reason."""
+    monkeypatch.setattr(gpu_artifacts, "python_command", lambda *_: [sys.executable, "-c", code])
+    with pytest.raises(EngineUnavailableError, match=f"could not be built: {reason}$"):
+        gpu_artifacts.build_plan(tmp_path / "graph", tmp_path / "plan", PlanOptions(), lambda step: None)
 
 
 def test_only_plans_that_were_not_built_are_built(

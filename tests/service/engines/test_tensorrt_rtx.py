@@ -167,6 +167,13 @@ def test_the_double_has_only_what_the_genuine_library_has(rtx: Rtx) -> None:
     assert listed == rtx.library.ComputeCapability.__members__.keys() - {"NONE", "CURRENT"}
 
 
+def test_the_provider_says_for_which_gpus_the_builder_builds(rtx: Rtx) -> None:
+    """Not the module, because TensorRT for data centers may get the same names."""
+    provider.set_target(DATA_CENTER, rtx.library, None, ())
+    with pytest.raises(AssertionError, match="builds for its own GPU"):
+        provider.set_target(DATA_CENTER, rtx.library, None, ((8, 9),))
+
+
 def test_the_genuine_runtime_rejects_what_is_no_plan(rtx: Rtx, bundle: Bundle, tmp_path: Path) -> None:
     """As far as it goes without a GPU: the header is read before the driver is needed."""
     path = tmp_path / "tiny.plan"

@@ -137,10 +137,10 @@ class JpegImage:
         if self.scans > 1 and not self._is_refined():
             raise DamagedImageError("the JPEG ends before its last scan")
         data = self.encoded.rstrip(b"\xff")
-        one, other = (self._pixels(data + more + _END_OF_IMAGE) for more in _CONTINUATIONS)
-        if ImageChops.difference(one, other).getbbox() is not None:
+        image, repeated = (self._pixels(data + continuation + _END_OF_IMAGE) for continuation in _CONTINUATIONS)
+        if ImageChops.difference(image, repeated).getbbox() is not None:
             raise DamagedImageError("the JPEG ends before its last pixel")
-        return one
+        return image
 
     @cached_property
     def _has_end(self) -> bool:
@@ -192,11 +192,11 @@ def _segments(encoded: bytes) -> Iterator[Segment]:
     position, between, length = 2, 0, len(encoded)
     for _ in range(MAX_SEGMENTS):
         if encoded[position : position + 1] != b"\xff" or encoded[position + 1 : position + 2] in _NO_MARKER:
-            found = _MARKER.search(encoded, position, position + MAX_BYTES_BETWEEN - between)
-            if found is None:
+            match = _MARKER.search(encoded, position, position + MAX_BYTES_BETWEEN - between)
+            if match is None:
                 return
-            between += found.start() - position
-            position = found.start()
+            between += match.start() - position
+            position = match.start()
         marker = encoded[position + 1]
         start = position + 4
         if marker in _WITHOUT_LENGTH:

@@ -1,4 +1,4 @@
-"""How a TIFF stores its samples, and which of these layouts are read (TIFF 6.0, sections 3 to 23)."""
+"""The layouts of a TIFF's samples, and those that are read (TIFF 6.0, sections 3 to 23)."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def _check_kind(layout: Layout, directory: Directory) -> None:
 def _extras(photometric: Photometric) -> tuple[int, ...]:
     if photometric == Photometric.CMYK:
         return (Extra.UNSPECIFIED,)
-    # Of an index or an inverted gray, it is not defined what multiplying by alpha means.
+    # Of an index or an inverted gray, multiplication by alpha is not defined.
     if photometric in (Photometric.PALETTE, Photometric.WHITE_IS_ZERO):
         return (Extra.UNSPECIFIED, Extra.ALPHA)
     return tuple(Extra)
