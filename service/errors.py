@@ -5,6 +5,7 @@ ServiceError 500 internal                    an unexpected failure; the log has 
 ├── ForbiddenError 403                       wrong admin key, or none is configured
 ├── NotFoundError 404                        no such path
 ├── MethodNotAllowedError 405                the path exists, with the methods in the header Allow
+├── UnauthorizedError 401                    no key, or one that is not known or no longer valid
 ├── RequestTimeoutError 408                  the client did not send the request in time
 ├── ReloadRejectedError 409                  the new bundle cannot be served; the current model stays in service
 ├── BodyTooLargeError 413                    more bytes than the limit
@@ -72,8 +73,20 @@ class BadRequestError(ServiceError):
     status, code, title = 400, "bad_request", "Invalid request"
 
 
+class UnauthorizedError(ServiceError):
+    status, code, title = 401, "unauthorized", "A key is required"
+
+    def __init__(self, detail: str, invalid: bool = False) -> None:
+        """``invalid``: the request has a key, but a wrong one (RFC 6750, 3)."""
+        super().__init__(detail)
+        self._challenge = 'Bearer realm="vitserve"' + (', error="invalid_token"' if invalid else "")
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": self._challenge}
+
+
 class ForbiddenError(ServiceError):
-    status, code, title = 403, "forbidden", "The admin key is required"
+    status, code, title = 403, "forbidden", "The route is disabled"
 
 
 class NotFoundError(ServiceError):

@@ -38,7 +38,8 @@ def setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
 class HttpSettings:
     host: str = setting(
         "127.0.0.1",
-        "Address to listen on. 0.0.0.0 accepts connections from the network: vitserve has no authentication.",
+        "Address to listen on. 0.0.0.0 accepts connections from the network: set `api_keys` unless a proxy "
+        "authenticates clients.",
     )
     port: int = setting(8000, "Port to listen on. 0: a free port, which is logged.")
     admin_port: int = setting(
@@ -102,6 +103,14 @@ class HttpSettings:
         ("off", "errors", "all"),
     )
     request_log_sample: float = setting(1.0, "Share of these requests that is logged, chosen at random, from 0 to 1.")
+    api_keys: str = setting(
+        "",
+        "File with the API keys of clients, one name and key per line. It is read again when it changes. Empty: "
+        "requests need no key.",
+    )
+    key_share: float = setting(
+        0.5, "Largest share of the slots that images of one API key may have. Further ones are rejected with 429."
+    )
     admin_key: str = setting(
         "",
         "Bearer token for POST /v1/admin/reload, of at least 16 characters. Empty: that route is disabled. Reloading "
@@ -138,6 +147,8 @@ class HttpSettings:
                     )
 
     def _check_web(self) -> None:
+        if not 0 < self.key_share <= 1:
+            raise SettingsError(f"key_share is {self.key_share}; it must be greater than 0 and at most 1")
         if not 0 <= self.request_log_sample <= 1:
             raise SettingsError(f"request_log_sample is {self.request_log_sample}; it must be from 0 to 1")
         if not re.fullmatch(r"((/[\w.~-]+)+)?", self.root_path, re.ASCII):

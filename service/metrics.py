@@ -73,7 +73,7 @@ class Metrics:
             self.requests.labels(OTHER_ROUTE, status)
         # Looking up labels takes longer than counting, so those of rejections are looked up once.
         self.images_overloaded = self.images.labels("overloaded")
-        reasons = "deadline", "full", "large", "memory"
+        reasons = "deadline", "full", "key", "large", "memory"
         self.images_shed_by_reason = {reason: self.images_shed.labels(reason) for reason in reasons}
 
 

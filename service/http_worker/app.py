@@ -54,7 +54,7 @@ def create_app(state: State) -> FastAPI:
     handlers: dict[tuple[str, str], Handler] = {
         ("POST", CLASSIFY.route): lambda request: respond(state, CLASSIFY, request),
         ("POST", EMBED.route): lambda request: respond(state, EMBED, request),
-        ("GET", "/v1/model"): lambda request: _model(state),
+        ("GET", "/v1/model"): lambda request: _model(state, request),
         ("POST", "/v1/admin/reload"): lambda request: _reload(state, key, request),
         ("GET", "/livez"): lambda request: _livez(),
         ("GET", "/readyz"): lambda request: _readyz(state),
@@ -147,7 +147,8 @@ async def _internal_error(request: Request, error: Exception) -> Response:
     return _problem(request, errors.internal(request_id))
 
 
-async def _model(state: State) -> Response:
+async def _model(state: State, request: Request) -> Response:
+    state.clients.check(request.headers.raw)
     dispatcher = state.serving()
     model_info = dispatcher.model_info
     serving = model_info.details["serving"] | dispatcher.slot_table.measured(0)

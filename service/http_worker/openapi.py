@@ -161,6 +161,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
 )
 _REFERENCE = "#/components/schemas/{model}"
 _ADMIN_ERRORS = (errors.ForbiddenError, errors.ReloadRejectedError, errors.TooManyAttemptsError)
+_ERRORS = (ServiceError, errors.UnauthorizedError, errors.NotReadyError)  # of requests without images
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -173,7 +174,10 @@ def describe(app: FastAPI) -> None:
             "schemas": models_json_schema([(model, "serialization") for model in _MODELS], ref_template=_REFERENCE)[1][
                 "$defs"
             ],
-            "securitySchemes": {"adminKey": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "adminKey": {"type": "http", "scheme": "bearer"},
+                "apiKey": {"type": "http", "scheme": "bearer", "description": "If the service has `api_keys`."},
+            },
         },
     }
     app.openapi = lambda: document  # type: ignore[method-assign]  # the way that FastAPI documents
@@ -204,7 +208,7 @@ def _paths() -> dict[str, Any]:
         "/v1/model": {
             "get": {
                 "summary": "Served model, engine, precision and numerical parity",
-                "responses": _responses(ModelDescription, [ServiceError, errors.NotReadyError]),
+                "responses": _responses(ModelDescription, _ERRORS),
             }
         },
         "/v1/admin/reload": {
@@ -213,9 +217,7 @@ def _paths() -> dict[str, Any]:
                 "description": "Requires the admin key as a bearer token. The new bundle is served once it is "
                 "verified. If it cannot be served, the response has the reason and the current model stays in service.",
                 "security": [{"adminKey": []}],
-                "responses": _responses(
-                    ReloadedModel, [ServiceError, errors.BadRequestError, *_ADMIN_ERRORS, errors.NotReadyError]
-                ),
+                "responses": _responses(ReloadedModel, [errors.BadRequestError, *_ADMIN_ERRORS, *_ERRORS]),
             }
         },
         "/livez": {"get": {"summary": "Liveness probe", "responses": _responses(Liveness)}},

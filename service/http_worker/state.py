@@ -18,6 +18,7 @@ from vitserve.model.bundle.preprocess import prepare_pillow
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.decode_stage import DecodeWorkers
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
+from vitserve.service.http_worker.exchange.clients import Clients
 from vitserve.service.http_worker.exchange.cors import Cors
 from vitserve.service.http_worker.exchange.request_log import RequestLog
 from vitserve.service.http_worker.inference.body_memory import BodyMemory
@@ -58,6 +59,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.cors = Cors(self.settings.cors_origins)
+        self.clients = Clients(self.settings)
         self.request_log = RequestLog(self.settings.request_log, self.settings.request_log_sample)
 
     def begin(self) -> None:

@@ -10,13 +10,15 @@ import os
 import resource
 import shutil
 import socket
+from pathlib import Path
 
 from vitserve.service import machine
+from vitserve.service.api_keys import ApiKeysError, read_api_keys
 from vitserve.service.engines.catalog import wants_gpu_workers
 from vitserve.service.ipc import metrics_directory
 from vitserve.service.ipc.child_runtime import BACKLOG, set_up_logging
 from vitserve.service.ipc.control_channel import METRICS_DIR
-from vitserve.service.settings import LEAST_IMAGE_MEMORY_BYTES, Settings
+from vitserve.service.settings import LEAST_IMAGE_MEMORY_BYTES, Settings, SettingsError
 from vitserve.service.supervisor.children import SupervisorGaveUpError
 from vitserve.service.supervisor.supervisor import Supervisor
 
@@ -35,6 +37,7 @@ def serve(settings: Settings) -> int:
     """
     set_up_logging("supervisor", settings.log_level)
     raise_open_files_limit()
+    check_api_keys(settings)
     light_workers = settings.workers or _most_workers(settings, machine.cores())
     settings = for_this_machine(settings, machine.cores())
     names = metrics_directory.process_names(max(light_workers, settings.workers), settings.engines)
@@ -52,6 +55,16 @@ def serve(settings: Settings) -> int:
         return 1
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_api_keys(settings: Settings) -> None:
+    """Raises SettingsError if the file of API keys is not valid."""
+    if settings.api_keys:
+        try:
+            count = len(read_api_keys(Path(settings.api_keys)))
+        except ApiKeysError as error:
+            raise SettingsError(f"api_keys: {error}") from error
+        log.info("requests need one of %d API keys", count)
 
 
 def raise_open_files_limit() -> None:

@@ -38,7 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "service/ipc/control_messages.py": {"service.settings"},
     "service/ipc": {"model.arrays", "model.bundle.preprocess", "service.ipc", "service.scheduler"},
+    "service/api_keys.py": set(),
     "service/supervisor": {
+        "service.api_keys",
         "service.engines.catalog",
         "service.ipc.child_runtime",
         "service.ipc.control_channel",
@@ -53,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/http_worker": {
         "model.arrays",
         "model.bundle",
+        "service.api_keys",
         "service.decode_queue",
         "service.errors",
         "service.http_worker",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vitserve.service import errors
+
 # Bytes that a request takes for each byte of its body, with the copies that parsing makes.
 _COPIES = {"application/json": 2, "multipart/form-data": 2}
 # A part of the memory is for small bodies, so that a few clients with large ones do not keep others out.
@@ -25,8 +27,15 @@ class BodyMemory:
     used: int = 0
 
     def fits(self, held: int, more: int) -> bool:
-        """Whether ``more`` bytes are free for a request that holds ``held`` bytes already."""
+        """Whether ``more`` bytes are free for a request that holds ``held`` bytes already.
+
+        Raises BodyTooLargeError if they never are.
+        """
         limit = self.capacity if held + more <= SMALL_BYTES else self.capacity * _SHARE_OF_LARGE
+        if self.used + more > limit and held + more > self.largest():
+            raise errors.BodyTooLargeError(
+                f"the body takes {held + more:,} bytes of memory or more; the limit is {self.largest():,}"
+            )
         return self.used + more <= limit
 
     def largest(self) -> int:

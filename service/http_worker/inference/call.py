@@ -13,6 +13,7 @@ from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.http_worker.dispatch.image_job import ImageJob
 from vitserve.service.http_worker.dispatch.image_job import Outcome as JobOutcome
 from vitserve.service.http_worker.exchange import request_id
+from vitserve.service.http_worker.exchange.clients import Allowance
 from vitserve.service.http_worker.inference.body_memory import memory_of
 from vitserve.service.http_worker.inference.counting import count_images, count_rejected
 from vitserve.service.http_worker.inference.operations import Operation
@@ -46,6 +47,7 @@ class InferenceCall:
         self._reserved = 0  # bytes of memory
         self._dispatcher: Dispatcher | None = None
         self._request: ImageRequest | None = None
+        self._allowance = Allowance()
         self._jobs: list[ImageJob] = []
         self._outcomes: list[JobOutcome | None] = []
         self._missing = 0  # outcomes that have not arrived
@@ -71,6 +73,7 @@ class InferenceCall:
         self._request_id = request_id.of(headers)
         self._cors_headers = self._state.cors.headers(headers)
         with _Errors(self):
+            self._allowance = self._state.clients.allowance(headers)
             self._dispatcher = self._state.serving()
             self._head = self._operation.parse_head(query, headers, self._state.settings)
             self._check_memory(
@@ -110,13 +113,8 @@ class InferenceCall:
 
     def _check_memory(self, dispatcher: Dispatcher, head: RequestHead, more: int) -> None:
         """Raises OverloadedError or BodyTooLargeError if ``more`` bytes of memory are not free."""
-        memory = self._state.body_memory
-        if memory.fits(self._reserved, more):
+        if self._state.body_memory.fits(self._reserved, more):
             return
-        if self._reserved + more > memory.largest():
-            raise errors.BodyTooLargeError(
-                f"the body takes {self._reserved + more:,} bytes of memory or more; the limit is {memory.largest():,}"
-            )
         error = errors.OverloadedError("other request bodies take all of the memory for them", "memory", 1.0)
         images = self._expected_images(head)
         dispatcher.admission.record_rejected(head.priority, images)
@@ -166,16 +164,19 @@ class InferenceCall:
             self._reserve(self._dispatcher, self._head, max(0, decoded - self._reserved))
         self._state.image_bytes.record(request.images)
         self._missing = len(request.images)
+        over_limit = None if admitted else self._allowance.take(self._missing, self._dispatcher)
         self._outcomes = [None] * len(request.images)
         jobs = self._jobs = list[ImageJob]()  # an image may be rejected, and the call be finished, in submit()
         deadline = self._arrived + request.timeout_ms / 1000
         for index, image in enumerate(request.images):
-            if isinstance(image, errors.ServiceError):
+            if over_limit is not None:
+                self._image_done(index, over_limit)
+            elif isinstance(image, errors.ServiceError):
                 self._image_done(index, image)
             else:
-                on_done = partial(self._image_done, index)
-                options = request.priority, on_done, admitted, request.embedding
-                jobs.append(self._dispatcher.submit(image, deadline, *options))
+                priority = self._allowance.priority(request.priority, self._dispatcher)
+                arguments = deadline, priority, partial(self._image_done, index), admitted, request.embedding
+                jobs.append(self._dispatcher.submit(image, *arguments))
 
     def _image_done(self, index: int, outcome: JobOutcome) -> None:
         self._outcomes[index] = outcome
@@ -197,7 +198,7 @@ class InferenceCall:
         first = outcomes[0]
         if isinstance(first, errors.ServiceError) and all(isinstance(outcome, type(first)) for outcome in outcomes):
             admitted = any(job.ticket is not None for job in self._jobs)
-            if isinstance(first, errors.OverloadedError) and self._head is not None and not admitted:
+            if isinstance(first, errors.OverloadedError) and first.reason != "key" and not admitted:
                 dispatcher.admission.remember(request.timeout_ms, request.priority, first)
             self.fail(first)
             return
@@ -216,12 +217,14 @@ class InferenceCall:
     def _finish(self, status: int, code: str = "", outcomes: Sequence[Outcome] = ()) -> None:
         self.finished = True
         self._state.body_memory.used -= self._reserved
+        self._allowance.give_back()
         seconds = time.monotonic() - self._began
         self._state.count_request(self._operation.route, str(status), seconds)
         if self._state.request_log.on:
             failed = {outcome.code for outcome in outcomes if isinstance(outcome, errors.ServiceError)}
             code = code or ",".join(sorted(failed))
-            details = f"images={len(self._outcomes)} {server_timing(self._read_seconds, outcomes).decode()}"
+            stages = server_timing(self._read_seconds, outcomes).decode()
+            details = f"{self._allowance.label}images={len(self._outcomes)} {stages}"
             details = details.replace(";dur=", "_ms=").replace(",", "")
             about = self._request_id, self._client, "POST", self._operation.route
             self._state.request_log.write(*about, status, code, seconds, details)

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 PREFIX = "/v2"
 _MODEL = re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?(?P<action>/[a-z]+)?")
 
+_OPEN = (f"{PREFIX}/health/live", f"{PREFIX}/health/ready")  # without an API key: probes have none
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -43,6 +45,8 @@ class OpenInference:
         """``path``: without the prefix of a proxy. Turns every exception into a response."""
         exchange = exchange_of(request.scope)
         try:
+            if path not in _OPEN:
+                self.state.clients.check(request.headers.raw)
             exchange.route, method, handler = self._find(path)
             if request.method != method:
                 raise errors.MethodNotAllowedError(f"the path supports {method}, not {request.method}", method)

@@ -1,0 +1,174 @@
+"""API keys: the file, and the requests of clients with and without a key on a real server."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.http import metric
+from tests.support.images import encoded, random_image
+from tests.support.server import Server, start_server
+from tests.support.waiting import eventually
+from vitserve.model.bundle.bundle import Bundle
+from vitserve.service.api_keys import ApiKeysError, read_api_keys
+
+IMAGE = encoded(random_image())
+MOBILE, BATCH = "mobile-0123456789abcdef", "batch-0123456789abcdef"
+HASH = hashlib.sha256(BATCH.encode()).hexdigest()
+FILE = f"# clients\n\nmobile  {MOBILE}\nbatch sha256:{HASH}\n"
+
+
+def is_logged(server: Server, text: str) -> bool:
+    return text in "".join(server.log)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """As editors and Kubernetes do."""
+    new = path.with_name("new")
+    new.write_text(text)
+    new.replace(path)
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys") / "keys"
+
+
+@pytest.fixture(scope="module")
+def server(slow_bundle: Bundle, key_file: Path) -> Iterator[Server]:
+    """With a network that takes tens of milliseconds, so that images are in flight."""
+    key_file.write_text(FILE)
+    options = "--api-keys", str(key_file), "--key-share", "0.25", "--slots", "32", "--max-images", "32"
+    running = start_server("--bundle", str(slow_bundle.path), *options, "--request-log", "all")
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture
+def client(server: Server, key_file: Path) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize("headers", [bearer(MOBILE), {"X-API-Key": BATCH}, {"authorization": f"bearer  {BATCH}"}])
+def test_a_known_key_is_accepted(client: httpx.Client, headers: dict[str, str]) -> None:
+    assert client.post("/v1/classify", content=IMAGE, headers=headers).status_code == 200
+    assert client.get("/v1/model", headers=headers).status_code == 200
+    assert client.get("/v2", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "challenge"),
+    [
+        ({}, 'Bearer realm="vitserve"'),
+        ({"Authorization": "Basic bW9iaWxl"}, 'Bearer realm="vitserve"'),
+        (bearer(MOBILE[:-1]), 'Bearer realm="vitserve", error="invalid_token"'),
+        (bearer(HASH), 'Bearer realm="vitserve", error="invalid_token"'),
+        (bearer("mobile"), 'Bearer realm="vitserve", error="invalid_token"'),
+    ],
+    ids=["no key", "no bearer", "wrong key", "hash of a key", "name of a key"],
+)
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/classify"),
+        ("POST", "/v1/embed"),
+        ("GET", "/v1/model"),
+        ("GET", "/v2"),
+        ("POST", "/v2/models/x/infer"),
+    ],
+)
+def test_others_are_rejected(
+    client: httpx.Client, method: str, path: str, headers: dict[str, str], challenge: str
+) -> None:
+    response = client.request(method, path, headers=headers)
+    assert (response.status_code, response.headers["www-authenticate"]) == (401, challenge)
+    assert "0123456789" not in response.text
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/v2/health/live", "/v2/health/ready"])
+def test_probes_need_no_key(client: httpx.Client, path: str) -> None:
+    assert client.get(path).status_code == 200
+
+
+def test_the_file_is_read_again_when_it_changes(server: Server, client: httpx.Client, key_file: Path) -> None:
+    def status(key: str) -> int:
+        return client.get("/v1/model", headers=bearer(key)).status_code
+
+    replace_file(key_file, FILE.replace(MOBILE, "another-0123456789abcdef"))
+    try:
+        eventually(lambda: status(MOBILE) == 401, "the key is revoked")
+        assert status("another-0123456789abcdef") == status(BATCH) == 200
+        replace_file(key_file, "mobile\n")  # damaged: the keys stay
+        message = "the API keys stay as they are: line 1 of"
+        eventually(lambda: status(BATCH) == 200 and is_logged(server, message), message)
+    finally:
+        replace_file(key_file, FILE)
+    eventually(lambda: status(MOBILE) == 200, "the key is valid again")
+
+
+def test_one_key_cannot_take_all_slots(server: Server, client: httpx.Client) -> None:
+    """8 of 32 slots: other keys are served while one has so many images in flight."""
+
+    def send(key: str) -> httpx.Response:
+        with httpx.Client(base_url=server.url, timeout=60) as own:
+            return own.post("/v1/classify", content=IMAGE, headers=bearer(key))
+
+    with ThreadPoolExecutor(25) as pool:
+        flood = [pool.submit(send, BATCH) for _ in range(24)]
+        eventually(lambda: metric(client, "vitserve_images_shed_total", reason="key") > 0, "an image is rejected")
+        assert send(MOBILE).status_code == 200
+        responses = [each.result() for each in flood]
+    rejected = [response for response in responses if response.status_code == 429]
+    assert 0 < len(rejected) <= 16
+    assert all(response.status_code in (200, 429) for response in responses)
+    assert "the API key 'batch' has" in rejected[0].json()["detail"]
+    assert "retry-after" in rejected[0].headers
+
+
+def test_a_request_with_more_images_than_the_share_is_not_rejected_alone(client: httpx.Client) -> None:
+    body = {"images": [base64.b64encode(IMAGE).decode()] * 12}
+    response = client.post("/v1/classify", json=body, headers=bearer(BATCH))
+    assert [result.keys() for result in response.json()["results"]] == [{"predictions"}] * 12
+
+
+def test_the_request_log_names_the_key_and_never_shows_it(server: Server, client: httpx.Client) -> None:
+    client.post("/v1/classify", content=IMAGE, headers=bearer(MOBILE) | {"X-Request-ID": "named"})
+    eventually(lambda: is_logged(server, "id=named"), "the request is logged")
+    (line,) = (line for line in server.log if "id=named" in line)
+    assert "key=mobile images=1" in line
+    assert not is_logged(server, MOBILE)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("mobile", "line 1"),
+        (f"a {MOBILE}\nb short", "line 2"),
+        (f"a {MOBILE} c", "line 1"),
+        ("a sha256:12", "line 1"),
+        (f"a {MOBILE}\nb {MOBILE}", "line 2 .* has the key of 'a' again"),
+        ("schlüssel 0123456789abcdef", "cannot be read"),
+    ],
+)
+def test_an_invalid_file_is_rejected_without_showing_a_key(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(ApiKeysError, match=reason) as raised:
+        read_api_keys(path)
+    assert MOBILE not in str(raised.value)
+
+
+def test_the_service_does_not_start_without_the_file(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="api_keys: the API keys cannot be read from"):
+        start_server("--api-keys", str(tmp_path / "missing"))
