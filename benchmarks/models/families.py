@@ -6,7 +6,7 @@ ones, except where a comment says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -21,8 +21,8 @@ class Family:
     rejection: str = ""  # part of the message, if the network cannot be exported
 
 
-def _timm(name: str, architecture: str, rejection: str = "", **arguments: Any) -> Family:
-    return Family(name, "timm", architecture, arguments, rejection=rejection)
+def _timm(name: str, architecture: str, **arguments: Any) -> Family:
+    return Family(name, "timm", architecture, arguments)
 
 
 def _transformers(
@@ -30,10 +30,13 @@ def _transformers(
     architecture: str,
     processor: str = "ViTImageProcessor",
     image_size: int = 224,
-    rejection: str = "",
     **arguments: Any,
 ) -> Family:
-    return Family(name, "transformers", architecture, arguments, processor, image_size, rejection)
+    return Family(name, "transformers", architecture, arguments, processor, image_size)
+
+
+def _rejected(family: Family, message: str) -> Family:
+    return replace(family, rejection=message)
 
 
 _CUT = {"depth": 2}
@@ -101,7 +104,7 @@ _VIT = (
 )
 _TIMM = (
     _timm("Hybrid R26+S/32", "vit_small_r26_s32_224", **_CUT),
-    _timm("BiT ResNetV2", "resnetv2_50x1_bit", rejection="does not match the source network: embedding differ by"),
+    _rejected(_timm("BiT ResNetV2", "resnetv2_50x1_bit"), "does not match the source network: embedding differ by"),
     _timm("Swin", "swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
     _timm("Swin V2", "swinv2_tiny_window8_256", depths=(1, 1, 1, 1)),
     _timm("ConvNeXt", "convnext_atto"),
@@ -156,12 +159,14 @@ _TRANSFORMERS = (
         **_DINO | {"patch_size": 14},
     ),
     _transformers("SigLIP", "SiglipForImageClassification", "SiglipImageProcessor", vision_config=_TOWER),
-    _transformers(
-        "SigLIP 2, NaFlex",
-        "Siglip2ForImageClassification",
-        "Siglip2ImageProcessor",
-        rejection="unsupported model_type 'siglip2': it is a NaFlex network",
-        vision_config={"num_hidden_layers": 1},
+    _rejected(
+        _transformers(
+            "SigLIP 2, NaFlex",
+            "Siglip2ForImageClassification",
+            "Siglip2ImageProcessor",
+            vision_config={"num_hidden_layers": 1},
+        ),
+        "unsupported model_type 'siglip2': it is a NaFlex network",
     ),
     _transformers("CLIP", "CLIPForImageClassification", "CLIPImageProcessor", vision_config=_TOWER, text_config=_TEXT),
     _transformers(
@@ -175,13 +180,13 @@ _TRANSFORMERS = (
     _transformers("ConvNeXt", "ConvNextForImageClassification", "ConvNextImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("ConvNeXt V2", "ConvNextV2ForImageClassification", "ConvNextImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("CvT", "CvtForImageClassification", "ConvNextImageProcessor"),
-    _transformers("DiNAT", "DinatForImageClassification", rejection="requires the natten library"),
+    _rejected(_transformers("DiNAT", "DinatForImageClassification"), "requires the natten library"),
     _transformers("EfficientNet", "EfficientNetForImageClassification", "EfficientNetImageProcessor", 346),
     _transformers("FocalNet", "FocalNetForImageClassification", "BitImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("HGNet v2", "HGNetV2ForImageClassification"),
     _transformers("Hiera", "HieraForImageClassification", "BitImageProcessor", depths=[1, 1, 2, 1]),
-    _transformers(
-        "ImageGPT", "ImageGPTForImageClassification", rejection="it reads sequences of color clusters", n_layer=1
+    _rejected(
+        _transformers("ImageGPT", "ImageGPTForImageClassification", n_layer=1), "it reads sequences of color clusters"
     ),
     _transformers("LeViT", "LevitForImageClassification", "LevitImageProcessor"),
     _transformers("LeViT, teacher", "LevitForImageClassificationWithTeacher", "LevitImageProcessor"),
@@ -190,11 +195,9 @@ _TRANSFORMERS = (
     _transformers("MobileViT", "MobileViTForImageClassification", "MobileViTImageProcessor", 256),
     _transformers("MobileViT v2", "MobileViTV2ForImageClassification", "MobileViTImageProcessor", 256),
     _transformers("PoolFormer", "PoolFormerForImageClassification", "PoolFormerImageProcessor"),
-    _transformers(
-        "PP-LCNet",
-        "PPLCNetForImageClassification",
-        "PPLCNetImageProcessor",
-        rejection="unsupported PPLCNetImageProcessor: no resize, crop and normalization gives its output",
+    _rejected(
+        _transformers("PP-LCNet", "PPLCNetForImageClassification", "PPLCNetImageProcessor"),
+        "unsupported PPLCNetImageProcessor: no resize, crop and normalization gives its output",
     ),
     _transformers("PVT", "PvtForImageClassification", "PvtImageProcessor"),
     _transformers("PVT v2", "PvtV2ForImageClassification", "PvtImageProcessor"),
@@ -203,11 +206,9 @@ _TRANSFORMERS = (
     _transformers("BiT", "BitForImageClassification", "BitImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("SegFormer", "SegformerForImageClassification", "SegformerImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("SwiftFormer", "SwiftFormerForImageClassification"),
-    _transformers(
-        "TextNet",
-        "TextNetForImageClassification",
-        "TextNetImageProcessor",
-        rejection="unsupported TextNetImageProcessor: it makes arrays of the shapes",
+    _rejected(
+        _transformers("TextNet", "TextNetForImageClassification", "TextNetImageProcessor"),
+        "unsupported TextNetImageProcessor: it makes arrays of the shapes",
     ),
 )
 FAMILIES = (*_VIT, *_TIMM, *_TRANSFORMERS)
