@@ -46,6 +46,7 @@ class OnnxCheckpoint:
     reference: Reference
     head: Head
     config: LibraryConfig
+    processor: Path | None = None  # not compared: that needs torch
 
     @property
     def classes(self) -> int:
