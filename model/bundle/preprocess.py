@@ -56,6 +56,9 @@ _RESAMPLING = {
 # JPEGs are decoded at a reduced scale only if at least this multiple of the resized size remains.
 # docs/experiments.md has the measured differences.
 _DRAFT_GAP = 3.0
+# By default, only for outputs of at least this size: the smaller the output, the more images are reduced, and the more
+# each of its pixels matters. docs/experiments.md has the measured changes of predictions.
+LEAST_DRAFT_SIZE = 128
 # Freed memory is returned to the system after images of this size. After others, keeping it saves time.
 _LARGE_PIXELS, _LARGE_BYTES = 2_000_000, 64 * 2**20
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
@@ -206,15 +209,23 @@ class Decoder:
 
     preprocessing: Preprocessing
     max_pixels: int = 50_000_000  # of the encoded image, and of the resized one
-    jpeg_draft: bool = True  # let libjpeg decode at 1/2, 1/4 or 1/8 if three times the needed size remains
+    # Let libjpeg decode at 1/2, 1/4 or 1/8 if three times the needed size remains. None: by the output's size.
+    jpeg_draft: bool | None = None
 
     def open(self, encoded: bytes | memoryview) -> OpenedImage:
         """Reads the header and checks all limits. Raises ImageError. The data after the header is not checked."""
         image = _read_header(encoded if isinstance(encoded, bytes) else bytes(encoded))
         wanted = self._size_to_resize_to(*image.size)
-        if self.jpeg_draft and isinstance(image, JpegImage):
+        if self.reduces_jpegs and isinstance(image, JpegImage):
             image = image.reduced(*(math.ceil(side * _DRAFT_GAP) for side in wanted))
         return OpenedImage(wanted, image, self.preprocessing)
+
+    @property
+    def reduces_jpegs(self) -> bool:
+        """Whether JPEGs may be decoded at a reduced scale."""
+        if self.jpeg_draft is None:
+            return min(self.preprocessing.shape[:2]) >= LEAST_DRAFT_SIZE
+        return self.jpeg_draft
 
     @property
     def on_cpu(self) -> Decoder:
