@@ -181,7 +181,9 @@ _TRANSFORMERS = (
     _transformers("ConvNeXt V2", "ConvNextV2ForImageClassification", "ConvNextImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("CvT", "CvtForImageClassification", "ConvNextImageProcessor"),
     _rejected(_transformers("DiNAT", "DinatForImageClassification"), "requires the natten library"),
-    _transformers("EfficientNet", "EfficientNetForImageClassification", "EfficientNetImageProcessor", 346),
+    _transformers(
+        "EfficientNet", "EfficientNetForImageClassification", "EfficientNetImageProcessor", 346, depth_coefficient=1.0
+    ),
     _transformers("FocalNet", "FocalNetForImageClassification", "BitImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("HGNet v2", "HGNetV2ForImageClassification"),
     _transformers("Hiera", "HieraForImageClassification", "BitImageProcessor", depths=[1, 1, 2, 1]),

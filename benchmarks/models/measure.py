@@ -28,6 +28,7 @@ from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions
 
 BATCH = 8
+_LEAST_LOGIT = 1e-3  # of a random network; below it, differences say nothing
 _CALIBRATION = 4  # generated images, to measure the speed of int8; its accuracy on random weights means nothing
 
 
@@ -75,6 +76,7 @@ def save(family: Family, directory: Path) -> nn.Module:
 
     kind = getattr(transformers, family.architecture)
     network: Any = _random(kind(kind.config_class(**{"num_labels": 1000} | family.arguments)))
+    _keep_logits(network, family.image_size)
     network.save_pretrained(directory)
     processor: Any = getattr(transformers, family.processor)
     side, sizes = family.image_size, dict[str, Any]()
@@ -102,6 +104,21 @@ def _random(network: nn.Module) -> nn.Module:
         for head in heads:
             nn.init.trunc_normal_(head.weight, std=0.02)
     return network.eval()
+
+
+def _keep_logits(network: nn.Module, side: int) -> None:
+    """If the logits vanish over many batch norms, these get the statistics of random images."""
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    images = torch.randn(4, 3, side, side)
+    with torch.no_grad():
+        if not norms or network(images).logits.abs().max() > _LEAST_LOGIT:
+            return
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+            norm.train()
+        network(images)
+    network.eval()
 
 
 def export(family: Family, path: Path) -> Result:
