@@ -10,7 +10,7 @@ _STRICT = pydantic.ConfigDict(extra="forbid")
 
 @validated(frozen=True, config=_STRICT)
 class ProcessorComparison:
-    """Measured at export on generated images that are larger than the network's."""
+    """Measured at export on generated images of several sizes. Photos may differ more."""
 
     processor: str  # its class and backend, and the version of the library
     images: int

@@ -25,8 +25,9 @@ from vitserve.export.source_model import SourceModel
 from vitserve.model.bundle.preprocess import Decoder, Preprocessing
 from vitserve.model.bundle.processor import ProcessorComparison
 
-# Height and width of the images, relative to the network's. Those of photos are larger too.
-_SIZES = ((1.5, 2.3), (2.3, 1.7))
+# Height and width of the images, relative to the network's: two larger ones, as most photos are, and one that is
+# enlarged in one direction, which shows more of the rounding.
+_SIZES = ((1.5, 2.3), (2.3, 1.7), (0.67, 2.86))
 _TEXTURES, _NOISE = 3, 1  # images of each size; the edges of noise are the sharpest
 _INTEGER = 0.01  # levels; the processor's values are levels if they are so close to integers
 
