@@ -23,7 +23,7 @@ from vitserve.export.checkpoint.labels import checked_labels
 from vitserve.export.golden_images import make_golden
 from vitserve.export.graph.onnxruntime_attention import write_onnxruntime_graph
 from vitserve.export.model_card import model_card
-from vitserve.export.source_model import Exportable
+from vitserve.export.source_model import Exportable, SourceModel
 from vitserve.export.tensorrt.bundle_plans import PlanRequest, check_plan_request, plan_artifacts
 from vitserve.export.workspace import ONNXRUNTIME_GRAPH, Workspace
 from vitserve.model.arrays import Precision
@@ -40,6 +40,7 @@ from vitserve.model.bundle.bundle import (
 )
 from vitserve.model.bundle.evaluation import Images
 from vitserve.model.bundle.labels import write_labels
+from vitserve.model.bundle.processor import ProcessorComparison
 from vitserve.model.config import LibraryConfig, NetworkConfig
 
 MAX_LOSS = 0.5  # percentage points of accuracy
@@ -89,6 +90,7 @@ def build_bundle(
         domain = evaluation_images.pixels[:golden_images] if evaluation_images is not None else None
         golden = make_golden(source.run, source.preprocessing.shape, domain)
 
+        processor = _compared_processor(checkpoint, source, progress)
         workspace = Workspace(directory, source, golden, calibration_images, None, progress, checkpoint.activation)
         float32 = float32_artifacts(workspace)
         workspace = with_limit(workspace, float32[0], evaluation_images, max_loss)
@@ -102,7 +104,7 @@ def build_bundle(
         save_golden(directory / "golden.npz", golden)
         labels = write_labels(directory, checkpoint.labels)
         if training is not None:
-            card = model_card(name, source.architecture, training, artifacts)
+            card = model_card(name, source.architecture, training, artifacts, processor)
             (directory / "MODEL_CARD.md").write_text(card, encoding="utf-8")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -116,8 +118,19 @@ def build_bundle(
             activation=checkpoint.activation,
             labels=labels,
             reference=source.reference,
+            processor=processor,
         )
         return write_bundle(path, manifest, directory)
+
+
+def _compared_processor(
+    checkpoint: Exportable, source: SourceModel, progress: Callable[[str], None]
+) -> ProcessorComparison | None:
+    if checkpoint.processor is None:
+        return None
+    from vitserve.export.checkpoint.library.processor_comparison import compare_processor  # needs torch
+
+    return compare_processor(checkpoint.processor, source, progress)
 
 
 def _with_attention(config: NetworkConfig, graph: Path) -> NetworkConfig:

@@ -1,4 +1,4 @@
-"""Reads any source: an ONNX file without torch, everything else as a checkpoint."""
+"""Reads any source: an ONNX file without torch, an exported program of torch, everything else as a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def load_source(source: str, overrides: Overrides | None = None) -> Exportable:
         from vitserve.export.onnx_file.load import load_onnx
 
         return load_onnx(Path(source), overrides or Overrides())
+    if _is_program(source):
+        from vitserve.export.program_file.load import load_program
+
+        return load_program(Path(source), overrides or Overrides())
     from vitserve.export.checkpoint.load import load_checkpoint
 
     return load_checkpoint(source, overrides)
@@ -30,3 +34,7 @@ def packages_for(source: str) -> tuple[str, ...]:
 
 def is_onnx(source: str) -> bool:
     return Path(source).suffix == ".onnx"
+
+
+def _is_program(source: str) -> bool:
+    return Path(source).suffix == ".pt2" and Path(source).is_file()

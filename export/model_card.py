@@ -7,10 +7,17 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from vitserve.model.bundle.bundle import Artifact
+from vitserve.model.bundle.processor import ProcessorComparison
 from vitserve.model.config import ResNetConfig, ViTConfig
 
 
-def model_card(name: str, variant: str, training: dict[str, Any], artifacts: Iterable[Artifact] = ()) -> str:
+def model_card(
+    name: str,
+    variant: str,
+    training: dict[str, Any],
+    artifacts: Iterable[Artifact] = (),
+    processor: ProcessorComparison | None = None,
+) -> str:
     """Markdown with accuracy, data, training command, artifacts, confusion matrix, history and recipe.
 
     ``training`` is the content of training.json, which `vitserve train` writes.
@@ -27,7 +34,7 @@ The test images were used once, after the last epoch, with the weights as they a
 - **Training**: `{command}`, {training["seconds"]:,} seconds on {training["machine"]}.
 - **Limits**: the model knows only the {len(labels)} classes below, from small, centered images.
   It assigns one of these classes to every image, whatever the image shows.
-
+{"" if processor is None else f"- **Preprocessing**: {processor}.{chr(10)}"}
 ## Artifacts
 
 Compared with the float32 network on the evaluation images of the export, if it had any.

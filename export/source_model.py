@@ -64,6 +64,11 @@ class Exportable(Protocol):
         """Decisions that the user should know of."""
         ...
 
+    @property
+    def processor(self) -> Path | None:
+        """The file or directory with the configuration of the image processor that the source names, if it does."""
+        ...
+
     def source_model(self, progress: Callable[[str], None]) -> SourceModel:
         """Builds the source's own network. ``progress`` receives warnings."""
         ...

@@ -84,10 +84,12 @@ class Settings(HttpSettings):
         "Memory for request bodies and for decoding, of all HTTP workers together. 0: half of the memory limit of the "
         "container or machine, at most 4 GiB.",
     )
-    jpeg_draft: bool = setting(
-        True,
+    jpeg_draft: str = setting(
+        "auto",
         "Decode a JPEG at 1/2, 1/4 or 1/8 of its size if at least three times the needed size remains. This is faster "
-        "and changes the pixels slightly.",
+        "and changes the pixels slightly. on: for every model. off: for none. auto: for models of at least 128 pixels, "
+        "where few images are affected.",
+        ("auto", "on", "off"),
     )
     engine_cache_dir: str = setting(
         "auto",

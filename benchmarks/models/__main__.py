@@ -76,11 +76,14 @@ def _measure(families: list[Family], directory: Path, results: dict[str, Result]
     start = time.monotonic()
     for family in families:
         result = results.get(key(family))
-        if result is None or result.message or result.fp32 is not None or time.monotonic() - start > seconds:
+        if result is None or result.message or time.monotonic() - start > seconds:
+            continue
+        int8 = directory / f"{_name(family)}-int8.xml"
+        if result.fp32 is not None and (result.int8 is not None or not int8.exists()):
             continue
         bundle = open_bundle(directory / _name(family))
+        # Both, so that they are of the same machine in the same state.
         float32 = images_per_second(bundle, bundle.path / GRAPH, "fp32")
-        int8 = directory / f"{_name(family)}-int8.xml"
         speed = images_per_second(bundle, int8, "int8") if int8.exists() else None
         results[key(family)] = replace(result, fp32=float32, int8=speed)
         _write(directory, results)

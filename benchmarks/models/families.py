@@ -6,7 +6,7 @@ ones, except where a comment says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -18,6 +18,7 @@ class Family:
     arguments: dict[str, Any] = field(default_factory=dict)
     processor: str = "ViTImageProcessor"  # of transformers
     image_size: int = 224  # of the processor
+    rejection: str = ""  # part of the message, if the network cannot be exported
 
 
 def _timm(name: str, architecture: str, **arguments: Any) -> Family:
@@ -25,9 +26,17 @@ def _timm(name: str, architecture: str, **arguments: Any) -> Family:
 
 
 def _transformers(
-    name: str, architecture: str, processor: str = "ViTImageProcessor", image_size: int = 224, **arguments: Any
+    name: str,
+    architecture: str,
+    processor: str = "ViTImageProcessor",
+    image_size: int = 224,
+    **arguments: Any,
 ) -> Family:
     return Family(name, "transformers", architecture, arguments, processor, image_size)
+
+
+def _rejected(family: Family, message: str) -> Family:
+    return replace(family, rejection=message)
 
 
 _CUT = {"depth": 2}
@@ -95,7 +104,7 @@ _VIT = (
 )
 _TIMM = (
     _timm("Hybrid R26+S/32", "vit_small_r26_s32_224", **_CUT),
-    _timm("BiT ResNetV2", "resnetv2_50x1_bit"),
+    _rejected(_timm("BiT ResNetV2", "resnetv2_50x1_bit"), "does not match the source network: embedding differ by"),
     _timm("Swin", "swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
     _timm("Swin V2", "swinv2_tiny_window8_256", depths=(1, 1, 1, 1)),
     _timm("ConvNeXt", "convnext_atto"),
@@ -150,11 +159,14 @@ _TRANSFORMERS = (
         **_DINO | {"patch_size": 14},
     ),
     _transformers("SigLIP", "SiglipForImageClassification", "SiglipImageProcessor", vision_config=_TOWER),
-    _transformers(
-        "SigLIP 2, NaFlex",
-        "Siglip2ForImageClassification",
-        "Siglip2ImageProcessor",
-        vision_config={"num_hidden_layers": 1},
+    _rejected(
+        _transformers(
+            "SigLIP 2, NaFlex",
+            "Siglip2ForImageClassification",
+            "Siglip2ImageProcessor",
+            vision_config={"num_hidden_layers": 1},
+        ),
+        "unsupported model_type 'siglip2': it is a NaFlex network",
     ),
     _transformers("CLIP", "CLIPForImageClassification", "CLIPImageProcessor", vision_config=_TOWER, text_config=_TEXT),
     _transformers(
@@ -168,12 +180,16 @@ _TRANSFORMERS = (
     _transformers("ConvNeXt", "ConvNextForImageClassification", "ConvNextImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("ConvNeXt V2", "ConvNextV2ForImageClassification", "ConvNextImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("CvT", "CvtForImageClassification", "ConvNextImageProcessor"),
-    _transformers("DiNAT", "DinatForImageClassification"),
-    _transformers("EfficientNet", "EfficientNetForImageClassification", "EfficientNetImageProcessor", 346),
+    _rejected(_transformers("DiNAT", "DinatForImageClassification"), "requires the natten library"),
+    _transformers(
+        "EfficientNet", "EfficientNetForImageClassification", "EfficientNetImageProcessor", 346, depth_coefficient=1.0
+    ),
     _transformers("FocalNet", "FocalNetForImageClassification", "BitImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("HGNet v2", "HGNetV2ForImageClassification"),
     _transformers("Hiera", "HieraForImageClassification", "BitImageProcessor", depths=[1, 1, 2, 1]),
-    _transformers("ImageGPT", "ImageGPTForImageClassification", n_layer=1),
+    _rejected(
+        _transformers("ImageGPT", "ImageGPTForImageClassification", n_layer=1), "it reads sequences of color clusters"
+    ),
     _transformers("LeViT", "LevitForImageClassification", "LevitImageProcessor"),
     _transformers("LeViT, teacher", "LevitForImageClassificationWithTeacher", "LevitImageProcessor"),
     _transformers("MobileNet v1", "MobileNetV1ForImageClassification", "MobileNetV1ImageProcessor"),
@@ -181,7 +197,10 @@ _TRANSFORMERS = (
     _transformers("MobileViT", "MobileViTForImageClassification", "MobileViTImageProcessor", 256),
     _transformers("MobileViT v2", "MobileViTV2ForImageClassification", "MobileViTImageProcessor", 256),
     _transformers("PoolFormer", "PoolFormerForImageClassification", "PoolFormerImageProcessor"),
-    _transformers("PP-LCNet", "PPLCNetForImageClassification", "PPLCNetImageProcessor"),
+    _rejected(
+        _transformers("PP-LCNet", "PPLCNetForImageClassification", "PPLCNetImageProcessor"),
+        "unsupported PPLCNetImageProcessor: no resize, crop and normalization gives its output",
+    ),
     _transformers("PVT", "PvtForImageClassification", "PvtImageProcessor"),
     _transformers("PVT v2", "PvtV2ForImageClassification", "PvtImageProcessor"),
     _transformers("RegNet", "RegNetForImageClassification", "ConvNextImageProcessor", depths=[1, 1, 2, 1]),
@@ -189,6 +208,9 @@ _TRANSFORMERS = (
     _transformers("BiT", "BitForImageClassification", "BitImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("SegFormer", "SegformerForImageClassification", "SegformerImageProcessor", depths=[1, 1, 1, 1]),
     _transformers("SwiftFormer", "SwiftFormerForImageClassification"),
-    _transformers("TextNet", "TextNetForImageClassification", "TextNetImageProcessor"),
+    _rejected(
+        _transformers("TextNet", "TextNetForImageClassification", "TextNetImageProcessor"),
+        "unsupported TextNetImageProcessor: it makes arrays of the shapes",
+    ),
 )
 FAMILIES = (*_VIT, *_TIMM, *_TRANSFORMERS)

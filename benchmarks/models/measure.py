@@ -28,6 +28,7 @@ from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions
 
 BATCH = 8
+_LEAST_LOGIT = 1e-3  # of a random network; below it, differences say nothing
 _CALIBRATION = 4  # generated images, to measure the speed of int8; its accuracy on random weights means nothing
 
 
@@ -61,19 +62,21 @@ def declare_torchvision_operators() -> torch.library.Library | None:
     return None
 
 
-def save(family: Family, directory: Path) -> None:
-    """Writes the checkpoint as the library does, with random weights from a fixed seed."""
+def save(family: Family, directory: Path) -> nn.Module:
+    """Writes the checkpoint as the library does, with random weights from a fixed seed. Returns the network."""
     torch.manual_seed(0)
     if family.library == "timm":
         import timm
         from timm.models import save_for_hf
 
-        save_for_hf(_random(timm.create_model(family.architecture, **family.arguments)), str(directory))
-        return
+        created = _random(timm.create_model(family.architecture, **family.arguments))
+        save_for_hf(created, str(directory))
+        return created
     import transformers
 
     kind = getattr(transformers, family.architecture)
     network: Any = _random(kind(kind.config_class(**{"num_labels": 1000} | family.arguments)))
+    _keep_logits(network, family.image_size)
     network.save_pretrained(directory)
     processor: Any = getattr(transformers, family.processor)
     side, sizes = family.image_size, dict[str, Any]()
@@ -83,6 +86,8 @@ def save(family: Family, directory: Path) -> None:
         sizes["crop_size"] = square
     settings = {"image_processor_type": family.processor} | sizes
     (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+    saved: nn.Module = network
+    return saved
 
 
 def _random(network: nn.Module) -> nn.Module:
@@ -101,6 +106,21 @@ def _random(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+def _keep_logits(network: nn.Module, side: int) -> None:
+    """If the logits vanish over many batch norms, these get the statistics of random images."""
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    images = torch.randn(4, 3, side, side)
+    with torch.no_grad():
+        if not norms or network(images).logits.abs().max() > _LEAST_LOGIT:
+            return
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+            norm.train()
+        network(images)
+    network.eval()
+
+
 def export(family: Family, path: Path) -> Result:
     """Exports to ``path``. A rejection is a result too."""
     start = time.perf_counter()
@@ -109,7 +129,8 @@ def export(family: Family, path: Path) -> Result:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as temporary:
             warnings.simplefilter("ignore")
             save(family, Path(temporary))
-            bundle = _build(Path(temporary), path, family.architecture)
+            checkpoint = load_checkpoint(Path(temporary))
+            bundle = build_bundle(checkpoint, path, name=family.architecture, precisions=["fp32"])
     except (CheckpointError, ExportError) as error:
         return replace(row, message=str(error), seconds=time.perf_counter() - start)
     except Exception as error:  # the library cannot even make the network here
@@ -117,10 +138,6 @@ def export(family: Family, path: Path) -> Result:
         message = f"{type(error).__name__}: {lines[0] if lines else ''}"
         return replace(row, message=message, seconds=time.perf_counter() - start)
     return _described(bundle, row, time.perf_counter() - start)
-
-
-def _build(checkpoint_path: Path, path: Path, name: str) -> Bundle:
-    return build_bundle(load_checkpoint(checkpoint_path), path, name=name, precisions=["fp32"])
 
 
 def _described(bundle: Bundle, row: Result, seconds: float) -> Result:

@@ -22,7 +22,7 @@ from vitserve.export.checkpoint.directory import read_directory, with_fallback
 from vitserve.export.checkpoint.errors import CheckpointError, OptionNeededError
 from vitserve.export.checkpoint.files import CONFIG, PREPROCESSOR
 from vitserve.export.checkpoint.formats import google, huggingface, timm, torchvision, trained
-from vitserve.export.checkpoint.formats.preprocessor import stated_preprocessing, with_options
+from vitserve.export.checkpoint.formats.preprocessor import named_processor, stated_preprocessing, with_options
 from vitserve.export.checkpoint.formats.source import Source
 from vitserve.export.checkpoint.labels import checked_labels, default_labels, numbered_labels
 from vitserve.export.checkpoint.library import sources, timm_network
@@ -53,6 +53,7 @@ class Checkpoint:
     owner: Owner | None = None  # builds the network of the library that the checkpoint is from
     architecture: str = ""  # default: the name of our variant
     choice: NetworkChoice = "auto"
+    processor: Path | None = None  # the configuration of transformers' image processor, if the checkpoint has one
 
     @property
     def classes(self) -> int:
@@ -79,7 +80,7 @@ def load_checkpoint(source: str | Path, overrides: Overrides | None = None, /, *
     snapshot = fetch_snapshot(str(source))
     path = Path(source) if snapshot is None else snapshot.path
     read = read_directory(path, overrides, preprocessing) if path.is_dir() else _read_file(path, overrides)
-    return _checkpoint(read, overrides, preprocessing)
+    return replace(_checkpoint(read, overrides, preprocessing), processor=named_processor(path, overrides))
 
 
 def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:

@@ -60,17 +60,21 @@ OPTIONS = {
     "--ignore-key": "ignored_keys",
 }
 SourceKind = Literal[
-    "random weights", "an ONNX file", "weights of `vitserve train`", "another file of weights", "a directory"
+    "random weights",
+    "an ONNX file or an exported program",
+    "weights of `vitserve train`",
+    "another file of weights",
+    "a directory",
 ]
 _OF_ONNX = ("--layout", "--outputs")
 _WITHOUT_EFFECT: dict[SourceKind, tuple[str, ...]] = {
     "random weights": tuple(OPTIONS),
-    "an ONNX file": ("--architecture", "--model-arg", "--weights", "--network", "--prompt"),
+    "an ONNX file or an exported program": ("--architecture", "--model-arg", "--weights", "--network", "--prompt"),
     "weights of `vitserve train`": ("--model-arg", "--weights", *_OF_ONNX, "--prompt"),
     "another file of weights": (*_OF_ONNX, "--prompt"),
     "a directory": _OF_ONNX,
 }
-_WITHOUT_CONFIGURATION = ("an ONNX file", "weights of `vitserve train`")
+_WITHOUT_CONFIGURATION = ("an ONNX file or an exported program", "weights of `vitserve train`")
 
 
 def check_overrides(kind: SourceKind, overrides: Overrides) -> None:

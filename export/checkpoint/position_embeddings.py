@@ -23,13 +23,15 @@ class Interpolation:
     mode: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = False
     align_corners: bool = False
+    dtype: torch.dtype = torch.float32  # in which it computes coordinates and values
 
 
 TIMM = Interpolation(antialias=True)  # timm.layers.resample_abs_pos_embed
 TRANSFORMERS = Interpolation()  # interpolate_pos_encoding of ViT, DeiT and DINOv2
 TRANSFORMERS_REGISTERS = Interpolation(antialias=True)  # of DINOv2 with registers
 TORCHVISION = Interpolation(align_corners=True)  # torchvision.models.vision_transformer.interpolate_embeddings
-GOOGLE = Interpolation("bilinear", align_corners=True)  # scipy.ndimage.zoom(order=1) in vit_jax/checkpoint.py
+# scipy.ndimage.zoom(order=1) in vit_jax/checkpoint.py
+GOOGLE = Interpolation("bilinear", align_corners=True, dtype=torch.float64)
 
 
 def square_side(patches: int) -> int:
@@ -57,11 +59,11 @@ def at_image_size(
     prefix = length - config.grid**2
     square = positions[:, prefix:].reshape(1, config.grid, config.grid, width).permute(0, 3, 1, 2)
     square = F.interpolate(
-        square,
+        square.to(interpolation.dtype),
         size=(resized.grid, resized.grid),
         mode=interpolation.mode,
         antialias=interpolation.antialias,
         align_corners=interpolation.align_corners,
     )
-    patches = square.permute(0, 2, 3, 1).reshape(1, -1, width)
+    patches = square.to(positions.dtype).permute(0, 2, 3, 1).reshape(1, -1, width)
     return resized, weights | {"pos_embed": torch.cat([positions[:, :prefix], patches], dim=1)}

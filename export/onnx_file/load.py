@@ -46,6 +46,7 @@ class OnnxCheckpoint:
     reference: Reference
     head: Head
     config: LibraryConfig
+    processor: Path | None = None  # not compared: that needs torch
 
     @property
     def classes(self) -> int:
@@ -57,7 +58,7 @@ class OnnxCheckpoint:
 
 def load_onnx(path: Path, overrides: Overrides) -> OnnxCheckpoint:
     """Raises CheckpointError naming the fault of the file, and the supported values."""
-    check_overrides("an ONNX file", overrides)
+    check_overrides("an ONNX file or an exported program", overrides)
     model = _read(path)
     value = _image_input(model, path)
     shape = [dim if isinstance(dim, int) else None for dim in value.shape or ()]

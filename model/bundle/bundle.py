@@ -28,6 +28,7 @@ from vitserve.model.bundle.labels import LABELS, read_labels
 from vitserve.model.bundle.parity import Parity
 from vitserve.model.bundle.plan import PlanReport
 from vitserve.model.bundle.preprocess import Preprocessing
+from vitserve.model.bundle.processor import ProcessorComparison
 from vitserve.model.config import NetworkConfig
 
 SCHEMA_VERSION = 2
@@ -122,6 +123,7 @@ class Manifest:
     activation: Activation = "softmax"  # from logits to probabilities
     labels: tuple[str, ...] | None = None  # only if labels.txt cannot hold them
     reference: str = ""  # whose network the golden outputs are from: the library and its version, or vitserve
+    processor: ProcessorComparison | None = None  # with the image processor that the checkpoint names, if it does
 
 
 @dataclass(frozen=True)

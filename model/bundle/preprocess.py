@@ -5,15 +5,12 @@ Steps: header → limits → decode (JPEGs at a reduced scale if allowed) → RG
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, _imaging
+from PIL import Image
 
 from vitserve.model.arrays import Pixels
 from vitserve.model.bundle.images.decoded import EncodedImage
@@ -27,6 +24,7 @@ from vitserve.model.bundle.images.errors import (
 )
 from vitserve.model.bundle.images.formats.jpeg import JpegImage
 from vitserve.model.bundle.images.header import allowed_formats, read_header
+from vitserve.model.bundle.images.process import prepare_pillow, return_freed_memory
 from vitserve.model.bundle.images.resample import Target, is_transposed, peak_bytes, resized
 
 __all__ = [
@@ -56,9 +54,11 @@ _RESAMPLING = {
 # JPEGs are decoded at a reduced scale only if at least this multiple of the resized size remains.
 # docs/experiments.md has the measured differences.
 _DRAFT_GAP = 3.0
+# By default, only for outputs of at least this size: the smaller the output, the more images are reduced, and the more
+# each of its pixels matters. docs/experiments.md has the measured changes of predictions.
+LEAST_DRAFT_SIZE = 128
 # Freed memory is returned to the system after images of this size. After others, keeping it saves time.
 _LARGE_PIXELS, _LARGE_BYTES = 2_000_000, 64 * 2**20
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
 # Estimates of the time, measured on a core of an AMD EPYC; docs/experiments.md compares them with the measured times.
 _OVERHEAD_SECONDS = 5e-5
 _CONVERT_SECONDS = 2.5e-9  # for each byte of the converted image
@@ -186,7 +186,7 @@ class OpenedImage:
             raise DamagedImageError("the image's data is truncated or damaged") from error.with_traceback(None)
         finally:
             if self.header.pixels >= _LARGE_PIXELS and self.peak_bytes >= _LARGE_BYTES:
-                _return_freed_memory()
+                return_freed_memory()
 
     def _decoded(self) -> Pixels:
         image, (height, width, channels) = self._encoded, self._preprocessing.shape
@@ -213,16 +213,24 @@ class Decoder:
 
     preprocessing: Preprocessing
     max_pixels: int = 50_000_000  # of the encoded image, and of the resized one
-    jpeg_draft: bool = True  # let libjpeg decode at 1/2, 1/4 or 1/8 if three times the needed size remains
+    # Let libjpeg decode at 1/2, 1/4 or 1/8 if three times the needed size remains. None: by the output's size.
+    jpeg_draft: bool | None = None
 
     def open(self, encoded: bytes | memoryview) -> OpenedImage:
         """Reads the header and checks all limits. Raises ImageError. The data after the header is not checked."""
         image = _read_header(encoded if isinstance(encoded, bytes) else bytes(encoded))
         self._check_size(*image.size)
         wanted = self.preprocessing.resized_as_stored(image.size, image.orientation)
-        if self.jpeg_draft and isinstance(image, JpegImage):
+        if self.reduces_jpegs and isinstance(image, JpegImage):
             image = image.reduced(*(math.ceil(side * _DRAFT_GAP) for side in wanted))
         return OpenedImage(wanted, image, self.preprocessing)
+
+    @property
+    def reduces_jpegs(self) -> bool:
+        """Whether JPEGs may be decoded at a reduced scale."""
+        if self.jpeg_draft is None:
+            return min(self.preprocessing.shape[:2]) >= LEAST_DRAFT_SIZE
+        return self.jpeg_draft
 
     @property
     def on_cpu(self) -> Decoder:
@@ -263,32 +271,3 @@ def _read_header(encoded: bytes) -> EncodedImage:
         raise
     except Exception as error:  # a header that no check covers
         raise DamagedImageError("the image's header is damaged") from error
-
-
-def prepare_pillow() -> None:
-    """Configures Pillow for a process that decodes untrusted images with Decoder only. Applies to the whole process.
-
-    Decoder replaces Pillow's own size limit. Messages of Pillow and libtiff about broken images are suppressed, because
-    they would let any client write to the log. AVIF images are decoded by the thread that decode() is called in.
-    """
-    Image.MAX_IMAGE_PIXELS = None
-    warnings.filterwarnings("ignore", module="PIL")
-    if "AVIF" in allowed_formats():
-        from PIL import AvifImagePlugin
-
-        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-    _silence_libtiff()
-
-
-def _silence_libtiff() -> None:
-    """libtiff writes to stderr by default. Pillow switches off its warnings, but not its errors."""
-    with contextlib.suppress(AttributeError, OSError):  # Pillow was built without libtiff, or hides its symbols
-        set_handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
-        set_handler.argtypes, set_handler.restype = (ctypes.c_void_p,), ctypes.c_void_p
-        set_handler(None)
-
-
-def _return_freed_memory() -> None:
-    """glibc keeps freed blocks of up to 32 MiB, several for each thread: 1.6 GB after large images in 4 threads."""
-    if _malloc_trim is not None:
-        _malloc_trim(0)

@@ -16,6 +16,7 @@ from vitserve.export.checkpoint.errors import CheckpointError
 from vitserve.export.checkpoint.load import load_checkpoint
 from vitserve.export.checkpoint.overrides import OPTIONS, Overrides, SourceKind, check_overrides
 
+ONNX = "an ONNX file or an exported program"
 TRAINED = "weights of `vitserve train`"
 
 
@@ -30,8 +31,12 @@ def test_every_override_is_an_option() -> None:
     ("source", "options", "kind"),
     [
         ("random:S/16", {"--labels": "labels.txt", "--activation": "sigmoid"}, "random weights"),
-        ("model.onnx", {"--architecture": "a", "--weights": "b", "--prompt": "c"}, "an ONNX file"),
-        ("model.onnx", {"--ignore-key": "a"}, "an ONNX file"),
+        (
+            "model.onnx",
+            {"--architecture": "a", "--weights": "b", "--prompt": "c"},
+            ONNX,
+        ),
+        ("model.onnx", {"--ignore-key": "a"}, ONNX),
         ("trained.safetensors", {"--model-arg": "depth=1", "--weights": "raw", "--outputs": "logits"}, TRAINED),
         ("model.npz", {"--layout": "nchw", "--outputs": "logits", "--prompt": "a {}"}, "another file of weights"),
         (".", {"--layout": "nchw", "--outputs": "logits"}, "a directory"),
@@ -55,8 +60,11 @@ def test_options_without_effect_are_rejected(
     ("kind", "stated"),
     [
         ("random weights", {"network": "auto", "weights": "", "prompts": ()}),
-        ("an ONNX file", {"network": "auto", "mean": (0.5,), "layout": "nchw", "activation": "softmax"}),
-        ("an ONNX file", {"preprocessor": "preprocessor_config.json", "ignored_keys": ("a",)}),
+        (
+            ONNX,
+            {"network": "auto", "mean": (0.5,), "layout": "nchw", "activation": "softmax"},
+        ),
+        (ONNX, {"preprocessor": "preprocessor_config.json", "ignored_keys": ("a",)}),
         (TRAINED, {"preprocessor": "preprocessor_config.json", "ignored_keys": ("a",), "network": "ours"}),
         ("another file of weights", {"architecture": "a", "model_args": {"b": 1}, "weights": "ema", "labels": ["c"]}),
         ("a directory", {"prompts": ("a {}",), "labels": ["b"], "network": "library", "image_size": 32}),

@@ -64,7 +64,7 @@ def export(
     source: Annotated[
         str,
         typer.Argument(
-            help="Directory or file of a checkpoint, a .onnx file, hf:owner/name[@revision], timm:NAME, or "
+            help="Directory or file of a checkpoint, a .onnx or .pt2 file, hf:owner/name[@revision], timm:NAME, or "
             "random:VARIANT. See docs/models.md."
         ),
     ],

@@ -39,6 +39,8 @@ def inspect(
         gray = ", gray" if channels == 1 else ""
         shape = f"{manifest.variant}, {width} × {height} pixels{gray}, classes: {classes}, {manifest.activation}"
         console.print(f"{title}: {shape}", highlight=False)
+        if manifest.processor is not None:
+            console.print(f"preprocessing: {manifest.processor}", highlight=False, soft_wrap=True)
         print_artifacts(opened)
         for plan in plans_of(machine.plan_dir(), opened):
             if (report := report_beside(plan)) is not None:

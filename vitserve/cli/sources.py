@@ -29,6 +29,7 @@ SOURCES = (
         "the image tower, with the embeddings of the labels as head; needs vitserve[transformers]",
     ),
     ("FILE.onnx", "every image classifier with one input of a fixed size", "the file's graph; needs no torch"),
+    ("FILE.pt2", "programs of torch.export.save() with one image as input", "the program's graph"),
     ("FILE.pth or FILE.safetensors", "torchvision's vit_*", "vitserve's network, optimized"),
     ("FILE.npz", "Google's ViT and R+ViT", "vitserve's network, optimized"),
     ("FILE.safetensors", "written by vitserve train", "vitserve's network, optimized"),

@@ -44,6 +44,24 @@ def stated_preprocessing(overrides: Overrides) -> Preprocessing | None:
         return _of_library(path, error)
 
 
+def named_processor(path: Path, overrides: Overrides) -> Path | None:
+    """The file or directory with the configuration of transformers' image processor that the preprocessing is from.
+
+    ``path`` is that of the checkpoint. None if there is no such file, or if an option states something else.
+    """
+    values = (overrides.mean, overrides.std, overrides.interpolation, overrides.crop, overrides.squash)
+    if overrides.image_size or any(value is not None for value in values):
+        return None
+    if overrides.preprocessor.startswith(_TORCHVISION):
+        return None
+    path = Path(overrides.preprocessor) if overrides.preprocessor else path
+    if path.is_file():
+        return path if overrides.preprocessor and "pretrained_cfg" not in read_json(path) else None
+    if (path / CONFIG).exists() and "pretrained_cfg" in read_json(path / CONFIG):  # timm's, which is read first
+        return None
+    return path if any((path / name).exists() for name in (PREPROCESSOR, PROCESSOR)) else None
+
+
 def with_options(preprocessing: Preprocessing, overrides: Overrides) -> Preprocessing:
     """With the options for single values, such as --mean. Raises CheckpointError."""
     stated: dict[str, Any] = {

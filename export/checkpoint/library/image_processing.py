@@ -39,9 +39,9 @@ class Processor:
 
 def read_processor(path: Path) -> Processor:
     """``path`` is a directory with a processor's configuration, or the file. Raises CheckpointError."""
-    processor = _loaded(path)
+    processor = loaded(path, "pil")
     images = [_image(*size, seed) for seed, size in enumerate(_SIZES)]
-    outputs = [_output(processor, image) for image in images]
+    outputs = [output_of(processor, image) for image in images]
     if len({output.shape for output in outputs}) != 1 or outputs[0].ndim != 3 or outputs[0].shape[0] not in (1, 3):
         raise CheckpointError(
             f"unsupported {_name(processor)}: it makes arrays of the shapes {[output.shape for output in outputs]} from"
@@ -62,7 +62,11 @@ def read_processor(path: Path) -> Processor:
     )
 
 
-def _loaded(path: Path) -> Any:
+def loaded(path: Path, backend: str | None) -> Any:
+    """The processor, without code of the checkpoint. A ``backend`` of None is the library's choice.
+
+    Raises CheckpointError.
+    """
     transformers = transformers_network.imported()
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings(), transformers_network.quiet():
         warnings.simplefilter("ignore")
@@ -76,13 +80,14 @@ def _loaded(path: Path) -> Any:
             shutil.copyfile(file, directory / name)
         try:
             return transformers.AutoImageProcessor.from_pretrained(
-                temporary, backend="pil", local_files_only=True, trust_remote_code=False
+                temporary, backend=backend, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the library raises whatever its constructors raise
             raise CheckpointError(f"transformers cannot make the image processor of {path}: {error}") from error
 
 
-def _output(processor: Any, image: Image.Image) -> npt.NDArray[np.float32]:
+def output_of(processor: Any, image: Image.Image) -> npt.NDArray[np.float32]:
+    """[channels, height, width]. Raises CheckpointError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -145,7 +150,7 @@ def _norms(settings: dict[str, Any]) -> dict[str, Any]:
 def _levels(candidate: Processor, image: Image.Image, output: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """The differences from the processor's output, in levels of 255."""
     preprocessing = candidate.preprocessing
-    pixels = Decoder(preprocessing, jpeg_draft=False).decode(_encoded(image)).astype(np.float64)
+    pixels = Decoder(preprocessing, jpeg_draft=False).decode(encoded(image)).astype(np.float64)
     order = -1 if candidate.reversed_channels else 1
     pixels = pixels[:, :, ::order]
     mean, std = (np.array(values)[::order] for values in (preprocessing.mean, preprocessing.std))
@@ -167,7 +172,8 @@ def _image(width: int, height: int, seed: int) -> Image.Image:
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _encoded(image: Image.Image) -> bytes:
+def encoded(image: Image.Image) -> bytes:
+    """Without loss."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()

@@ -64,7 +64,8 @@ def preload(settings: Settings) -> None:
 
 
 def decoder_for(preprocessing: Preprocessing, settings: Settings) -> ImageDecoder:
-    decoder = Decoder(preprocessing, settings.max_image_pixels, settings.jpeg_draft)
+    allowed = {"auto": None, "on": True, "off": False}[settings.jpeg_draft]
+    decoder = Decoder(preprocessing, settings.max_image_pixels, allowed)
     return _gpu_decoder(decoder) if settings.decode == "gpu" else decoder
 
 

@@ -1,4 +1,4 @@
-"""The clients of an HTTP worker: who sends a request, and how many images each may have in flight."""
+"""The clients of an HTTP worker: their API keys, and how many images each may have in flight."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from vitserve.model.bundle.preprocess import (
 )
 
 EXACT = Decoder(Preprocessing(32), jpeg_draft=False)
-DRAFT = Decoder(Preprocessing(32))
+DRAFT = Decoder(Preprocessing(32), jpeg_draft=True)
 KINDS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "progressive": {"progressive": True},

@@ -1,0 +1,57 @@
+"""JPEGs that are decoded at a reduced scale: when, and by how much their pixels differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.images import encoded
+from vitserve.model.bundle.preprocess import Decoder, Preprocessing
+
+# Image size → largest mean difference of a photo decoded at a reduced scale, in levels of 255.
+DRAFT_MEAN_DIFFERENCE = {32: 3.0, 224: 0.3}
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_reduced_decoding_stays_within_its_stated_difference(size: int, photos: list[Path]) -> None:
+    exact, draft = (Decoder(Preprocessing(size), jpeg_draft=allowed) for allowed in (False, True))
+    differences = []
+    for photo in photos:
+        image = photo.read_bytes()
+        differences.append(np.abs(exact.decode(image).astype(int) - draft.decode(image)).mean())
+    assert max(differences) <= DRAFT_MEAN_DIFFERENCE[size]
+    assert max(differences) > 0, "no photo is large enough to be decoded at a reduced scale"
+
+
+@pytest.mark.parametrize(("side", "reduced"), [(190, False), (192, True)])
+def test_a_jpeg_is_reduced_if_three_times_the_size_remains(side: int, reduced: bool) -> None:
+    """At half the scale, 192 pixels are three times the image size of 32."""
+    exact, draft = (Decoder(Preprocessing(32), jpeg_draft=allowed) for allowed in (False, True))
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    image = encoded(Image.fromarray(noise), "JPEG")
+    assert np.array_equal(exact.decode(image), draft.decode(image)) is not reduced
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "reduced"),
+    [
+        (Preprocessing(32), False),
+        (Preprocessing(127), False),
+        (Preprocessing(128), True),
+        (Preprocessing(384, squash=True), True),
+        (Preprocessing(224, width=96, squash=True), False),
+    ],
+    ids=lambda value: str(value.shape) if isinstance(value, Preprocessing) else "",
+)
+def test_by_default_jpegs_are_reduced_for_outputs_of_at_least_128_pixels(
+    preprocessing: Preprocessing, reduced: bool
+) -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    image = encoded(Image.fromarray(coarse).resize((2400, 2400)), "JPEG")
+    exact, draft, default = (Decoder(preprocessing, jpeg_draft=allowed) for allowed in (False, True, None))
+    pixels = default.decode(image)
+    assert np.array_equal(pixels, (draft if reduced else exact).decode(image))
+    assert not np.array_equal(pixels, (exact if reduced else draft).decode(image))
