@@ -31,6 +31,7 @@ LIGHT_SECONDS = 0.00025  # a network is light if an image of a full batch takes 
 MAX_STREAMS = 8  # of a small network
 SMALL_BYTES = 32_000_000  # of the graph in float32, above which a network is not taken for small
 WARM_UP_SECONDS = 0.5  # after which only the batch sizes that are powers of two are still measured
+SHORT_SECONDS = 0.005  # of measuring a batch size: a batch of a light network takes less than the noise of a machine
 PROGRESS_SECONDS = 0.5  # between two progress messages
 
 
@@ -171,8 +172,8 @@ def warm_up(engine: Engine, shape: tuple[int, int, int], patience_seconds: float
     ``shape``: height, width and channels of an image.
 
     The libraries choose their kernels and touch their memory now, and the scheduler gets its first measurements.
-    A short batch runs three times, and the shortest duration counts. A long batch runs once, because the start waits
-    for it. Powers of two are measured first. The sizes that are left after ``patience_seconds`` are interpolated
+    A short batch runs for a few milliseconds, at least three times, and the shortest duration counts. A long batch runs
+    once, because the start waits for it. Powers of two are measured first. The sizes that are left after ``patience_seconds`` are interpolated
     linearly: with every engine, the first batch of a new size takes no longer than later ones.
     """
     sizes = range(1, engine.max_batch + 1)
@@ -185,7 +186,7 @@ def warm_up(engine: Engine, shape: tuple[int, int, int], patience_seconds: float
         durations: list[float] = []
         if size == 1:
             engine.run(0, pixels)  # not counted: the very first batch takes a fifth longer
-        while len(durations) < 3 and sum(durations) < 0.1:
+        while sum(durations) < SHORT_SECONDS or (len(durations) < 3 and sum(durations) < 0.1):
             started = time.monotonic()
             engine.run(0, pixels)
             durations.append(time.monotonic() - started)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vitserve.model.arrays import Activation, Floats, to_probabilities
 from vitserve.service import errors
@@ -34,8 +35,7 @@ class ModelReplacedError(Exception):
     """The model was replaced and its engine workers have exited. Submit the admitted image to the new model."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageResult:
+class ImageResult(NamedTuple):
     probabilities: Floats  # [classes]
     logits: Floats  # [classes]
     embedding: Floats | None  # [width]; None unless the job has the flag

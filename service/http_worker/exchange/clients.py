@@ -59,6 +59,9 @@ class Allowance:
         return max(0, priority - 1)
 
 
+UNLIMITED = Allowance()
+
+
 class Clients:
     def __init__(self, settings: Settings) -> None:
         self._file = ApiKeyFile(Path(settings.api_keys)) if settings.api_keys else None
@@ -68,7 +71,7 @@ class Clients:
     def allowance(self, headers: Iterable[tuple[bytes, bytes]]) -> Allowance:
         """Of a client with a key in ``Authorization: Bearer`` or ``X-API-Key``. Raises UnauthorizedError."""
         if self._file is None:
-            return Allowance()
+            return UNLIMITED
         key = _key_of(headers)
         if key is None:
             raise errors.UnauthorizedError("the request has no API key: send Authorization: Bearer KEY")

@@ -13,7 +13,7 @@ from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.http_worker.dispatch.image_job import ImageJob
 from vitserve.service.http_worker.dispatch.image_job import Outcome as JobOutcome
 from vitserve.service.http_worker.exchange import request_id
-from vitserve.service.http_worker.exchange.clients import Allowance
+from vitserve.service.http_worker.exchange.clients import UNLIMITED
 from vitserve.service.http_worker.inference.body_memory import memory_of
 from vitserve.service.http_worker.inference.counting import count_images, count_rejected
 from vitserve.service.http_worker.inference.operations import Operation
@@ -47,7 +47,7 @@ class InferenceCall:
         self._reserved = 0  # bytes of memory
         self._dispatcher: Dispatcher | None = None
         self._request: ImageRequest | None = None
-        self._allowance = Allowance()
+        self._allowance = UNLIMITED
         self._jobs: list[ImageJob] = []
         self._outcomes: list[JobOutcome | None] = []
         self._missing = 0  # outcomes that have not arrived

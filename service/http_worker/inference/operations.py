@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 from vitserve.service import errors
@@ -68,11 +68,19 @@ class _OnImages:
         self, head: RequestHead, chunks: list[bytes], settings: Settings, model_info: ModelInfo
     ) -> ImageRequest:
         images, options = request_parsing.parse_body(head, chunks, settings, self.names)
-        embedding, encode = self.encoding(options, len(model_info.labels))
-        return ImageRequest(images, timeout_ms(options, settings), embedding, encode, head.priority)
+        classes = len(model_info.labels)
+        if not options:
+            return ImageRequest(images, head.timeout_ms, *_default(self.encoding, classes), head.priority)
+        return ImageRequest(images, timeout_ms(options, settings), *self.encoding(options, classes), head.priority)
 
     def problem(self, error: errors.ServiceError) -> Response:
         return problem(error)
+
+
+@cache
+def _default(encoding: Callable[[Mapping[str, Any], int], tuple[bool, Encode]], classes: int) -> tuple[bool, Encode]:
+    """Without options, as most requests are."""
+    return encoding({}, classes)
 
 
 def _classification(options: Mapping[str, Any], classes: int) -> tuple[bool, Encode]:

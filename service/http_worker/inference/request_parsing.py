@@ -6,8 +6,7 @@ Data from clients is never fetched as a URL, unpickled, written to disk or used 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from vitserve.service import errors
@@ -33,8 +32,7 @@ Headers = Iterable[tuple[bytes, bytes]]  # names in lower case
 ImageInput = bytes | PixelImage | errors.ServiceError  # an image that cannot be read is replaced by its error
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHead:
+class RequestHead(NamedTuple):
     """The part of a request that is known before its body."""
 
     content_type: str  # as sent, with parameters
@@ -46,8 +44,7 @@ class RequestHead:
     priority: int  # 9 is the most urgent
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRequest:
+class ImageRequest(NamedTuple):
     images: Sequence[ImageInput]
     timeout_ms: int
     embedding: bool  # whether the results need embeddings
