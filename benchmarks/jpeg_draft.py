@@ -1,6 +1,6 @@
 """How decoding JPEGs at a reduced scale changes pixels, logits, and predictions, by image size.
 
-    python -m benchmarks.jpeg_draft PHOTOS [--sizes 32 64 128 224 384] [--crops 20]
+    python -m benchmarks.jpeg_draft PHOTOS [--sizes 32 64 128 224 384] [--crops 20] [--gap 3]
 
 PHOTOS is a directory of JPEGs. Four sets are made of them, because few photos are large enough to be reduced:
 
@@ -29,7 +29,7 @@ from PIL import Image
 
 from vitserve.model.bundle.bundle import open_bundle
 from vitserve.model.bundle.images.formats.jpeg import JpegImage
-from vitserve.model.bundle.preprocess import Decoder, Preprocessing
+from vitserve.model.bundle.preprocess import DRAFT_GAP, Decoder, Preprocessing
 from vitserve.model.config import ViTConfig
 from vitserve.model.network.build import network_of
 from vitserve.service.engines.construct import construct_engine
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128, 224, 384])
     parser.add_argument("--crops", type=int, default=20, help="of each photo")
+    parser.add_argument("--gap", type=float, default=DRAFT_GAP, help="multiple of the resized size that must remain")
     parser.add_argument("--sets", nargs="+", default=["photos", "crops", "mosaics", "enlarged"])
     arguments = parser.parse_args()
     paths = sorted(arguments.photos.glob("*.jpg"))
@@ -85,12 +86,12 @@ def main() -> None:
     for name in arguments.sets:
         images = list(makers[name]())
         for size in arguments.sizes:
-            print(f"| {name} | {size} | {_compare(images, size).row()} |", flush=True)  # noqa: T201
+            print(f"| {name} | {size} | {_compare(images, size, arguments.gap).row()} |", flush=True)  # noqa: T201
 
 
-def _compare(images: list[bytes], size: int) -> Difference:
+def _compare(images: list[bytes], size: int, gap: float) -> Difference:
     preprocessing, run = _network(size)
-    decoders = [Decoder(preprocessing, jpeg_draft=allowed) for allowed in (False, True)]
+    decoders = [Decoder(preprocessing, jpeg_draft=allowed, draft_gap=gap) for allowed in (False, True)]
     decoded, seconds = [], []
     for decoder in decoders:
         start = time.perf_counter()

@@ -87,8 +87,8 @@ class Settings(HttpSettings):
     jpeg_draft: str = setting(
         "auto",
         "Decode a JPEG at 1/2, 1/4 or 1/8 of its size if at least three times the needed size remains. This is faster "
-        "and changes the pixels slightly. on: for every model. off: for none. auto: for models of at least 128 pixels, "
-        "where few images are affected.",
+        "and changes the pixels slightly. auto: six times for models below 128 pixels, where more images are affected. "
+        "on: three times for every model. off: never.",
         ("auto", "on", "off"),
     )
     engine_cache_dir: str = setting(

@@ -53,10 +53,9 @@ _RESAMPLING = {
 }
 # JPEGs are decoded at a reduced scale only if at least this multiple of the resized size remains.
 # docs/experiments.md has the measured differences.
-_DRAFT_GAP = 3.0
-# By default, only for outputs of at least this size: the smaller the output, the more images are reduced, and the more
-# each of its pixels matters. docs/experiments.md has the measured changes of predictions.
-LEAST_DRAFT_SIZE = 128
+DRAFT_GAP = 3.0
+# By default, a larger multiple for smaller outputs: more images are reduced, and each pixel of the output matters more.
+SMALL_DRAFT_GAP, SMALL_SIZE = 6.0, 128
 # Freed memory is returned to the system after images of this size. After others, keeping it saves time.
 _LARGE_PIXELS, _LARGE_BYTES = 2_000_000, 64 * 2**20
 # Estimates of the time, measured on a core of an AMD EPYC; docs/experiments.md compares them with the measured times.
@@ -213,24 +212,24 @@ class Decoder:
 
     preprocessing: Preprocessing
     max_pixels: int = 50_000_000  # of the encoded image, and of the resized one
-    # Let libjpeg decode at 1/2, 1/4 or 1/8 if three times the needed size remains. None: by the output's size.
-    jpeg_draft: bool | None = None
+    jpeg_draft: bool | None = None  # let libjpeg decode at 1/2, 1/4 or 1/8. None: by the output's size
+    draft_gap: float = DRAFT_GAP
 
     def open(self, encoded: bytes | memoryview) -> OpenedImage:
         """Reads the header and checks all limits. Raises ImageError. The data after the header is not checked."""
         image = _read_header(encoded if isinstance(encoded, bytes) else bytes(encoded))
         self._check_size(*image.size)
         wanted = self.preprocessing.resized_as_stored(image.size, image.orientation)
-        if self.reduces_jpegs and isinstance(image, JpegImage):
-            image = image.reduced(*(math.ceil(side * _DRAFT_GAP) for side in wanted))
+        if self.jpeg_draft is not False and isinstance(image, JpegImage):
+            gap = self.least_gap
+            image = image.reduced(*(math.ceil(side * gap) for side in wanted))
         return OpenedImage(wanted, image, self.preprocessing)
 
     @property
-    def reduces_jpegs(self) -> bool:
-        """Whether JPEGs may be decoded at a reduced scale."""
-        if self.jpeg_draft is None:
-            return min(self.preprocessing.shape[:2]) >= LEAST_DRAFT_SIZE
-        return self.jpeg_draft
+    def least_gap(self) -> float:
+        """The multiple of the resized size that remains if a JPEG is decoded at a reduced scale."""
+        small = self.jpeg_draft is None and min(self.preprocessing.shape[:2]) < SMALL_SIZE
+        return SMALL_DRAFT_GAP if small else self.draft_gap
 
     @property
     def on_cpu(self) -> Decoder:

@@ -173,8 +173,9 @@ def warm_up(engine: Engine, shape: tuple[int, int, int], patience_seconds: float
 
     The libraries choose their kernels and touch their memory now, and the scheduler gets its first measurements.
     A short batch runs for a few milliseconds, at least three times, and the shortest duration counts. A long batch runs
-    once, because the start waits for it. Powers of two are measured first. The sizes that are left after ``patience_seconds`` are interpolated
-    linearly: with every engine, the first batch of a new size takes no longer than later ones.
+    once, because the start waits for it. Powers of two are measured first. The sizes that are left after
+    ``patience_seconds`` are interpolated linearly: with every engine, the first batch of a new size takes no longer
+    than later ones.
     """
     sizes = range(1, engine.max_batch + 1)
     important = [size for size in sizes if size & (size - 1) == 0 or size == engine.max_batch]

@@ -36,22 +36,22 @@ def test_a_jpeg_is_reduced_if_three_times_the_size_remains(side: int, reduced: b
 
 
 @pytest.mark.parametrize(
-    ("preprocessing", "reduced"),
+    ("preprocessing", "gap"),
     [
-        (Preprocessing(32), False),
-        (Preprocessing(127), False),
-        (Preprocessing(128), True),
-        (Preprocessing(384, squash=True), True),
-        (Preprocessing(224, width=96, squash=True), False),
+        (Preprocessing(32), 6),
+        (Preprocessing(127), 6),
+        (Preprocessing(128), 3),
+        (Preprocessing(384, squash=True), 3),
+        (Preprocessing(224, width=96, squash=True), 6),
     ],
     ids=lambda value: str(value.shape) if isinstance(value, Preprocessing) else "",
 )
-def test_by_default_jpegs_are_reduced_for_outputs_of_at_least_128_pixels(
-    preprocessing: Preprocessing, reduced: bool
-) -> None:
-    coarse = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
-    image = encoded(Image.fromarray(coarse).resize((2400, 2400)), "JPEG")
-    exact, draft, default = (Decoder(preprocessing, jpeg_draft=allowed) for allowed in (False, True, None))
-    pixels = default.decode(image)
-    assert np.array_equal(pixels, (draft if reduced else exact).decode(image))
-    assert not np.array_equal(pixels, (exact if reduced else draft).decode(image))
+def test_by_default_more_remains_for_outputs_below_128_pixels(preprocessing: Preprocessing, gap: float) -> None:
+    """Half of eight times the size is more than three times the size, and less than six times."""
+    size = max(preprocessing.shape[:2])
+    coarse = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    image = encoded(Image.fromarray(coarse).resize((8 * size, 8 * size)), "JPEG")
+    pixels = Decoder(preprocessing).decode(image)
+    for possible in (3, 6):
+        same = np.array_equal(pixels, Decoder(preprocessing, jpeg_draft=True, draft_gap=possible).decode(image))
+        assert same is (possible == gap)

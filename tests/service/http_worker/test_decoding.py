@@ -10,10 +10,10 @@ from vitserve.service.settings import Settings
 
 
 @pytest.mark.parametrize(
-    ("setting", "image_size", "reduces"),
-    [("auto", 32, False), ("auto", 224, True), ("on", 32, True), ("off", 224, False)],
+    ("setting", "image_size", "allowed", "gap"),
+    [("auto", 32, None, 6), ("auto", 224, None, 3), ("on", 32, True, 3), ("off", 224, False, 3)],
 )
-def test_jpegs_are_reduced_as_the_setting_says(setting: str, image_size: int, reduces: bool) -> None:
+def test_jpegs_are_reduced_as_the_setting_says(setting: str, image_size: int, allowed: bool | None, gap: float) -> None:
     decoder = decoder_for(Preprocessing(image_size), Settings(jpeg_draft=setting))
     assert isinstance(decoder, Decoder)
-    assert decoder.reduces_jpegs is reduces
+    assert (decoder.jpeg_draft, decoder.least_gap) == (allowed, gap)
