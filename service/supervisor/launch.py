@@ -14,8 +14,9 @@ import socket
 from vitserve.service import machine
 from vitserve.service.engines.catalog import wants_gpu_workers
 from vitserve.service.ipc import metrics_directory
-from vitserve.service.ipc.child_runtime import BACKLOG, set_up_logging
+from vitserve.service.ipc.child_runtime import BACKLOG
 from vitserve.service.ipc.control_channel import METRICS_DIR
+from vitserve.service.log_format import set_up_logging
 from vitserve.service.settings import LEAST_IMAGE_MEMORY_BYTES, Settings
 from vitserve.service.supervisor.children import SupervisorGaveUpError
 from vitserve.service.supervisor.supervisor import Supervisor
@@ -33,7 +34,7 @@ def serve(settings: Settings) -> int:
 
     Raises SettingsError, and OSError if it cannot listen on the address or has no room for the metrics files.
     """
-    set_up_logging("supervisor", settings.log_level)
+    set_up_logging("supervisor", settings.log_level, settings.log_format)
     raise_open_files_limit()
     light_workers = settings.workers or _most_workers(settings, machine.cores())
     settings = for_this_machine(settings, machine.cores())
