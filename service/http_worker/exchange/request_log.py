@@ -31,7 +31,7 @@ class RequestLog:
         seconds: float,
         details: str = "",
     ) -> None:
-        """``code``: of the error, or of images that failed; empty without an error. ``details``: name=number …
+        """``code``: of the error, or of images that failed; empty without an error. ``details``: name=value …
 
         Writes only what the setting selects. Client text is quoted as JSON in ASCII, so it cannot begin a new line.
         """
@@ -49,8 +49,8 @@ class RequestLog:
             "ms": round(seconds * 1000, 3),
         }
         for detail in details.split():
-            name, _, number = detail.partition("=")
-            fields[name] = float(number) if "." in number else int(number)
+            name, _, text = detail.partition("=")
+            fields[name] = float(text) if name.endswith("_ms") else int(text) if name == "images" else text
         log.info(_RequestMessage("request", fields))
 
 
