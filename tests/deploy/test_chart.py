@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.support import helm
 from tests.support.kustomize import combined, kustomize, validate
-from tests.support.manifests import K8S, Manifest, container, pod_spec, read_manifests
+from tests.support.manifests import K8S, Manifest, container, pod_spec, read_manifests, settings_env
 
 CHART = K8S / "chart"
 # Components that only add objects. model-volume changes the Deployment, which the chart does not do.
@@ -75,6 +76,25 @@ def test_settings_are_those_of_kustomize_with_the_same_name(chart: helm.HelmChar
     generator = [{"name": "vitserve-settings", "behavior": "merge", "literals": literals}]
     merged = combined(tmp_path, "cpu", configMapGenerator=generator)
     assert by_name(chart.render({"settings": SETTINGS})) == by_name(merged)
+
+
+def test_every_hash_is_that_of_kustomize(chart: helm.HelmChart, tmp_path: Path) -> None:
+    """Twenty of them have every letter that a hash may have."""
+    numbers = range(1, 21)
+    literals = [f"{name}={value}" for name, value in settings_env().items()]
+    generators = [
+        {"name": f"n{number}", "literals": [*literals, f"VITSERVE_MAX_IMAGES={number}"]} for number in numbers
+    ]
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"configMapGenerator": generators}))
+    expected = {hash_of(document) for document in kustomize(tmp_path)}
+    rendered = [chart.render({"settings": {"max_images": number}}) for number in numbers]
+    maps = [document for objects in rendered for document in objects if document["kind"] == "ConfigMap"]
+    assert {hash_of(document) for document in maps} == expected
+    assert set("".join(expected)) == set("256789bcdfghkmt4")
+
+
+def hash_of(document: Manifest) -> str:
+    return str(document["metadata"]["name"].rpartition("-")[2])
 
 
 def test_values_change_the_deployment_and_nothing_else(chart: helm.HelmChart) -> None:
