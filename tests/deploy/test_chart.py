@@ -101,12 +101,17 @@ def test_values_change_the_deployment_and_nothing_else(chart: helm.HelmChart) ->
     resources = {"requests": {"cpu": "8", "memory": "4Gi"}, "limits": {"cpu": "8", "memory": "4Gi"}}
     env = [{"name": "VITSERVE_ADMIN_KEY", "valueFrom": {"secretKeyRef": {"name": "secret", "key": "key"}}}]
     image = {"repository": "registry.example.com:5000/vitserve"}
+    volume = {"name": "api-keys", "secret": {"secretName": "vitserve-api-keys"}}
+    mount = {"name": "api-keys", "mountPath": "/etc/vitserve", "readOnly": True}
     values = {"replicas": 0, "resources": resources, "env": env, "image": image}
+    values |= {"volumes": [volume], "volumeMounts": [mount]}
     values["overrides"] = {"Deployment": {"spec": {"template": {"spec": {"nodeSelector": {"pool": "gpu"}}}}}}
     rendered, expected = chart.render(values), chart.render({})
     changed = deployment(expected)
     changed["spec"]["replicas"] = 0
     pod_spec(changed)["nodeSelector"] = {"pool": "gpu"}
+    pod_spec(changed)["volumes"].append(volume)
+    container(changed)["volumeMounts"].append(mount)
     tag = container(changed)["image"].partition(":")[2]
     container(changed).update(resources=resources, env=env, image=f"registry.example.com:5000/vitserve:{tag}")
     assert by_name(rendered) == by_name(expected)
