@@ -121,6 +121,9 @@ class Settings(HttpSettings):
         "After SIGTERM, how long admitted requests may take to finish. A second SIGTERM stops the service at once.",
     )
     log_level: str = setting("info", "debug, info, warning or error.", ("debug", "info", "warning", "error"))
+    log_format: str = setting(
+        "text", "text, or json: one JSON object per line, of every process, for log collectors.", ("text", "json")
+    )
 
     @property
     def body_memory_bytes(self) -> int:

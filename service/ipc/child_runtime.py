@@ -13,6 +13,7 @@ from typing import NoReturn, TypeVar
 
 from vitserve.service.ipc.control_channel import METRICS_DIR, Channel, LostDescriptorsError
 from vitserve.service.ipc.control_messages import Heartbeat, Message, StartEngineWorker, StartHttpWorker
+from vitserve.service.log_format import set_up_logging
 
 log = logging.getLogger("vitserve.control")
 
@@ -25,6 +26,8 @@ Start = TypeVar("Start", StartHttpWorker, StartEngineWorker)
 def start_child(expected: type[Start]) -> tuple[Channel, Start, list[int]]:
     """Opens the channel named on the command line and waits for the start message.
 
+    The second argument, if there is one, is the file descriptor of the log.
+
     Signals are ignored: a Ctrl-C in a terminal reaches every process, and the supervisor alone decides what to do.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -35,12 +38,9 @@ def start_child(expected: type[Start]) -> tuple[Channel, Start, list[int]]:
         sys.exit(1)
     start, descriptors = received
     assert isinstance(start, expected)
-    set_up_logging(start.process, start.settings.log_level)
+    log_descriptor = int(sys.argv[2]) if len(sys.argv) > 2 else None
+    set_up_logging(start.process, start.settings.log_level, start.settings.log_format, log_descriptor)
     return channel, start, descriptors
-
-
-def set_up_logging(process: str, level: str) -> None:
-    logging.basicConfig(level=level.upper(), format=f"%(asctime)s %(levelname)s {process} %(name)s: %(message)s")
 
 
 def received_messages(channel: Channel) -> Iterator[tuple[Message, list[int]]]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from vitserve.service.ipc.control_channel import Channel, LostDescriptorsError
 from vitserve.service.ipc.control_messages import Message, StartMessage
 from vitserve.service.python_process import python_command, python_environment
+from vitserve.service.supervisor.child_stderr import stderr_of
 
 log = logging.getLogger("vitserve.supervisor")
 
@@ -34,13 +35,17 @@ class ChildProcess:
         self.name, self.incarnation = start.process, start.incarnation
         self.hung = False  # whether it was killed because it sent no heartbeat
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._stderr = stderr_of(self.name, start.settings.log_format)
+        inherited = [theirs.fileno(), *self._stderr.log_descriptors]
         with theirs:
             self._process = subprocess.Popen(
-                python_command(module, str(theirs.fileno())),
-                pass_fds=[theirs.fileno()],
+                python_command(module, *map(str, inherited)),
+                pass_fds=inherited,
                 env=python_environment() | dict(environment),
                 process_group=0,
+                stderr=self._stderr.descriptor,
             )
+        self._stderr.start()
         ours.setblocking(False)
         self._channel = Channel(ours)
         self._readable, self._exited = asyncio.Event(), False
@@ -96,6 +101,7 @@ class ChildProcess:
             self._close_pidfd()
         self.kill()
         code = await asyncio.to_thread(self._process.wait)
+        self._stderr.close()
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
     def _handle_exit(self) -> None:

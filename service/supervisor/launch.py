@@ -16,8 +16,9 @@ from vitserve.service import machine
 from vitserve.service.api_keys import ApiKeysError, read_api_keys
 from vitserve.service.engines.catalog import wants_gpu_workers
 from vitserve.service.ipc import metrics_directory
-from vitserve.service.ipc.child_runtime import BACKLOG, set_up_logging
+from vitserve.service.ipc.child_runtime import BACKLOG
 from vitserve.service.ipc.control_channel import METRICS_DIR
+from vitserve.service.log_format import set_up_logging
 from vitserve.service.settings import LEAST_IMAGE_MEMORY_BYTES, Settings, SettingsError
 from vitserve.service.supervisor.children import SupervisorGaveUpError
 from vitserve.service.supervisor.supervisor import Supervisor
@@ -35,7 +36,7 @@ def serve(settings: Settings) -> int:
 
     Raises SettingsError, and OSError if it cannot listen on the address or has no room for the metrics files.
     """
-    set_up_logging("supervisor", settings.log_level)
+    set_up_logging("supervisor", settings.log_level, settings.log_format)
     raise_open_files_limit()
     check_api_keys(settings)
     light_workers = settings.workers or _most_workers(settings, machine.cores())

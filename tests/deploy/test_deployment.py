@@ -66,6 +66,11 @@ def test_every_image_tag_is_of_this_version() -> None:
     assert images["vitserve"] == f"vitserve:{__version__}-cpu"
     assert images["vitserve-gpu"] == f"vitserve:{__version__}-gpu"
     assert manifest("base/kustomization.yaml")["labels"][1]["pairs"]["app.kubernetes.io/version"] == __version__
+    kserve = manifest("kserve/kustomization.yaml")
+    assert kserve["images"] == [{"name": "vitserve", "newTag": f"{__version__}-cpu"}]
+    assert kserve["labels"][0]["pairs"]["app.kubernetes.io/version"] == __version__
+    chart = manifest("chart/Chart.yaml")
+    assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
 
 
 def test_every_image_tag_names_a_version() -> None:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import pytest
-import yaml
 
+from tests.support.kustomize import SCHEMAS, combined, kustomize, validate
 from tests.support.manifests import AUTOSCALERS, K8S, Manifest, manifest, pod_spec
 
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
-KUBERNETES_VERSION = "1.33"
-CUSTOM_RESOURCES = Path(__file__).parent / "crds"
-WITHOUT_SCHEMA = {"Gateway"}  # test_references_resolve checks what the other objects need of it
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
@@ -41,67 +33,12 @@ def combinations() -> list[Combination]:
     ]
 
 
-def kustomize(directory: Path) -> list[Manifest]:
-    rendering = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True, check=False)
-    assert rendering.returncode == 0, rendering.stderr
-    assert not rendering.stderr, rendering.stderr  # deprecation warnings
-    return list(yaml.safe_load_all(rendering.stdout))
-
-
 @pytest.fixture(
     scope="module", params=combinations(), ids=lambda combination: "+".join((combination[0], *combination[1]))
 )
 def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
     overlay, components = request.param
-    directory = tmp_path_factory.mktemp("kustomize")
-
-    def relative(part: str, name: str) -> str:
-        return os.path.relpath(K8S / part / name, directory.resolve())
-
-    kustomization = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "resources": [relative("overlays", overlay)],
-        "components": [relative("components", name) for name in components],
-    }
-    (directory / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    return kustomize(directory)
-
-
-def closed(schema: Any) -> Any:
-    """The schema with unknown fields rejected, as ``kubectl --validate=strict`` does."""
-    if isinstance(schema, list):
-        return [closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    copy = {
-        key: {field: closed(item) for field, item in value.items()} if key == "properties" else closed(value)
-        for key, value in schema.items()
-    }
-    extensible = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
-    if "properties" in schema and not extensible:
-        copy["additionalProperties"] = False
-    return copy
-
-
-def custom_schemas() -> dict[str, Any]:
-    """Schemas of custom resources by kind. Kubernetes itself validates their metadata."""
-    schemas = {}
-    for path in sorted(CUSTOM_RESOURCES.glob("*.json")):
-        schema = closed(json.loads(path.read_text()))
-        schema["properties"]["metadata"] = {"type": "object"}
-        schemas[path.stem.rpartition("_")[0]] = schema
-    return schemas
-
-
-SCHEMAS = custom_schemas()
-
-
-def validate(document: Manifest) -> None:
-    if (kind := document["kind"].lower()) in SCHEMAS:
-        jsonschema.Draft202012Validator(SCHEMAS[kind]).validate(document)
-    elif document["kind"] not in WITHOUT_SCHEMA:
-        kubernetes_validate.validate(document, KUBERNETES_VERSION, strict=True)
+    return combined(tmp_path_factory.mktemp("kustomize"), overlay, components)
 
 
 def of_kind(objects: list[Manifest], kind: str) -> Iterator[Manifest]:
@@ -126,7 +63,14 @@ def test_validation_rejects_unknown_fields() -> None:
 
 
 def test_custom_resource_schemas_are_present() -> None:
-    assert SCHEMAS.keys() == {"httproute", "podmonitor", "prometheusrule", "scaledobject"}
+    assert SCHEMAS.keys() == {
+        "httproute",
+        "inferenceservice",
+        "podmonitor",
+        "prometheusrule",
+        "scaledobject",
+        "servingruntime",
+    }
 
 
 def test_pod_references_resolve(objects: list[Manifest]) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
 
+from vitserve.service.log_format import is_json
+
 if TYPE_CHECKING:
     from vitserve.model.bundle.bundle import Artifact, Bundle
+
+log = logging.getLogger("vitserve")
 
 # The extras that install a module. A module that is not in this table is in the base install.
 _EXTRAS = {
@@ -46,8 +51,11 @@ def one_line_errors(extra: str = "") -> Iterator[None]:
 
 
 def fail(message: str) -> typer.Exit:
-    """Prints the message. Raise the result, which ends the command with status 2."""
-    typer.secho(f"vitserve: {message}", fg="red", err=True)
+    """Prints the message, or logs it if the log is JSON. Raise the result, which ends the command with status 2."""
+    if is_json():
+        log.critical("%s", message)
+    else:
+        typer.secho(f"vitserve: {message}", fg="red", err=True)
     return typer.Exit(2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +16,10 @@ import typer
 
 from vitserve import __version__
 from vitserve.cli.console import one_line_errors
+from vitserve.service.log_format import is_json, set_up_logging
 from vitserve.service.settings import Settings, SettingsError
+
+log = logging.getLogger("vitserve.serve")
 
 _PREFIX = "VITSERVE_"
 # Kubernetes sets these in every pod of a namespace that has a Service called vitserve (enableServiceLinks).
@@ -34,11 +38,13 @@ def serve(source: str, **values: Any) -> None:
             raise SettingsError(
                 f"a source ({source}) and a bundle ({values['bundle']}) are both given; give one of them"
             )
-        if source:
-            values["bundle"] = _bundle_of(source)
-        if values["bundle"]:
-            _check_bundle(Path(values["bundle"]))
         settings = Settings(**values)
+        if settings.log_format == "json":
+            set_up_logging("supervisor", settings.log_level, settings.log_format)
+        if source:
+            settings = dataclasses.replace(settings, bundle=_bundle_of(source))
+        if settings.bundle:
+            _check_bundle(Path(settings.bundle))
         from vitserve.service.supervisor.launch import serve as run
 
         status = run(settings)
@@ -51,7 +57,14 @@ def _bundle_of(source: str) -> str:
         return source
     from vitserve.export.cache import cached_bundle
 
-    return str(cached_bundle(source, __version__, lambda step: typer.echo(step, err=True)))
+    return str(cached_bundle(source, __version__, _report))
+
+
+def _report(step: str) -> None:
+    if is_json():
+        log.info("%s", step)
+    else:
+        typer.echo(step, err=True)
 
 
 def _check_bundle(path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from vitserve.model.arrays import Pixels
 from vitserve.model.bundle import preprocess
+from vitserve.service import log_format
 from vitserve.service.ipc import frames
 from vitserve.service.python_process import python_command, python_environment
 
@@ -137,7 +138,7 @@ class DecodeProcess:
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    python_command(module, str(theirs.fileno())),
+                    python_command(module, str(theirs.fileno()), *log_format.arguments_of("decoder")),
                     env=python_environment(),
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,

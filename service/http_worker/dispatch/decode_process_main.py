@@ -1,6 +1,7 @@
 """A process that decodes one large image after another, for one thread of an HTTP worker.
 
-python -m vitserve.service.http_worker.dispatch.decode_process_main <file descriptor of the connection>
+python -m vitserve.service.http_worker.dispatch.decode_process_main <file descriptor of the connection> \\
+    <process> <log_level> <log_format>
 
 It may be killed at any time: nothing is shared with it.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from vitserve.model.bundle import preprocess
 from vitserve.service.ipc import frames
+from vitserve.service.log_format import set_up_logging
 
 IDLE_SECONDS = 30.0  # afterwards the process exits, so that its memory is free
 NICENESS = 5  # small images of other clients go first
@@ -28,6 +30,8 @@ _DIE_WITH_PARENT = 1  # prctl(2): PR_SET_PDEATHSIG
 
 
 def main() -> None:
+    process, log_level, log_format = sys.argv[2:5]
+    set_up_logging(process, log_level, log_format)
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     os.nice(NICENESS)

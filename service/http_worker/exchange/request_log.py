@@ -6,6 +6,8 @@ import json
 import logging
 import random
 
+from vitserve.service.log_format import FieldsMessage
+
 log = logging.getLogger("vitserve.request")
 log.setLevel(logging.INFO)  # whatever the setting log_level is
 
@@ -37,14 +39,29 @@ class RequestLog:
             return
         if self._sample < 1 and random.random() >= self._sample:
             return
-        log.info(
-            "id=%s client=%s method=%s path=%s status=%d code=%s ms=%.3f%s",
-            request_id.decode(),
-            client[0] if client else "-",
-            method,
-            json.dumps(path[:_MAX_PATH_CHARACTERS]),
-            status,
-            code or "-",
-            seconds * 1000,
-            details and f" {details}",
-        )
+        fields: dict[str, object] = {
+            "id": request_id.decode(),
+            "client": client[0] if client else None,
+            "method": method,
+            "path": path[:_MAX_PATH_CHARACTERS],
+            "status": status,
+            "code": code or None,
+            "ms": round(seconds * 1000, 3),
+        }
+        for detail in details.split():
+            name, _, text = detail.partition("=")
+            fields[name] = float(text) if name.endswith("_ms") else int(text) if name == "images" else text
+        log.info(_RequestMessage("request", fields))
+
+
+class _RequestMessage(FieldsMessage):
+    def __str__(self) -> str:
+        return " ".join(f"{name}={_text(name, value)}" for name, value in self.fields.items())
+
+
+def _text(name: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return json.dumps(value) if name == "path" else str(value)
