@@ -69,6 +69,7 @@ def flood_command(port: int, seconds: float, image: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", default="", help="default: the demonstration model")
+    parser.add_argument("--key-share", default="0.5")
     parser.add_argument("--seconds", type=float, default=20)
     arguments = parser.parse_args()
     port = free_port()
@@ -77,8 +78,9 @@ def main() -> None:
         keys.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
         image.write_bytes(small_image())
         bundle = ["--bundle", arguments.bundle] if arguments.bundle else []
-        command = [sys.executable, "-m", "vitserve", "serve", "--port", str(port), "--api-keys", str(keys), *bundle]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+        options = ["--key-share", arguments.key_share, *bundle]
+        command = [sys.executable, "-m", "vitserve", "serve", "--port", str(port), "--api-keys", str(keys)]
+        with subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL) as server:
             try:
                 while not is_ready(port):
                     time.sleep(0.1)

@@ -203,10 +203,6 @@ class SlotTable:
         """The longest conservative estimate of a full batch."""
         return float((self._estimates[:, BATCH_SECONDS] * self._estimates[:, SAFETY_FACTOR]).max())
 
-    @property
-    def preferred_batch_size(self) -> int:
-        return int(self._estimates[0, PREFERRED_BATCH_SIZE])
-
     def measured(self, engine: int) -> dict[str, Any]:
         """The preferred batch size and the measured seconds per batch size, for GET /v1/model."""
         row = self._estimates[engine]

@@ -120,11 +120,6 @@ class Dispatcher:
         return bool(self._engines.connections)
 
     @property
-    def preferred_images(self) -> int:
-        """The images of one batch per stream: this HTTP worker's part, at least 1."""
-        return max(1, self.streams * self.slot_table.preferred_batch_size // self.slot_table.shape.workers)
-
-    @property
     def streams(self) -> int:
         return len(self._engines.connections) * self.slot_table.shape.streams
 

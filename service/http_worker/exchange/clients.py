@@ -34,29 +34,26 @@ class Allowance:
         """For the request log."""
         return "" if self._client is None else f"key={self._client.name} "
 
-    def take(self, images: int, dispatcher: Dispatcher) -> errors.OverloadedError | None:
-        """The error if the client would have more than its share of the slots. A request alone is never too large."""
+    def rejection(self, images: int, dispatcher: Dispatcher) -> errors.OverloadedError | None:
+        """If the client would have more than its share of the slots. A request alone is never too large."""
         client = self._client
-        if client is None:
+        if client is None or not client.images:
             return None
         limit = max(1, int(self._share * dispatcher.slot_table.shape.slots_per_worker))
-        if client.images and client.images + images > limit:
-            detail = f"the API key {client.name!r} has {client.images} images in flight; the limit is {limit}"
-            return errors.OverloadedError(detail, "key", 1.0)
-        client.images += images
-        self._images = images
-        return None
+        if client.images + images <= limit:
+            return None
+        detail = f"the API key {client.name!r} has {client.images} images in flight; the limit is {limit}"
+        return errors.OverloadedError(detail, "key", dispatcher.slot_table.image_seconds() * limit)
+
+    def take(self, images: int) -> None:
+        if self._client is not None:
+            self._client.images += images
+            self._images = images
 
     def give_back(self) -> None:
         if self._client is not None:
             self._client.images -= self._images
             self._images = 0
-
-    def priority(self, priority: int, dispatcher: Dispatcher) -> int:
-        """Of an image. Those of a client with more images in flight than a batch per stream run after others."""
-        if self._client is None or self._client.images <= dispatcher.preferred_images:
-            return priority
-        return max(0, priority - 1)
 
 
 UNLIMITED = Allowance()

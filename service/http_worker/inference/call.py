@@ -84,7 +84,9 @@ class InferenceCall:
     def _reject_early(self, dispatcher: Dispatcher, head: RequestHead, body_bytes: int | None) -> None:
         """Rejects a request whose images cannot meet the deadline before its body is read."""
         images = self._expected_images(head)
-        rejected = dispatcher.admission.reject_early(self._arrived, head.timeout_ms, head.priority, images, body_bytes)
+        arguments = head.timeout_ms, head.priority, images, body_bytes
+        rejected = self._allowance.rejection(images, dispatcher)
+        rejected = rejected or dispatcher.admission.reject_early(self._arrived, *arguments)
         if rejected is not None:
             count_rejected(self._state.metrics, rejected, images)
             self.fail(rejected)
@@ -164,7 +166,9 @@ class InferenceCall:
             self._reserve(self._dispatcher, self._head, max(0, decoded - self._reserved))
         self._state.image_bytes.record(request.images)
         self._missing = len(request.images)
-        over_limit = None if admitted else self._allowance.take(self._missing, self._dispatcher)
+        over_limit = None if admitted else self._allowance.rejection(self._missing, self._dispatcher)
+        if over_limit is None and not admitted:
+            self._allowance.take(self._missing)
         self._outcomes = [None] * len(request.images)
         jobs = self._jobs = list[ImageJob]()  # an image may be rejected, and the call be finished, in submit()
         deadline = self._arrived + request.timeout_ms / 1000
@@ -174,9 +178,8 @@ class InferenceCall:
             elif isinstance(image, errors.ServiceError):
                 self._image_done(index, image)
             else:
-                priority = self._allowance.priority(request.priority, self._dispatcher)
-                arguments = deadline, priority, partial(self._image_done, index), admitted, request.embedding
-                jobs.append(self._dispatcher.submit(image, *arguments))
+                options = request.priority, partial(self._image_done, index), admitted, request.embedding
+                jobs.append(self._dispatcher.submit(image, deadline, *options))
 
     def _image_done(self, index: int, outcome: JobOutcome) -> None:
         self._outcomes[index] = outcome

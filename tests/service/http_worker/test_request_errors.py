@@ -86,7 +86,7 @@ BODIES: dict[str, Case] = {
         "bad_request",
         "the part 'image' has the Content-Transfer-Encoding 'quoted-printable'",
     ),
-    "too many parts": ((PART + b"\r\nx\r\n") * 67 + b"--B--", FORM, "", 400, "bad_request", "more than 66 parts"),
+    "too many parts": ((PART + b"\r\nx\r\n") * 71 + b"--B--", FORM, "", 400, "bad_request", "more than 70 parts"),
     "too many numbers": (
         b'{"images": [' + b"1," * 99 + b"1]}",
         JSON,
@@ -115,7 +115,7 @@ BODIES: dict[str, Case] = {
     ),
     "comma": (b'{"images": [],}', JSON, "", 400, "bad_request", "unexpected '}' at byte 14"),
     "tail": (b'{"images": []} {', JSON, "", 400, "bad_request", "unexpected '{' at byte 15"),
-    "nested option": (b'{"top_k": [1]}', JSON, "", 400, "bad_request", "top_k must be an integer, not a list"),
+    "nested option": (b'{"top_k": [1]}', JSON, "", 400, "bad_request", "top_k must be a single value, not a list"),
     "long option": (b'{"top_k": %b}' % (b"1" * 4000), JSON, "", 400, "bad_request", "unexpected '1' at byte 10"),
 }
 
