@@ -2,7 +2,8 @@
 
 ServiceError 500 internal                    an unexpected failure; the log has the details
 ├── BadRequestError 400                      malformed HTTP or body, unknown option, or an option out of range
-├── ForbiddenError 403                       wrong admin key, or none is configured
+├── UnauthorizedError 401                    no admin key, or a wrong one
+├── ForbiddenError 403                       no admin key is configured
 ├── NotFoundError 404                        no such path
 ├── MethodNotAllowedError 405                the path exists, with the methods in the header Allow
 ├── RequestTimeoutError 408                  the client did not send the request in time
@@ -72,8 +73,16 @@ class BadRequestError(ServiceError):
     status, code, title = 400, "bad_request", "Invalid request"
 
 
+class UnauthorizedError(ServiceError):
+    status, code, title = 401, "unauthorized", "The admin key is required"
+
+    def headers(self) -> dict[str, str]:
+        """RFC 9110, 15.5.2, and RFC 6750, 3."""
+        return {"WWW-Authenticate": "Bearer"}
+
+
 class ForbiddenError(ServiceError):
-    status, code, title = 403, "forbidden", "The admin key is required"
+    status, code, title = 403, "forbidden", "The route is disabled"
 
 
 class NotFoundError(ServiceError):

@@ -20,8 +20,8 @@ class AdminKey:
     def check(self, authorization: str, now: float | None = None) -> None:
         """``authorization``: the value of the header. ``now``: monotonic seconds, by default the current time.
 
-        Raises ForbiddenError for a wrong key, and TooManyAttemptsError after too many of them: then the right key is
-        not accepted either, or guessing could go on.
+        Raises ForbiddenError if no key is configured, UnauthorizedError for a wrong one, and TooManyAttemptsError after
+        too many of them: then the right key is not accepted either, or guessing could go on.
         """
         if not self._key:
             raise errors.ForbiddenError(
@@ -33,7 +33,7 @@ class AdminKey:
             raise errors.TooManyAttemptsError("too many wrong admin keys; SIGHUP also reloads the bundle", wait_seconds)
         if not hmac.compare_digest(authorization.encode(), f"Bearer {self._key}".encode()):
             self._attempts -= 1
-            raise errors.ForbiddenError("the bearer token is not the admin key")
+            raise errors.UnauthorizedError("the bearer token is not the admin key")
 
     def _refill(self, now: float) -> None:
         self._attempts = min(float(ATTEMPTS), self._attempts + max(0.0, now - self._updated) / SECONDS_PER_ATTEMPT)

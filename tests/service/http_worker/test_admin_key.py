@@ -26,13 +26,13 @@ def test_the_right_key_is_accepted_any_number_of_times(key: AdminKey) -> None:
     "authorization", ["", "Bearer ", WRONG, RIGHT[:-1], RIGHT + "0", "Basic 0123456789abcdef", "é"]
 )
 def test_others_are_rejected(key: AdminKey, authorization: str) -> None:
-    with pytest.raises(errors.ForbiddenError, match="not the admin key"):
+    with pytest.raises(errors.UnauthorizedError, match="not the admin key"):
         key.check(authorization, now=1.0)
 
 
 def test_after_some_wrong_keys_no_key_is_accepted_for_a_while(key: AdminKey) -> None:
     for _ in range(ATTEMPTS):
-        with pytest.raises(errors.ForbiddenError):
+        with pytest.raises(errors.UnauthorizedError):
             key.check(WRONG, now=1.0)
     for authorization in (WRONG, RIGHT):
         with pytest.raises(errors.TooManyAttemptsError) as raised:
@@ -46,7 +46,7 @@ def test_the_number_of_guesses_is_limited(key: AdminKey) -> None:
     for second in range(1000):
         try:
             key.check(WRONG, now=float(second))
-        except errors.ForbiddenError:
+        except errors.UnauthorizedError:
             guesses += 1
         except errors.TooManyAttemptsError:
             pass

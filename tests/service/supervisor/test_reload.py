@@ -139,7 +139,8 @@ def test_reload_needs_the_admin_key(service: Reloadable, client: httpx.Client) -
     assert "no admin_key is set" in reload(client).json()["detail"]
     keyed = service.client
     for response in (reload(keyed, "wrong"), keyed.post("/v1/admin/reload"), reload(keyed, ADMIN_KEY[:-1])):
-        assert (response.status_code, response.json()["code"]) == (403, "forbidden")
+        assert (response.status_code, response.json()["code"]) == (401, "unauthorized")
+        assert response.headers["www-authenticate"] == "Bearer"
     assert reload(keyed).status_code == 200
 
 
