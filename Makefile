@@ -9,12 +9,13 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vitserve/__init__.py)
 TENSORRT_RTX := "tensorrt-rtx-cu13-libs>=1.7,<1.8" "tensorrt-rtx-cu13-bindings>=1.7,<1.8"
 HELM := helm-python-sdk==0.2.2
 TOOLS := .tools
+SWAGGER_UI := 5.35.0
 INPUTS := docker/requirements
 LOCKS := $(patsubst %,docker/requirements-%.txt,build cpu gpu tensorrt export)
 COMPILE = $(TOOLS)/bin/uv pip compile --quiet --generate-hashes --python-version 3.13 --python-platform linux \
 	--custom-compile-command "make lock" $(UPGRADE)
 
-.PHONY: serve test test-slow coverage check train bundle bench rules chart dist image lock audit sbom scan clean
+.PHONY: serve test test-slow coverage check train bundle bench rules chart dist image lock audit sbom scan swagger-ui clean
 
 serve: $(VENV)/serve.stamp
 	$(BIN)/vitserve serve
@@ -100,6 +101,15 @@ scan: $(TOOLS)/stamp $(TOOLS)/checkov/stamp
 	for example in cpu gpu; do kubectl kustomize k8s/examples/$$example > build/k8s/$$example.yaml || exit 1; done
 	$(TOOLS)/checkov/bin/checkov --config-file .checkov.yaml -d build/k8s --framework kubernetes
 	$(TOOLS)/checkov/bin/checkov --config-file .checkov.yaml -f docker/Dockerfile --framework dockerfile
+
+# The files of the page /docs: service/http_worker/openapi/swagger_ui/README.md.
+swagger-ui:
+	rm -rf build/swagger-ui && mkdir -p build/swagger-ui
+	cd build/swagger-ui && npm pack --silent swagger-ui-dist@$(SWAGGER_UI) && tar -xzf swagger-ui-dist-$(SWAGGER_UI).tgz
+	cd build/swagger-ui/package && gzip -n -9 swagger-ui-bundle.js swagger-ui.css && \
+		mv swagger-ui-bundle.js.LICENSE.txt LICENSE-bundled.txt && \
+		cp swagger-ui-bundle.js.gz swagger-ui.css.gz LICENSE LICENSE-bundled.txt NOTICE \
+		$(CURDIR)/service/http_worker/openapi/swagger_ui/
 
 clean:
 	rm -rf $(VENV) $(TOOLS) build dist *.egg-info

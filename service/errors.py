@@ -2,7 +2,8 @@
 
 ServiceError 500 internal                    an unexpected failure; the log has the details
 ├── BadRequestError 400                      malformed HTTP or body, unknown option, or an option out of range
-├── ForbiddenError 403                       wrong admin key, or none is configured
+├── UnauthorizedError 401                    no admin key, or a wrong one
+├── ForbiddenError 403                       no admin key is configured
 ├── NotFoundError 404                        no such path
 ├── MethodNotAllowedError 405                the path exists, with the methods in the header Allow
 ├── UnauthorizedError 401                    no key, or one that is not known or no longer valid
@@ -82,6 +83,7 @@ class UnauthorizedError(ServiceError):
         self._challenge = 'Bearer realm="vitserve"' + (', error="invalid_token"' if invalid else "")
 
     def headers(self) -> dict[str, str]:
+        """RFC 9110, 15.5.2."""
         return {"WWW-Authenticate": self._challenge}
 
 

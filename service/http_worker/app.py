@@ -16,7 +16,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitserve import __version__
 from vitserve.service import errors
-from vitserve.service.http_worker import openapi
 from vitserve.service.http_worker.admin_key import AdminKey
 from vitserve.service.http_worker.exchange.middleware import exchange_of, observed
 from vitserve.service.http_worker.gauges import gauges
@@ -24,6 +23,7 @@ from vitserve.service.http_worker.inference.asgi import respond
 from vitserve.service.http_worker.inference.operations import CLASSIFY, EMBED
 from vitserve.service.http_worker.inference.options import reject_unknown
 from vitserve.service.http_worker.open_inference.routes import PREFIX, OpenInference
+from vitserve.service.http_worker.openapi import pages
 from vitserve.service.http_worker.state import State
 from vitserve.service.metrics import Exposition
 
@@ -48,6 +48,7 @@ def create_app(state: State) -> FastAPI:
         version=__version__,
         lifespan=lifespan,
         root_path=state.settings.root_path,
+        openapi_url=None,  # see openapi/
         redirect_slashes=False,  # a redirect would lead from https to http behind a proxy that ends TLS
         exception_handlers={HTTPException: _http_problem, Exception: _internal_error},
     )
@@ -67,7 +68,7 @@ def create_app(state: State) -> FastAPI:
         for (method, path), handler in guarded.items()
         if (method, path) not in reserved
     ]
-    openapi.describe(app)
+    app.router.routes += pages.routes(state)
     routes = frozenset(path for _, path in handlers)
     open_inference = OpenInference(state, exposition)
     router = _bypass(app.build_middleware_stack(), guarded, reserved, open_inference, state)
@@ -152,7 +153,8 @@ async def _model(state: State, request: Request) -> Response:
     dispatcher = state.serving()
     model_info = dispatcher.model_info
     serving = model_info.details["serving"] | dispatcher.slot_table.measured(0)
-    return JSONResponse(model_info.details | {"labels": model_info.labels, "serving": serving})
+    limits = {name: getattr(state.settings, name) for name in ("max_images", "max_body_bytes")}
+    return JSONResponse(model_info.details | {"labels": model_info.labels, "serving": serving, "limits": limits})
 
 
 async def _reload(state: State, key: AdminKey, request: Request) -> Response:

@@ -54,6 +54,7 @@ PATTERN = re.compile(r"(?<![\w-])(?:" + "|".join(WORDS) + r")(?![\w-])", re.IGNO
 # Written by others, or by tools.
 EXCLUDED = re.compile(
     r"^(LICENSE|tests/repository/test_vocabulary\.py|tests/deploy/crds/.*|docker/requirements-.*|docker/torch\.txt|examples/javascript/.*\.mjs"
+    r"|service/http_worker/openapi/swagger_ui/(LICENSE|LICENSE-bundled\.txt|NOTICE|.*\.gz)"
     r"|.*imagenet_labels\.txt|.*\.(onnx|data|npz|bin|xml|safetensors|jpg|jpeg|png|gif))$"
 )
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from vitserve.service import errors
 from vitserve.service.http_worker.inference import request_parsing
-from vitserve.service.http_worker.inference.options import TIMEOUT, choice, flag, timeout_ms, whole_number
+from vitserve.service.http_worker.inference.options import TIMEOUT, choice, flag, read_timeout_ms, whole_number
 from vitserve.service.http_worker.inference.request_parsing import Headers, ImageRequest, RequestHead
 from vitserve.service.http_worker.inference.response import (
     ENCODINGS,
@@ -67,11 +67,15 @@ class _OnImages:
     def parse_body(
         self, head: RequestHead, chunks: list[bytes], settings: Settings, model_info: ModelInfo
     ) -> ImageRequest:
-        images, options = request_parsing.parse_body(head, chunks, settings, self.names)
+        images, values = request_parsing.parse_body(head, chunks, settings, self.names)
         classes = len(model_info.labels)
-        if not options:
+        if not values:
             return ImageRequest(images, head.timeout_ms, *_default(self.encoding, classes), head.priority)
-        return ImageRequest(images, timeout_ms(options, settings), *self.encoding(options, classes), head.priority)
+        for name, value in head.options.items():
+            _read(name, value, classes)  # also if the body overrides it
+        options = {name: _read(name, value, classes) for name, value in values.items()}
+        deadline_ms = options.get(TIMEOUT, settings.timeout_ms)
+        return ImageRequest(images, deadline_ms, *self.encoding(options, classes), head.priority)
 
     def problem(self, error: errors.ServiceError) -> Response:
         return problem(error)
@@ -83,12 +87,23 @@ def _default(encoding: Callable[[Mapping[str, Any], int], tuple[bool, Encode]], 
     return encoding({}, classes)
 
 
+def _read(name: str, value: Any, classes: int) -> Any:
+    """The value of one option."""
+    if name == "top_k":
+        return whole_number(name, value, 1, classes)
+    if name == TIMEOUT:
+        return read_timeout_ms(value)
+    if name in ("embedding", "normalize"):
+        return flag(name, value)
+    return choice(name, value, ENCODINGS if name == "encoding" else TYPES)
+
+
 def _classification(options: Mapping[str, Any], classes: int) -> tuple[bool, Encode]:
-    top_k = whole_number("top_k", options.get("top_k", min(5, classes)), 1, classes)
-    embedding = _embedding_format(options) if flag("embedding", options.get("embedding", False)) else None
+    embedding = _embedding_format(options) if options.get("embedding", False) else None
     for name in options if embedding is None else ():
         if name in _EMBEDDING_OPTIONS:
             raise errors.BadRequestError(f"{name} has no effect without embedding=true")
+    top_k = options.get("top_k", min(5, classes))
     return embedding is not None, partial(ResponseEncoder.classification, top_k=top_k, embedding=embedding)
 
 
@@ -97,11 +112,10 @@ def _embeddings(options: Mapping[str, Any], _: int) -> tuple[bool, Encode]:
 
 
 def _embedding_format(options: Mapping[str, Any]) -> EmbeddingFormat:
-    encoding = choice("encoding", options.get("encoding", "list"), ENCODINGS)
-    dtype = choice("dtype", options.get("dtype", "float32"), TYPES)
+    encoding, dtype = options.get("encoding", "list"), options.get("dtype", "float32")
     if dtype != "float32" and encoding == "list":
         raise errors.BadRequestError(f"dtype is {dtype}, which needs encoding=base64")
-    return EmbeddingFormat(flag("normalize", options.get("normalize", False)), encoding, dtype)
+    return EmbeddingFormat(options.get("normalize", False), encoding, dtype)
 
 
 CLASSIFY = _OnImages("/v1/classify", ("top_k", TIMEOUT, "embedding", *_EMBEDDING_OPTIONS), _classification)

@@ -29,12 +29,21 @@ def reject_unknown(kind: str, names: Iterable[str], allowed: Sequence[str] = ())
 
 
 def timeout_ms(options: Mapping[str, Any], settings: Settings) -> int:
-    return whole_number(TIMEOUT, options.get(TIMEOUT, settings.timeout_ms), 1, 3_600_000)
+    return read_timeout_ms(options.get(TIMEOUT, settings.timeout_ms))
+
+
+def read_timeout_ms(value: Any) -> int:
+    return whole_number(TIMEOUT, value, 1, 3_600_000)
 
 
 def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """1.0 is the integer 1, as in JSON Schema (2020-12, core, 4.2.3)."""
     try:
-        if isinstance(value, (bool, float)) or (isinstance(value, str) and not _NUMBER.fullmatch(value)):
+        if (
+            isinstance(value, bool)
+            or (isinstance(value, float) and not value.is_integer())
+            or (isinstance(value, str) and not _NUMBER.fullmatch(value))
+        ):
             raise ValueError
         number = int(value)
     except (TypeError, ValueError) as error:

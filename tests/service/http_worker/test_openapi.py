@@ -20,6 +20,7 @@ from tests.support.server import start_server
 from vitserve.model.bundle.bundle import MANIFEST, Bundle
 from vitserve.service import errors
 from vitserve.service.http_worker.app import problem_response
+from vitserve.service.http_worker.openapi.examples import DETAILS
 
 IMAGE = encoded(random_image())
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
@@ -57,7 +58,8 @@ def strict(schema: Any) -> Any:
 def assert_documented(
     document: dict[str, Any], method: str, path: str, status: int, content_type: str, body: Any
 ) -> None:
-    documented = document["paths"][path][method]["responses"][str(status)]["content"][content_type.partition(";")[0]]
+    responses = document["paths"][path][method]["responses"]
+    documented = responses[str(status)]["content"][content_type.partition(";")[0]]
     root = strict({"components": document["components"], **documented["schema"]})
     jsonschema.validate(body, root, jsonschema.Draft202012Validator)
 
@@ -67,6 +69,8 @@ def check(document: dict[str, Any], response: httpx.Response, status: int) -> No
     request, content_type = response.request, response.headers["content-type"]
     body = response.text if content_type.startswith("text/") else response.json()
     assert_documented(document, request.method.lower(), request.url.path, status, content_type, body)
+    documented = document["paths"][request.url.path][request.method.lower()]["responses"][str(status)]
+    assert {name.lower() for name in documented["headers"]} <= set(response.headers)
 
 
 def test_responses_match_their_schemas(client: httpx.Client, document: dict[str, Any]) -> None:
@@ -111,12 +115,45 @@ def sample(kind: type[errors.ServiceError]) -> errors.ServiceError:
 
 @pytest.mark.parametrize("kind", errors.error_types())
 def test_every_error_is_documented(kind: type[errors.ServiceError], document: dict[str, Any]) -> None:
-    admin = kind in (errors.ForbiddenError, errors.ReloadRejectedError, errors.TooManyAttemptsError)
-    path = "/v1/admin/reload" if admin else "/v1/classify"
     response = problem_response(sample(kind))
     body, content_type = json.loads(bytes(response.body)), response.headers["content-type"]
+    example = document["components"]["examples"][kind.code]
+    assert (example["summary"], example["value"].keys()) == (kind.title, body.keys())
+    assert kind in DETAILS
+    if kind in (errors.NotFoundError, errors.MethodNotAllowedError):  # of requests that the document does not have
+        return
+    admin = kind in (errors.UnauthorizedError, errors.ForbiddenError, errors.ReloadRejectedError)
+    path = "/v1/admin/reload" if admin or kind is errors.TooManyAttemptsError else "/v1/classify"
     assert_documented(document, "post", path, response.status_code, content_type, body)
-    assert f"`{kind.code}`" in document["paths"][path]["post"]["responses"][str(kind.status)]["description"]
+    documented = document["paths"][path]["post"]["responses"][str(kind.status)]
+    assert f"`{kind.code}`" in documented["description"]
+    assert kind.code in documented["content"][content_type]["examples"]
+
+
+def test_every_operation_has_a_name_a_tag_and_examples_that_are_valid(document: dict[str, Any]) -> None:
+    tags = {tag["name"] for tag in document["tags"]}
+    operations = [operation for path in document["paths"].values() for operation in path.values()]
+    names = [operation["operationId"] for operation in operations]
+    assert len(set(names)) == len(names)
+    for operation in operations:
+        assert set(operation["tags"]) <= tags
+        contents = [item for response in operation["responses"].values() for item in response["content"].values()]
+        for content in contents:
+            values = [document["components"]["examples"][name]["value"] for name in content.get("examples", ())]
+            values += [content["example"]] if "example" in content else []
+            assert values
+            for value in values:
+                root = strict({"components": document["components"], **content["schema"]})
+                jsonschema.validate(value, root, jsonschema.Draft202012Validator)
+
+
+def test_the_document_has_the_limits_of_the_server(client: httpx.Client, document: dict[str, Any]) -> None:
+    model = client.get("/v1/model").json()
+    properties = document["components"]["schemas"]["ClassifyJson"]["properties"]
+    assert properties["images"]["maxItems"] == model["limits"]["max_images"]
+    assert properties["top_k"]["maximum"] == len(model["labels"])
+    (top_k,) = [item for item in document["paths"]["/v1/classify"]["post"]["parameters"] if item["name"] == "top_k"]
+    assert top_k["schema"]["maximum"] == len(model["labels"])
 
 
 def test_exactly_the_existing_routes_are_documented(client: httpx.Client, document: dict[str, Any]) -> None:

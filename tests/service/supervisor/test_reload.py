@@ -140,6 +140,7 @@ def test_reload_needs_the_admin_key(service: Reloadable, client: httpx.Client) -
     keyed = service.client
     for response in (reload(keyed, "wrong"), keyed.post("/v1/admin/reload"), reload(keyed, ADMIN_KEY[:-1])):
         assert (response.status_code, response.json()["code"]) == (401, "unauthorized")
+        assert response.headers["www-authenticate"].startswith('Bearer realm="vitserve"')
     assert reload(keyed).status_code == 200
 
 
