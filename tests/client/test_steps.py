@@ -149,7 +149,7 @@ def test_retries_end_before_the_deadline(answer: Answer, deadline: float) -> Non
 
 
 def test_only_the_images_that_were_not_admitted_are_sent_again() -> None:
-    damaged = {"error": {"status": 422, "code": "damaged_image", "title": "Damaged", "detail": ""}}
+    damaged: dict[str, object] = {"error": {"status": 422, "code": "damaged_image", "title": "Damaged", "detail": ""}}
     simulation = Simulation(lambda _: respond([{"error": OVERLOADED}, damaged, predictions(b"2")]), succeed)
     first, second, third = simulation.run(simulation.operation().many(images(3), LIMITS))
     assert labels([first, third]) == ["0", "2"]
