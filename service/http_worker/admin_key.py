@@ -20,20 +20,23 @@ class AdminKey:
     def check(self, authorization: str, now: float | None = None) -> None:
         """``authorization``: the value of the header. ``now``: monotonic seconds, by default the current time.
 
-        Raises ForbiddenError if no key is set, UnauthorizedError for a wrong one, and TooManyAttemptsError after too
-        many of them: then the right key is not accepted either, or guessing could go on.
+        Raises ForbiddenError if no key is configured, UnauthorizedError for a wrong one or none, and
+        TooManyAttemptsError after too many wrong ones: then the right key is not accepted either, or guessing could go
+        on. A request without a key is no guess.
         """
         if not self._key:
             raise errors.ForbiddenError(
                 "no admin_key is set, so this route is disabled; SIGHUP also reloads the bundle"
             )
+        if not authorization:
+            raise errors.UnauthorizedError("the Authorization header is missing: not the admin key")
         self._refill(time.monotonic() if now is None else now)
         if self._attempts < 1:
             wait_seconds = (1 - self._attempts) * SECONDS_PER_ATTEMPT
             raise errors.TooManyAttemptsError("too many wrong admin keys; SIGHUP also reloads the bundle", wait_seconds)
         if not hmac.compare_digest(authorization.encode(), f"Bearer {self._key}".encode()):
             self._attempts -= 1
-            raise errors.UnauthorizedError("the bearer token is not the admin key", invalid=bool(authorization))
+            raise errors.UnauthorizedError("the bearer token is not the admin key", invalid=True)
 
     def _refill(self, now: float) -> None:
         self._attempts = min(float(ATTEMPTS), self._attempts + max(0.0, now - self._updated) / SECONDS_PER_ATTEMPT)

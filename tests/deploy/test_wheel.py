@@ -129,7 +129,8 @@ def members(wheel: Path) -> list[str]:
 
 def tracked_modules() -> set[str]:
     modules = {f"vitserve/{path.relative_to(ROOT)}" for name in SOURCES[:-1] for path in (ROOT / name).rglob("*.py")}
-    return modules | {str(path.relative_to(ROOT)) for path in (ROOT / "vitserve").glob("*.py")}
+    own = (path for pattern in ("*.py", "cli/*.py", "client/*.py") for path in (ROOT / "vitserve").glob(pattern))
+    return modules | {str(path.relative_to(ROOT)) for path in own}
 
 
 def test_wheel_contains_only_the_package(wheel: Path) -> None:
@@ -145,6 +146,8 @@ def test_wheel_contains_every_module_and_data_file(wheel: Path) -> None:
     bundle = ROOT / "service" / "default_bundle"
     assert {f"vitserve/service/default_bundle/{path.name}" for path in bundle.iterdir()} <= names
     assert "vitserve/export/checkpoint/imagenet_labels.txt" in names
+    pages = ROOT / "service" / "http_worker" / "openapi" / "swagger_ui"
+    assert {f"vitserve/service/http_worker/openapi/swagger_ui/{path.name}" for path in pages.iterdir()} <= names
 
 
 def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Commands run in a directory with the files that the documents name: examples, my-bundle, my-checkpoint, and so on.
 Only the address of the server is replaced, and measurements are shortened (SHORTER).
-tests/deploy/test_examples.py runs the commands of examples/README.md.
+tests/deploy/test_examples.py runs the commands of examples/README.md, and tests/client the programs of docs/clients.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vitserve.cli.main import app
 from vitserve.export.cache import cached_bundle
 from vitserve.model.bundle.bundle import Bundle
 
-DOCUMENTS = ("README.md", "docs/quickstart.md", "examples/images/README.md")
+DOCUMENTS = ("README.md", "docs/quickstart.md", "docs/clients.md", "examples/images/README.md")
 ADDRESS = "http://127.0.0.1:8000"
 ADMIN_KEY = "at-least-16-characters"  # as the quickstart sets it
 
@@ -49,12 +49,22 @@ SHORTER = {
 
 _INSTALLS = "needs a package index"
 _HUB = "needs the Hugging Face hub; tests/export/checkpoint downloads from a local one"
+_GENERATES = "tests/client/test_generated.py runs it, with the marker slow"
 _DOCKER = "needs Docker; tests/deploy compares docker-compose.yml with the code"
 NOT_RUN = {
     "pip install .": _INSTALLS,
     'pip install ".[export]"': _INSTALLS,
     'pip install ".[export,int8]"': _INSTALLS,
     "pip install torch --index-url https://download.pytorch.org/whl/cpu": _INSTALLS,
+    'pip install ".[client]"': _INSTALLS,
+    "pip install --no-deps .": _INSTALLS,
+    "pip install httpx": _INSTALLS,
+    "openapi-python-client generate --url http://127.0.0.1:8000/openapi.json": _GENERATES,
+    "npx openapi-typescript http://127.0.0.1:8000/openapi.json --output vitserve.d.ts": _GENERATES,
+    (
+        "openapi-generator-cli generate -g go -i http://127.0.0.1:8000/openapi.json -o vitserve-go "
+        "--package-name vitserve --git-user-id example --git-repo-id vitserve-go"
+    ): _GENERATES,
     "vitserve serve hf:google/vit-base-patch16-224": _HUB,
     "vitserve serve timm:vit_small_patch16_224.augreg_in21k_ft_in1k": _HUB,
     "vitserve train data.npz --output runs/mine": "trains for half an hour; tests/model trains a smaller network",

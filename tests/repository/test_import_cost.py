@@ -62,6 +62,14 @@ def test_openvino_and_nncf_report_no_usage(statement: str) -> None:
     assert "openvino.tools.ovc.telemetry_stub" in loaded
 
 
+def test_the_client_imports_only_httpx() -> None:
+    loaded = modules_after("import vitserve.client")
+    assert not loaded & {*HEAVY, *TORCH}
+    assert {name for name in loaded if name.startswith("vitserve.")} == {
+        f"vitserve.client{module}" for module in ("", ".clients", ".errors", ".results", ".steps")
+    }
+
+
 def test_importing_an_engine_has_no_side_effect() -> None:
     loaded = modules_after("import vitserve.service.engines.selection, vitserve.service.engines.openvino_engine")
     assert not loaded & {"openvino", "openvino_telemetry"}

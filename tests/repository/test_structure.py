@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-SOURCE = ("model", "export", "service", "bench", "benchmarks", "vitserve/cli")
+SOURCE = ("model", "export", "service", "bench", "benchmarks", "vitserve/cli", "vitserve/client")
 MOST_LINES_IN_A_FILE = 300
 MOST_LINES_IN_A_CLASS = 220
 MEDIAN_LINES_IN_A_FUNCTION = 7

@@ -1,7 +1,7 @@
 """What a schema cannot say about valid requests: https://schemathesis.readthedocs.io/en/stable/guides/extending/.
 
 Strings of the formats ``byte`` and ``binary`` are image files, options of embeddings need ``embedding``, float16 needs
-base64, and a machine that is busy needs time. Requests that are meant to be invalid stay as they are.
+base64, and a machine that is busy needs time. Requests that are meant to be invalid stay invalid.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ schemathesis.openapi.format("byte", st.sampled_from(IMAGES).map(lambda image: ba
 
 @schemathesis.hook
 def map_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> schemathesis.Case[Any]:
+    timeout = str((case.query or {}).get("timeout_ms", ""))
+    if timeout.isdecimal() and 1 <= int(timeout) < LONG_TIMEOUT_MS:  # a short one bounds the pauses in a body too
+        case.query["timeout_ms"] = LONG_TIMEOUT_MS
     if case.meta is not None and case.meta.generation.mode.is_positive:
         places = [place for place in (case.query, case.body) if isinstance(place, dict) and place]  # the body overrides
         if places:

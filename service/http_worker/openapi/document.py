@@ -36,6 +36,7 @@ _HEADERS = {
     "Accept-Encoding": "The content encodings that are accepted.",
 }
 _HEADERS_OF_STATUS = {401: "WWW-Authenticate", 429: "Retry-After"}  # every response with this status has it
+_HEADERS_OF_SOME = {415: "Accept-Encoding", 503: "Retry-After"}  # some have it
 _ADMIN_ERRORS = (errors.ForbiddenError, errors.ReloadRejectedError, errors.TooManyAttemptsError)
 _ANY_ERRORS = (
     ServiceError,
@@ -65,10 +66,7 @@ def document(root_path: str, max_images: int, classes: int | None) -> bytes:
         "paths": {path: {method: operation} for (method, path), operation in _operations(classes).items()},
         "components": {
             "schemas": models.schemas(max_images, classes),
-            "headers": {
-                name: {"description": description, "required": True, "schema": {"type": "string"}}
-                for name, description in _HEADERS.items()
-            },
+            "headers": {name: _header(name, required=True) for name in _HEADERS if name != "Accept-Encoding"},
             "examples": {
                 kind.code: {"summary": kind.title, "value": examples.problem(kind)} for kind in errors.error_types()
             },
@@ -207,6 +205,10 @@ def _response(description: str, content: Mapping[str, Json], *headers: str) -> J
     return {"description": description, "headers": named, "content": content}
 
 
+def _header(name: str, required: bool) -> Json:
+    return {"description": _HEADERS[name], "required": required, "schema": {"type": "string"}}
+
+
 def _success(model: type[BaseModel], example: Json, *headers: str) -> Json:
     return {"200": _response("Success", {"application/json": _content(_schema(model), example)}, *headers)}
 
@@ -224,7 +226,10 @@ def _failure(status: int, kinds: Sequence[type[ServiceError]]) -> Json:
     named = {kind.code: {"$ref": f"#/components/examples/{kind.code}"} for kind in kinds}
     content = _content(_schema(models.Problem)) | {"examples": named}
     headers = [_HEADERS_OF_STATUS[status]] if status in _HEADERS_OF_STATUS else []
-    return _response(description, {"application/problem+json": content}, *headers)
+    response = _response(description, {"application/problem+json": content}, *headers)
+    if status in _HEADERS_OF_SOME:
+        response["headers"][_HEADERS_OF_SOME[status]] = _header(_HEADERS_OF_SOME[status], required=False)
+    return response
 
 
 def _not_ready() -> Json:

@@ -57,3 +57,10 @@ def test_without_a_key_nothing_is_accepted() -> None:
     for authorization in ("", "Bearer ", "Bearer"):
         with pytest.raises(errors.ForbiddenError, match="no admin_key is set"):
             AdminKey("").check(authorization)
+
+
+def test_a_request_without_a_key_is_no_guess(key: AdminKey) -> None:
+    for _ in range(2 * ATTEMPTS):
+        with pytest.raises(errors.UnauthorizedError):
+            key.check("", now=1.0)
+    key.check(RIGHT, now=1.0)
