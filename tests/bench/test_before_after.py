@@ -16,6 +16,7 @@ from vitserve.bench.report import stdout_console
 from vitserve.model.bundle.bundle import Bundle
 
 
+@pytest.mark.slow
 def test_a_checkout_compared_with_itself_has_every_round(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

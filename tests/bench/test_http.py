@@ -128,6 +128,7 @@ def test_an_unknown_scenario_ends_with_the_known_ones(capsys: pytest.CaptureFixt
     assert "unknown scenario latency; the scenarios are throughput, decode" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TOOLS, reason="wrk or a C compiler is not installed")
 def test_overload_and_rejections_of_the_real_server(tmp_path: Path) -> None:
     words = ["--servers", "new", "plain", "old", "--rounds", "1", "--seconds", "1", "--output", str(tmp_path)]
