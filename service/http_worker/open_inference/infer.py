@@ -39,6 +39,7 @@ LENGTH_HEADER = b"inference-header-content-length"
 # JSON with more values takes so long to parse that other requests would wait for the interpreter lock.
 MAX_VALUES = 500_000
 _PARSED_ON_LOOP = 65_536  # bytes
+_MOST_DIMENSIONS = 4
 _FIELDS = ("id", "parameters", "inputs", "outputs")
 _OF_THE_PATH = ("model_name", "model_version")  # KServe's client repeats them in the body
 _PARAMETERS = ("timeout", "priority", "binary_data_output")
@@ -150,17 +151,14 @@ def _images(
     if len(inputs) != 1:
         raise errors.BadRequestError(f"the request has {len(inputs)} inputs; it must have one: image or pixels")
     (value,) = inputs
-    count = value.shape[0] if value.shape else 0
+    count = value.shape[0]
     if not 1 <= count <= settings.max_images:
         raise too_many_images(str(count), settings.max_images)
     if value.name == "pixels":
         value.check("UINT8", (None, *model_info.preprocessing.shape))
         return [PixelImage(pixels) for pixels in value.pixels()]
     value.check("BYTES", (None,) if len(value.shape) == 1 else (None, 1))
-    images = value.elements()
-    if len(images) != count:
-        raise errors.BadRequestError(f"input 'image' has {len(images)} elements; its shape needs {count}")
-    return images
+    return value.elements()
 
 
 def _inputs(request: Mapping[str, Any], binary: memoryview) -> list[Input]:
@@ -170,8 +168,11 @@ def _inputs(request: Mapping[str, Any], binary: memoryview) -> list[Input]:
         if name not in ("image", "pixels"):
             raise errors.BadRequestError(f"unknown input {name[:100]!r}; allowed: image, pixels")
         shape = member.get("shape")
-        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
-            raise errors.BadRequestError(f"the shape of input {name!r} must be a list of sizes")
+        sizes = shape[: _MOST_DIMENSIONS + 1] if isinstance(shape, list) else []
+        if not 1 <= len(sizes) <= _MOST_DIMENSIONS or not all(
+            type(size) is int and 0 <= size < 1 << 31 for size in sizes
+        ):
+            raise errors.BadRequestError(f"the shape of input {name!r} must be a list of one to four sizes")
         parameters = _members(member.get("parameters", {}), f"parameters of input {name!r}", ("binary_data_size",))
         content: memoryview | None = None
         if "binary_data_size" in parameters:
@@ -180,7 +181,7 @@ def _inputs(request: Mapping[str, Any], binary: memoryview) -> list[Input]:
             position += size
         elif "data" not in member:
             raise errors.BadRequestError(f"input {name!r} has neither data nor binary_data_size")
-        inputs.append(Input(name, str(member.get("datatype")), tuple(shape), member.get("data"), content))
+        inputs.append(Input(name, str(member.get("datatype")), tuple(sizes), member.get("data"), content))
     if position != len(binary):
         raise errors.BadRequestError(f"the inputs have {position:,} bytes of binary data; the body has {len(binary):,}")
     return inputs

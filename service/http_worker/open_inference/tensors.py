@@ -33,7 +33,9 @@ class Input(NamedTuple):
     def check(self, datatype: str, shape: Sequence[int | None]) -> None:
         """``shape``: None for any size. Raises BadRequestError."""
         if self.datatype != datatype:
-            raise errors.BadRequestError(f"input {self.name!r} has datatype {self.datatype!r}; it must be {datatype}")
+            raise errors.BadRequestError(
+                f"input {self.name!r} has datatype {self.datatype[:100]!r}; it must be {datatype}"
+            )
         if len(self.shape) != len(shape) or any(
             expected not in (None, size) for size, expected in zip(self.shape, shape, strict=True)
         ):
@@ -43,19 +45,33 @@ class Input(NamedTuple):
             )
 
     def elements(self) -> list[bytes | errors.ServiceError]:
-        """Of a tensor of BYTES: encoded images. In JSON, they are in base64. Raises BadRequestError."""
+        """Of a tensor of BYTES [n] or [n, 1]: encoded images. In JSON, they are in base64. Raises BadRequestError.
+
+        No more than n are read: the data of a request may have millions.
+        """
+        count = self.shape[0]
         if self.binary is None:
-            return [self._from_base64(index, text) for index, text in enumerate(_flat(self.data))]
+            texts = list(_flat(self.data))
+            if len(texts) != count:
+                raise self._wrong_count(str(len(texts)))
+            return [self._from_base64(index, text) for index, text in enumerate(texts)]
         elements: list[bytes | errors.ServiceError] = []
         position = 0
         while position < len(self.binary):
+            if len(elements) == count:
+                raise self._wrong_count(f"more than {count}")
             start = position + _LENGTH.size
             length = _LENGTH.unpack_from(self.binary, position)[0] if start <= len(self.binary) else math.inf
             if start + length > len(self.binary):
                 raise errors.BadRequestError(f"the binary data of input {self.name!r} ends within an element")
             position = start + int(length)
             elements.append(bytes(self.binary[start:position]))
+        if len(elements) != count:
+            raise self._wrong_count(str(len(elements)))
         return elements
+
+    def _wrong_count(self, number: str) -> errors.BadRequestError:
+        return errors.BadRequestError(f"input {self.name!r} has {number} elements; its shape needs {self.shape[0]}")
 
     def _from_base64(self, index: int, text: Any) -> bytes | errors.BadRequestError:
         if not isinstance(text, str):
