@@ -117,7 +117,11 @@ class OpenInference:
     async def _configuration(self, _: Request) -> Response:
         return JSONResponse(description.configuration(self._serving, self.state.settings.max_images))
 
-    async def _statistics(self, _: Request) -> Response:
+    async def _statistics(self, request: Request) -> Response:
+        """As metrics, only on the admin port if there is one."""
+        admin_port = self.state.settings.admin_port
+        if admin_port and request.scope["server"][1] != admin_port:
+            raise errors.NotFoundError("statistics are on the admin port")
         return JSONResponse({"model_stats": [description.statistics(self._serving, self.exposition.collect())]})
 
     async def _index(self, _: Request) -> Response:

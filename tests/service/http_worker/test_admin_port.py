@@ -46,6 +46,8 @@ def test_metrics_and_administration_are_on_the_admin_port_only(both: tuple[httpx
         assert response.status_code == 404
         assert response.text == missing.text.replace("/no-such-route", "/metrics")
     assert reload(client, KEY).status_code == 404
+    statistics = [each.get("/v2/models/stats").status_code for each in both]
+    assert statistics == [404, 200]
     assert metric(admin, "vitserve_ready") == 1
     assert reload(admin, KEY).status_code == 200
 
