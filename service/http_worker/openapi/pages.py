@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Awaitable, Callable
-from functools import partial
+from functools import cache, partial
 from html import escape
 from pathlib import Path
 
@@ -70,14 +70,18 @@ async def _page(root_path: str, request: Request) -> Response:
 
 
 async def _asset(name: str, request: Request) -> Response:
-    headers = _HEADERS | {"Cache-Control": "no-cache"}
-    path = _DIRECTORY / name
-    if path.exists():
-        return Response(path.read_bytes(), headers=headers, media_type=_ASSETS[name])
-    content = path.with_name(f"{name}.gz").read_bytes()
-    headers |= {"Cache-Control": "max-age=86400", "Vary": "Accept-Encoding"}
-    if "gzip" in request.headers.get("accept-encoding", ""):
+    if not (_DIRECTORY / f"{name}.gz").exists():
+        headers = _HEADERS | {"Cache-Control": "no-cache"}
+        return Response((_DIRECTORY / name).read_bytes(), headers=headers, media_type=_ASSETS[name])
+    headers = _HEADERS | {"Cache-Control": "max-age=86400", "Vary": "Accept-Encoding"}
+    compressed = "gzip" in request.headers.get("accept-encoding", "")
+    if compressed:
         headers["Content-Encoding"] = "gzip"
-    else:
-        content = gzip.decompress(content)
-    return Response(content, headers=headers, media_type=_ASSETS[name])
+    return Response(_content(name, compressed), headers=headers, media_type=_ASSETS[name])
+
+
+@cache
+def _content(name: str, compressed: bool) -> bytes:
+    """Decompressing takes milliseconds, in which no other request is handled."""
+    content = (_DIRECTORY / f"{name}.gz").read_bytes()
+    return content if compressed else gzip.decompress(content)
