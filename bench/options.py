@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure and where to write the results. The command's help text describes each option."""
+    """The measurements, and the files for their results. The command's help text describes each option."""
 
     target: str = ""  # URL of a server, or directory of a bundle; empty: the default model
     images: Path | None = None

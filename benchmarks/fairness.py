@@ -1,4 +1,4 @@
-"""Measures what a client with its own API key notices while another key floods the server.
+"""Measures the latency of a client with its own API key while another key floods the server.
 
     python -m benchmarks.fairness --bundle BUNDLE
 

@@ -44,7 +44,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all servers have in common."""
+    """The common parts of all servers."""
 
     bundle: Bundle
     graph: Path  # the plain graph of the same network, for the peers

@@ -38,7 +38,7 @@ class Arrivals:
 
 @dataclass(frozen=True)
 class Overload:
-    """What the clients saw in one turn. Times in ms are None if there is no such response."""
+    """The responses that the clients got in one turn. Times in ms are None if there is no such response."""
 
     capacity: float  # responses per second in a closed loop, mean of before and after
     offered: float  # requests sent per second

@@ -50,7 +50,7 @@ _CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict"}
 
 
 def read_program(path: Path) -> ExportedProgram:
-    """Raises CheckpointError naming what is not read."""
+    """Raises CheckpointError naming the part that is not read."""
     contents = _contents(path)
     for name, pattern in _CONFIGURATIONS.items():
         for tensor, payload in _json(path, contents, name).get("config", {}).items():
@@ -99,7 +99,7 @@ def _json(path: Path, contents: dict[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _check(path: Path, model: dict[str, Any]) -> None:
-    """Raises CheckpointError for what torch would look up, evaluate, or import. Removes what debuggers need."""
+    """Raises CheckpointError for names and texts that torch would look up, evaluate, or import. Removes metadata."""
     model["guards_code"] = []  # Python, which checks that sizes are as the example's
     for holder, key, value in _entries(model):
         if key in ("target", "as_operator"):
@@ -197,5 +197,5 @@ def _loaded(path: Path, contents: dict[str, bytes]) -> ExportedProgram:
             raise CheckpointError(f"torch {torch.__version__} cannot read {path}: {reason}") from error
 
 
-def _unsafe(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} has {what}, which is not loaded because loading it could execute code")
+def _unsafe(path: Path, content: str) -> CheckpointError:
+    return CheckpointError(f"{path} has {content}, which is not loaded because loading it could execute code")

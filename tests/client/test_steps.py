@@ -1,4 +1,4 @@
-"""What the client sends, and when it sends it again, with a clock of the test and without a server."""
+"""Requests of the client and the times at which it sends them again, with a clock of the test and without a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a schema cannot say about valid requests: https://schemathesis.readthedocs.io/en/stable/guides/extending/.
+"""Properties of valid requests that a schema cannot express: https://schemathesis.readthedocs.io/en/stable/guides/extending/.
 
 Strings of the formats ``byte`` and ``binary`` are image files, options of embeddings need ``embedding``, float16 needs
 base64, and a machine that is busy needs time. Requests that are meant to be invalid stay invalid.

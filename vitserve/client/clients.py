@@ -56,7 +56,7 @@ def _embedding_params(normalize: bool) -> dict[str, str]:
 
 
 class Client(_Requests):
-    """Retries what was not admitted: at least after the time that the server gives, and if the connection fails.
+    """Sends images again that were not admitted, after the time that the server gives, or if the connection failed.
 
     ``timeout_seconds``: of one attempt; the server receives it as the deadline of the request. ``deadline_seconds``: of
     a request with its retries. ``priority``: from 0 to 9, the most urgent. ``options``: those of httpx.Client, such as

@@ -1,4 +1,4 @@
-"""What the client returns."""
+"""The results of the client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client does, without I/O: generators that yield requests and waits, and receive responses.
+"""The logic of a client without I/O: generators that yield requests and waits, and receive responses.
 
 So the synchronous and the asynchronous client share everything but the steps themselves.
 """

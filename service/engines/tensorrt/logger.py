@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Messages:
-    """What TensorRT logged during some calls."""
+    """The messages that TensorRT logged during some calls."""
 
     errors: list[str] = field(default_factory=list)  # a failed call returns only None or False
     layers: str = ""  # of the last plan that was built
@@ -45,7 +45,7 @@ class TensorRtLogger(trt.ILogger):  # type: ignore[misc, unused-ignore]  # untyp
 
     @contextmanager
     def collected(self) -> Iterator[Messages]:
-        """What is logged inside the ``with`` block, by any thread."""
+        """The messages that are logged inside the ``with`` block, by any thread."""
         messages = Messages()
         self._collecting.append(messages)
         try:

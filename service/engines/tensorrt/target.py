@@ -1,4 +1,4 @@
-"""What a TensorRT plan is built for. Needs TensorRT only to find out what this machine is."""
+"""The target of a TensorRT plan: GPU and library. Needs TensorRT only to describe this machine."""
 
 from __future__ import annotations
 

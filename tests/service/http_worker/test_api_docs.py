@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 
 
 class Page(HTMLParser):
-    """What a page loads, and the text of its scripts and styles."""
+    """The files that a page loads, and the text of its scripts and styles."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

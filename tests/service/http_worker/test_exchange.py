@@ -1,4 +1,4 @@
-"""What all responses have in common: problem bodies, request ids, CORS, a prefix of the paths, and the request log."""
+"""The common parts of all responses: problem bodies, request ids, CORS, a prefix of the paths, and the request log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes cost while no request arrives."""
+"""The CPU time of the processes while no request arrives."""
 
 from __future__ import annotations
 
