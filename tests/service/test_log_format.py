@@ -72,7 +72,7 @@ def test_an_exception_is_a_member_of_its_line() -> None:
 
 def test_the_text_of_a_request_and_its_members_say_the_same(caplog: pytest.LogCaptureFixture) -> None:
     about = b"1-2", ("::1", 1), "GET", '/a"\né', 404, "not_found", 0.01
-    RequestLog("all", 1.0).write(*about, "key=7 images=1 read_ms=0.125")
+    RequestLog("all", 1.0).write(*about, {"key": "7", "images": 1, "read_ms": 0.125})
     RequestLog("all", 1.0).write(b"3", None, "-", "", 200, "", 0.0)
     assert [record.getMessage() for record in caplog.records] == [
         r'id=1-2 client=::1 method=GET path="/a\"\n\u00e9" status=404 code=not_found ms=10.000 key=7 '

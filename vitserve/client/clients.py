@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from vitserve.client import results
 from vitserve.client.errors import ConnectionFailedError, VitserveError, deadline_exceeded
@@ -19,16 +19,28 @@ except ImportError as error:
     raise ImportError('vitserve.client needs httpx: pip install "vitserve[client]"') from error
 
 T = TypeVar("T")
+H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 
 _GRACE_SECONDS = 1.0  # the server responds at the deadline, and the response takes time
 _IMAGE_TYPE = "application/octet-stream"
 
 
-class _Requests:
+class _Requests(Generic[H]):
     """The operations of both clients."""
 
-    def __init__(self, times: Times, priority: int | None) -> None:
-        self._times = times
+    _http_client: type[H]
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        timeout_seconds: float = 10.0,
+        deadline_seconds: float = 60.0,
+        priority: int | None = None,
+        **options: Any,
+    ) -> None:
+        self._http: H = self._http_client(base_url=url, **options)
+        self._times = Times(timeout_seconds, deadline_seconds)
         self._headers = {} if priority is None else {"Vitserve-Priority": str(priority)}
         self._limits: Model | None = None
 
@@ -55,7 +67,7 @@ def _embedding_params(normalize: bool) -> dict[str, str]:
     return {"encoding": "base64", "normalize": "true" if normalize else "false"}
 
 
-class Client(_Requests):
+class Client(_Requests[httpx.Client]):
     """Sends images again that were not admitted, after the time that the server gives, or if the connection failed.
 
     ``timeout_seconds``: of one attempt; the server receives it as the deadline of the request. ``deadline_seconds``: of
@@ -63,17 +75,7 @@ class Client(_Requests):
     ``headers``.
     """
 
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        timeout_seconds: float = 10.0,
-        deadline_seconds: float = 60.0,
-        priority: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(Times(timeout_seconds, deadline_seconds), priority)
-        self._http = httpx.Client(base_url=url, **options)
+    _http_client = httpx.Client
 
     def __enter__(self) -> Self:
         return self
@@ -133,20 +135,10 @@ class Client(_Requests):
             return _failure(error)
 
 
-class AsyncClient(_Requests):
+class AsyncClient(_Requests[httpx.AsyncClient]):
     """As Client."""
 
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        timeout_seconds: float = 10.0,
-        deadline_seconds: float = 60.0,
-        priority: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(Times(timeout_seconds, deadline_seconds), priority)
-        self._http = httpx.AsyncClient(base_url=url, **options)
+    _http_client = httpx.AsyncClient
 
     async def __aenter__(self) -> Self:
         return self

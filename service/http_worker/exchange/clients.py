@@ -30,9 +30,9 @@ class Allowance:
         self._client, self._share, self._images = client, share, 0
 
     @property
-    def label(self) -> str:
+    def fields(self) -> dict[str, object]:
         """For the request log."""
-        return "" if self._client is None else f"key={self._client.name} "
+        return {} if self._client is None else {"key": self._client.name}
 
     def rejection(self, images: int, dispatcher: Dispatcher) -> errors.OverloadedError | None:
         """If the client would have more than its share of the slots. A request alone is never too large."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from vitserve.service.log_format import FieldsMessage
 
@@ -29,9 +31,9 @@ class RequestLog:
         status: int,
         code: str,
         seconds: float,
-        details: str = "",
+        details: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
-        """``code``: of the error, or of images that failed; empty without an error. ``details``: name=value …
+        """``code``: of the error, or of images that failed; empty without an error. ``details``: more fields.
 
         Writes only what the setting selects. Client text is quoted as JSON in ASCII, so it cannot begin a new line.
         """
@@ -46,11 +48,12 @@ class RequestLog:
             "path": path[:_MAX_PATH_CHARACTERS],
             "status": status,
             "code": code or None,
-            "ms": round(seconds * 1000, 3),
+            "ms": seconds * 1000,
+            **details,
         }
-        for detail in details.split():
-            name, _, text = detail.partition("=")
-            fields[name] = float(text) if name.endswith("_ms") else int(text) if name == "images" else text
+        for name, value in fields.items():
+            if isinstance(value, float):
+                fields[name] = round(value, 3)
         log.info(_RequestMessage("request", fields))
 
 

@@ -23,7 +23,7 @@ from vitserve.service.http_worker.inference.request_parsing import (
     RequestHead,
     check_length,
 )
-from vitserve.service.http_worker.inference.response import Outcome, Response, server_timing
+from vitserve.service.http_worker.inference.response import Outcome, Response, stage_milliseconds
 from vitserve.service.http_worker.state import State
 
 log = logging.getLogger(__name__)
@@ -226,9 +226,9 @@ class InferenceCall:
         if self._state.request_log.on:
             failed = {outcome.code for outcome in outcomes if isinstance(outcome, errors.ServiceError)}
             code = code or ",".join(sorted(failed))
-            stages = server_timing(self._read_seconds, outcomes).decode()
-            details = f"{self._allowance.label}images={len(self._outcomes)} {stages}"
-            details = details.replace(";dur=", "_ms=").replace(",", "")
+            stages = stage_milliseconds(self._read_seconds, outcomes).items()
+            details = {**self._allowance.fields, "images": len(self._outcomes)}
+            details |= {f"{name}_ms": milliseconds for name, milliseconds in stages}
             about = self._request_id, self._client, "POST", self._operation.route
             self._state.request_log.write(*about, status, code, seconds, details)
 

@@ -121,17 +121,18 @@ def most_probable(values: Floats, count: int) -> list[int]:
     return indices
 
 
-def server_timing(read_seconds: float, outcomes: Sequence[Outcome]) -> bytes:
-    """A W3C Server-Timing header in milliseconds. With several images, the slowest of each stage."""
+def stage_milliseconds(read_seconds: float, outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Duration by stage. With several images, the slowest of each stage."""
     results = [outcome for outcome in outcomes if isinstance(outcome, ImageResult)]
-    if not results:
-        return b"read;dur=%.3f" % (read_seconds * 1000)
-    decode = max([result.decode_seconds for result in results])
-    queue = max([result.queue_seconds for result in results])
-    inference = max([result.inference_seconds for result in results])
-    return b"read;dur=%.3f, decode;dur=%.3f, queue;dur=%.3f, inference;dur=%.3f" % (
-        read_seconds * 1000,
-        decode * 1000,
-        queue * 1000,
-        inference * 1000,
-    )
+    stages = {"read": read_seconds * 1000}
+    if results:
+        stages["decode"] = max([result.decode_seconds for result in results]) * 1000
+        stages["queue"] = max([result.queue_seconds for result in results]) * 1000
+        stages["inference"] = max([result.inference_seconds for result in results]) * 1000
+    return stages
+
+
+def server_timing(read_seconds: float, outcomes: Sequence[Outcome]) -> bytes:
+    """A W3C Server-Timing header in milliseconds."""
+    stages = stage_milliseconds(read_seconds, outcomes).items()
+    return ", ".join([f"{name};dur={milliseconds:.3f}" for name, milliseconds in stages]).encode()
