@@ -57,7 +57,7 @@ class BoundedProtocol(ClosingProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._arrived = self.service.turns.arrived()
-        self._heard = self.limits.clock
+        self._heard = self.limits.next_tick
         self._read_bytes = len(data)
         if self._lingers or self._error_after_response is not None or self.transport.is_closing():
             self._drop(data)
@@ -109,7 +109,7 @@ class BoundedProtocol(ClosingProtocol):
         self._unfinished, self._in_body = True, False
         self._content_bytes = self._hosts = 0
         self._transfer_coded = False
-        self._since = self.limits.clock
+        self._since = self.limits.next_tick
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()

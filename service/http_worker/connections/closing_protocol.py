@@ -45,8 +45,8 @@ class ClosingProtocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         # Times of the limits' clock
-        self._heard = self.limits.clock  # data arrived, or a response was still to be sent
-        self._since = self.limits.clock  # the connection, its latest request, or lingering began
+        self._heard = self.limits.next_tick  # data arrived, or a response was still to be sent
+        self._since = self.limits.next_tick  # the connection, its latest request, or lingering began
         self._unfinished = self._in_body = False  # a request has not arrived completely; its headers have
         self._error_after_response: errors.ServiceError | None = None
         self._lingers = False
@@ -118,7 +118,7 @@ class ClosingProtocol(HttpToolsProtocol):
         if not self._lingers and not self.transport.is_closing():
             self._lingers = True
             self._release_head()
-            self._since, self._dropped_bytes = self.limits.clock, 0
+            self._since, self._dropped_bytes = self.limits.next_tick, 0
             self.flow.resume_reading()
             self.transport.write_eof()
 

@@ -19,14 +19,15 @@ _SHORTEST_INTERVAL_SECONDS, _LONGEST_INTERVAL_SECONDS = 0.05, 1.0
 class ConnectionLimits:
     """The limits, and the clock that measures times against them.
 
-    The clock advances at each tick(), about once a second: connections note its time when something happens to them,
-    which costs nothing, and are compared with it then. It stands still while the worker does not run, so that the
+    The clock advances at each tick(), about once a second. When something happens to a connection, it notes the time of
+    the next tick, which costs nothing: with the time of the last one, a client that was quick would seem up to a second
+    slower. The clock stands still while the worker does not run, so that the
     time in which the machine was suspended or overloaded does not count against clients.
     """
 
     def __init__(self, settings: Settings, open_files: int) -> None:
         """``open_files``: the limit of open files of this process."""
-        self.clock = 0.0  # seconds
+        self.clock = 0.0  # seconds, at the last tick
         self.draining = False
         self.unfinished_head_bytes = 0
         self.header_bytes, self.headers = settings.max_header_bytes, settings.max_headers
@@ -47,13 +48,20 @@ class ConnectionLimits:
         )
         # Between ticks
         self.interval = min(_LONGEST_INTERVAL_SECONDS, max(_SHORTEST_INTERVAL_SECONDS, shortest / 2))
+        self.next_tick = self.interval
 
     def tick(self, elapsed: float) -> None:
         """``elapsed``: seconds since the last tick."""
         self.clock += min(elapsed, 2 * self.interval)
+        self.next_tick = self.clock + self.interval
 
     def drain(self) -> None:
-        """From now on, connections are closed unless their request is complete, or may be on its way."""
+        """From now on, connections are closed unless their request is complete, or may be on its way.
+
+        Ticks are frequent from now on. The time until the next one has passed before this is called.
+        """
+        self.clock, self.interval = self.next_tick, _SHORTEST_INTERVAL_SECONDS
+        self.next_tick = self.clock + self.interval
         self.draining = True
         self.first_request_seconds = self.unsent_seconds = LINGER_SECONDS
         self.linger_seconds = LINGER_SECONDS / 2
