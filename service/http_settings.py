@@ -52,6 +52,10 @@ class HttpSettings:
         "Additional port for liveness probes. The supervisor answers GET /livez there, so that no load on the HTTP "
         "workers delays it. 0: none.",
     )
+    grpc_port: int = setting(
+        0,
+        "Additional port for the Open Inference Protocol over gRPC, without TLS. It requires vitserve[grpc]. 0: none.",
+    )
     timeout_ms: int = setting(
         10_000,
         "Default request deadline in milliseconds. A request may override it with `timeout_ms`. Images that cannot "
@@ -135,12 +139,12 @@ class HttpSettings:
             )
 
     def _check_ports(self) -> None:
-        ports = {name: getattr(self, name) for name in ("port", "admin_port", "probe_port")}
+        ports = {name: getattr(self, name) for name in ("port", "admin_port", "probe_port", "grpc_port")}
         for name, port in ports.items():
             if not 0 <= port <= 65535:
                 raise SettingsError(f"{name} is {port}; it must be from 0 to 65535")
-        for name in ("admin_port", "probe_port"):
-            for other in ("port", "admin_port"):
+        for name, *others in (("admin_port", "port"), ("probe_port", "port", "admin_port"), ("grpc_port", *ports)):
+            for other in others:
                 if ports[name] and name != other and ports[name] == ports[other]:
                     raise SettingsError(
                         f"{name} and {other} are both {ports[name]}; they must differ (0: no port of its own)"

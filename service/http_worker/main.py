@@ -10,8 +10,9 @@ import contextlib
 import gc
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -26,6 +27,9 @@ from vitserve.service.http_worker.state import State
 from vitserve.service.ipc.child_runtime import start_child
 from vitserve.service.ipc.control_messages import StartHttpWorker
 from vitserve.service.metrics import in_files
+
+if TYPE_CHECKING:
+    from vitserve.service.http_worker.rpc.server import RpcServer
 
 # Requests allocate few objects in cycles. With Python's default of 700 objects, collections take 3% of the time.
 GC_THRESHOLD = 10_000
@@ -46,6 +50,11 @@ class _Server(uvicorn.Server):
         self._capacity = Capacity(self._limits, self.server_state.connections)
         self._protocol = protocol_class(state, self._limits, self._capacity, self._rejections)
         self._checked = time.monotonic()
+        self._rpc: Callable[[], RpcServer] | None = None
+
+    def add_rpc(self, server_class: type[RpcServer], host: str) -> None:
+        """``host``: a numeric address. The server needs the running event loop."""
+        self._rpc = lambda: server_class(self._state, self._limits, host)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to the whole process group, such as Ctrl-C, is handled by the supervisor."""
@@ -56,6 +65,9 @@ class _Server(uvicorn.Server):
         await acceptor.start()
         loop = asyncio.get_running_loop()
         admin = [await loop.create_server(self._create_protocol, sock=socket) for socket in self._admin_listeners]
+        rpc = None if self._rpc is None else self._rpc()
+        if rpc is not None:
+            await rpc.start()
         self._capacity.control(acceptor.pause, acceptor.resume)
         self._state.on_slot_table(acceptor.share)
         while not self._state.draining.is_set():
@@ -65,7 +77,7 @@ class _Server(uvicorn.Server):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._limits.interval):
                     await self._state.draining.wait()
-        await self._drain(acceptor, admin)
+        await asyncio.gather(self._drain(acceptor, admin), *([] if rpc is None else [rpc.drain()]))
 
     async def _drain(self, acceptor: Acceptor, admin: Sequence[asyncio.Server]) -> None:
         """Ends when every complete request has its response. Others do not hold it up.
@@ -112,10 +124,21 @@ def main() -> None:
         proxy_headers=False,
         ws="none",
     )
+    rpc_server = _rpc_server_class() if start.settings.grpc_port else None
     gc.freeze()  # or full collections would scan all these objects and stop the event loop for tens of milliseconds
     listener, *admin_listeners = (socket.socket(fileno=descriptor) for descriptor in descriptors)
     gc.set_threshold(GC_THRESHOLD)
-    _Server(config, state, listener, admin_listeners).run(sockets=[])
+    server = _Server(config, state, listener, admin_listeners)
+    if rpc_server is not None:
+        server.add_rpc(rpc_server, listener.getsockname()[0])
+    server.run(sockets=[])
+
+
+def _rpc_server_class() -> type[RpcServer]:
+    """The extra ``grpc`` is installed only where it is used."""
+    from vitserve.service.http_worker.rpc.server import RpcServer
+
+    return RpcServer
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import os
 import resource
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from vitserve.service import machine
@@ -49,6 +51,7 @@ def serve(settings: Settings) -> int:
             _listen(settings.host, settings.port) as listener,
             _listen_also(settings, settings.admin_port, "metrics and administration on") as admin,
             _listen_also(settings, settings.probe_port, "liveness probes on") as probes,
+            reserved_grpc_port(settings),
         ):
             return asyncio.run(Supervisor(settings, listener, light_workers, admin, probes).run())
     except SupervisorGaveUpError as error:
@@ -66,6 +69,33 @@ def check_api_keys(settings: Settings) -> None:
         except ApiKeysError as error:
             raise SettingsError(f"api_keys: {error}") from error
         log.info("requests need one of %d API keys", count)
+
+
+@contextlib.contextmanager
+def reserved_grpc_port(settings: Settings) -> Iterator[None]:
+    """Keeps grpc_port for the HTTP workers, each of which listens on it with a socket of its own.
+
+    Raises SettingsError if a package is missing, and OSError if the port is in use.
+    """
+    if not settings.grpc_port:
+        yield
+        return
+    if not (_is_installed("grpc") and _is_installed("google.protobuf")):
+        raise SettingsError("grpc_port needs grpcio and protobuf: pip install 'vitserve[grpc]'")
+    family, address = _family(settings.host), (settings.host, settings.grpc_port)
+    socket.create_server(address, family=family).close()  # fails if another service has it, even with SO_REUSEPORT
+    with socket.socket(family, socket.SOCK_STREAM) as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(address)
+        log.info("gRPC on %s:%d", f"[{settings.host}]" if ":" in settings.host else settings.host, settings.grpc_port)
+        yield
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def raise_open_files_limit() -> None:
@@ -95,10 +125,13 @@ def _most_workers(settings: Settings, cores: int) -> int:
 
 
 def _listen(host: str, port: int, purpose: str = "running on") -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    listener = socket.create_server((host, port), family=_family(host), backlog=BACKLOG)
     log.info("%s http://%s:%d", purpose, f"[{host}]" if ":" in host else host, listener.getsockname()[1])
     return listener
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _listen_also(

@@ -38,8 +38,9 @@ def test_the_supervisor_imports_nothing_heavy() -> None:
     assert not loaded & (HEAVY | {"prometheus_client", "typer"})
 
 
-def test_an_http_worker_imports_no_engine() -> None:
-    assert not modules_after("import vitserve.service.http_worker.main") & {"onnxruntime", "openvino"}
+def test_an_http_worker_imports_no_engine_and_no_grpc() -> None:
+    loaded = modules_after("import vitserve.service.http_worker.main")
+    assert not loaded & {"onnxruntime", "openvino", "grpc", "google.protobuf"}
 
 
 def test_serving_imports_no_torch() -> None:

@@ -63,6 +63,11 @@ def test_choices_are_in_the_help_text_and_include_the_default(name: str) -> None
             {"port": 8001, "admin_port": 8001},
             "admin_port and port are both 8001; they must differ (0: no port of its own)",
         ),
+        ({"grpc_port": 70000}, "grpc_port is 70000; it must be from 0 to 65535"),
+        (
+            {"probe_port": 8001, "grpc_port": 8001},
+            "grpc_port and probe_port are both 8001; they must differ (0: no port of its own)",
+        ),
         ({"probe_port": -1}, "probe_port is -1; it must be from 0 to 65535"),
         ({"header_seconds": 0.0}, "header_seconds is 0.0; it must be greater than 0"),
         ({"max_header_bytes": 100}, "max_header_bytes is 100; it must be at least 1024"),

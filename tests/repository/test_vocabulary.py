@@ -55,7 +55,7 @@ PATTERN = re.compile(r"(?<![\w-])(?:" + "|".join(WORDS) + r")(?![\w-])", re.IGNO
 EXCLUDED = re.compile(
     r"^(LICENSE|tests/repository/test_vocabulary\.py|tests/deploy/crds/.*|docker/requirements-.*|docker/torch\.txt|examples/javascript/.*\.mjs"
     r"|service/http_worker/openapi/swagger_ui/(LICENSE|LICENSE-bundled\.txt|NOTICE|.*\.gz)"
-    r"|.*imagenet_labels\.txt|.*\.(onnx|data|npz|bin|xml|safetensors|jpg|jpeg|png|gif))$"
+    r"|.*imagenet_labels\.txt|.*\.(onnx|data|npz|bin|binpb|xml|safetensors|jpg|jpeg|png|gif))$"
 )
 
 

@@ -32,6 +32,8 @@ class ConnectionLimits:
         self.unfinished_head_bytes = 0
         self.header_bytes, self.headers = settings.max_header_bytes, settings.max_headers
         room = open_files - RESERVED_DESCRIPTORS - EXTRA_CONNECTIONS
+        if settings.grpc_port:
+            room //= 2  # gRPC may have as many connections
         self.connections = max(1, min(settings.max_connections, room))
         self.first_request_seconds = settings.first_request_seconds
         self.header_seconds = settings.header_seconds

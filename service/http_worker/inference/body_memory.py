@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from vitserve.service import errors
 
 # Bytes that a request takes for each byte of its body, with the copies that parsing makes.
-_COPIES = {"application/json": 2, "multipart/form-data": 2}
+_COPIES = {"application/json": 2, "multipart/form-data": 2, "application/grpc": 3}
 # A part of the memory is for small bodies, so that a few clients with large ones do not keep others out.
 SMALL_BYTES = 2**20
 _SHARE_OF_LARGE = 0.75

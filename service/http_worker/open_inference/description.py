@@ -12,8 +12,10 @@ from typing import Any
 from prometheus_client import Metric
 
 from vitserve import __version__
+from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.http_worker.open_inference.infer import OUTPUTS
+from vitserve.service.ipc.model_info import ModelInfo
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 # Stage in Triton's statistics → our histogram.
@@ -22,6 +24,13 @@ _STAGES = {
     "compute_input": "vitserve_decode_seconds",
     "compute_infer": "vitserve_inference_seconds",
 }
+
+
+def check_model(info: ModelInfo, name: str, version: str) -> None:
+    """``version``: empty for any. Raises NotFoundError unless this model is served."""
+    if name != info.name or version not in ("", info.version):
+        wanted = f"{name}, version {version}" if version else name
+        raise errors.NotFoundError(f"unknown model {wanted[:200]!r}; served: {info.name!r}, version {info.version}")
 
 
 def server() -> dict[str, Any]:
@@ -40,6 +49,11 @@ def model(dispatcher: Dispatcher) -> dict[str, Any]:
         ],
         "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, size]} for name, size in _sizes(dispatcher)],
     }
+
+
+def index(dispatcher: Dispatcher) -> list[dict[str, str]]:
+    info = dispatcher.model_info
+    return [{"name": info.name, "version": info.version, "state": "READY", "reason": ""}]
 
 
 def configuration(dispatcher: Dispatcher, max_images: int) -> dict[str, Any]:

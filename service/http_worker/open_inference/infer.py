@@ -15,7 +15,7 @@ from vitserve.service.http_worker.dispatch.image_job import ImageResult
 from vitserve.service.http_worker.inference import request_parsing
 from vitserve.service.http_worker.inference.content_coding import decoded
 from vitserve.service.http_worker.inference.json_body import too_many_images
-from vitserve.service.http_worker.inference.options import flag, timeout_ms, whole_number
+from vitserve.service.http_worker.inference.options import flag, whole_number
 from vitserve.service.http_worker.inference.request_parsing import (
     DEFAULT_PRIORITY,
     Headers,
@@ -42,10 +42,10 @@ _PARSED_ON_LOOP = 65_536  # bytes
 _MOST_DIMENSIONS = 4
 _FIELDS = ("id", "parameters", "inputs", "outputs")
 _OF_THE_PATH = ("model_name", "model_version")  # KServe's client repeats them in the body
-_PARAMETERS = ("timeout", "priority", "binary_data_output")
+PARAMETERS = ("timeout", "priority", "binary_data_output")
 
 
-class _Requested(NamedTuple):
+class Requested(NamedTuple):
     """An output that the client requests."""
 
     name: str
@@ -82,17 +82,15 @@ class Infer:
                 f"Inference-Header-Content-Length is {json_bytes:,}, but the body has {len(body):,} bytes"
             )
         request = _parsed(body, json_bytes)
-        parameters = _members(request.get("parameters", {}), "parameters", _PARAMETERS)
-        images = _images(request, memoryview(body)[json_bytes:], settings, model_info)
-        if not 1 <= len(images) <= settings.max_images:
-            raise too_many_images(str(len(images)), settings.max_images)
-        requested = _requested(request, parameters)
+        parameters = members(request.get("parameters", {}), "parameters", PARAMETERS)
+        images = images_of(_inputs(request, memoryview(body)[json_bytes:]), settings, model_info)
+        requested = requested_outputs(request, parameters)
         return ImageRequest(
             images,
-            _timeout_ms(parameters, settings),
+            timeout_of(parameters) or settings.timeout_ms,
             any(output.name == "embedding" for output in requested),
-            partial(_response, _text(request.get("id", ""), "id"), requested),
-            _priority(parameters, head.priority),
+            partial(_response, short_text(request.get("id", ""), "id"), requested),
+            priority_of(parameters, head.priority),
         )
 
     def problem(self, error: errors.ServiceError) -> Response:
@@ -118,10 +116,10 @@ def _parsed(body: bytes | bytearray, json_bytes: int) -> Mapping[str, Any]:
         raise errors.BadRequestError(f"the body is not valid JSON: {str(error)[:200]}") from error
     if isinstance(request, dict):
         request = {name: value for name, value in request.items() if name not in _OF_THE_PATH}
-    return _members(request, "the body", _FIELDS)
+    return members(request, "the body", _FIELDS)
 
 
-def _members(value: Any, name: str, allowed: Sequence[str]) -> Mapping[str, Any]:
+def members(value: Any, name: str, allowed: Sequence[str]) -> Mapping[str, Any]:
     """An object of JSON that has only ``allowed`` members."""
     if not isinstance(value, dict):
         raise errors.BadRequestError(f"{name} must be an object")
@@ -135,19 +133,16 @@ def _objects(request: Mapping[str, Any], name: str, allowed: Sequence[str]) -> l
     values = request.get(name, [])
     if not isinstance(values, list):
         raise errors.BadRequestError(f"{name} must be a list")
-    return [_members(value, f"an element of {name}", allowed) for value in values]
+    return [members(value, f"an element of {name}", allowed) for value in values]
 
 
-def _text(value: Any, name: str) -> str:
+def short_text(value: Any, name: str) -> str:
     if not isinstance(value, str) or len(value) > 1000:
         raise errors.BadRequestError(f"{name} must be a text of at most 1,000 characters")
     return value
 
 
-def _images(
-    request: Mapping[str, Any], binary: memoryview, settings: Settings, model_info: ModelInfo
-) -> Sequence[ImageInput]:
-    inputs = _inputs(request, binary)
+def images_of(inputs: Sequence[Input], settings: Settings, model_info: ModelInfo) -> Sequence[ImageInput]:
     if len(inputs) != 1:
         raise errors.BadRequestError(f"the request has {len(inputs)} inputs; it must have one: image or pixels")
     (value,) = inputs
@@ -164,16 +159,8 @@ def _images(
 def _inputs(request: Mapping[str, Any], binary: memoryview) -> list[Input]:
     inputs, position = [], 0
     for member in _objects(request, "inputs", ("name", "shape", "datatype", "parameters", "data")):
-        name = _text(member.get("name"), "the name of an input")
-        if name not in ("image", "pixels"):
-            raise errors.BadRequestError(f"unknown input {name[:100]!r}; allowed: image, pixels")
-        shape = member.get("shape")
-        sizes = shape[: _MOST_DIMENSIONS + 1] if isinstance(shape, list) else []
-        if not 1 <= len(sizes) <= _MOST_DIMENSIONS or not all(
-            type(size) is int and 0 <= size < 1 << 31 for size in sizes
-        ):
-            raise errors.BadRequestError(f"the shape of input {name!r} must be a list of one to four sizes")
-        parameters = _members(member.get("parameters", {}), f"parameters of input {name!r}", ("binary_data_size",))
+        name, shape = checked_input(member.get("name"), member.get("shape"))
+        parameters = members(member.get("parameters", {}), f"parameters of input {name!r}", ("binary_data_size",))
         content: memoryview | None = None
         if "binary_data_size" in parameters:
             size = whole_number("binary_data_size", parameters["binary_data_size"], 0, 1 << 40)
@@ -181,39 +168,49 @@ def _inputs(request: Mapping[str, Any], binary: memoryview) -> list[Input]:
             position += size
         elif "data" not in member:
             raise errors.BadRequestError(f"input {name!r} has neither data nor binary_data_size")
-        inputs.append(Input(name, str(member.get("datatype")), tuple(sizes), member.get("data"), content))
+        inputs.append(Input(name, str(member.get("datatype")), shape, member.get("data"), content))
     if position != len(binary):
         raise errors.BadRequestError(f"the inputs have {position:,} bytes of binary data; the body has {len(binary):,}")
     return inputs
 
 
-def _requested(request: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[_Requested]:
+def checked_input(name: Any, shape: Any) -> tuple[str, tuple[int, ...]]:
+    """The name and the shape of an input. Raises BadRequestError."""
+    name = short_text(name, "the name of an input")
+    if name not in ("image", "pixels"):
+        raise errors.BadRequestError(f"unknown input {name[:100]!r}; allowed: image, pixels")
+    sizes = shape[: _MOST_DIMENSIONS + 1] if isinstance(shape, list) else []
+    if not 1 <= len(sizes) <= _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 31 for size in sizes):
+        raise errors.BadRequestError(f"the shape of input {name!r} must be a list of one to four sizes")
+    return name, tuple(sizes)
+
+
+def requested_outputs(request: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[Requested]:
     """All outputs unless the request names some."""
     binary = flag("binary_data_output", parameters.get("binary_data_output", False))
     requested = []
     for member in _objects(request, "outputs", ("name", "parameters")):
-        name = _text(member.get("name"), "the name of an output")
+        name = short_text(member.get("name"), "the name of an output")
         if name not in OUTPUTS:
             raise errors.BadRequestError(f"unknown output {name[:100]!r}; allowed: {', '.join(OUTPUTS)}")
-        options = _members(
+        options = members(
             member.get("parameters", {}), f"parameters of output {name!r}", ("binary_data", "classification")
         )
         classes = whole_number("classification", options.get("classification", 0), 0, 1 << 31)
         if classes and name == "embedding":
             raise errors.BadRequestError("the embedding is not a classification")
-        requested.append(_Requested(name, flag("binary_data", options.get("binary_data", binary)), classes))
-    return requested or [_Requested(name, binary, 0) for name in OUTPUTS]
+        requested.append(Requested(name, flag("binary_data", options.get("binary_data", binary)), classes))
+    return requested or [Requested(name, binary, 0) for name in OUTPUTS]
 
 
-def _timeout_ms(parameters: Mapping[str, Any], settings: Settings) -> int:
-    """The protocol has microseconds."""
+def timeout_of(parameters: Mapping[str, Any]) -> int | None:
+    """In milliseconds; None without one. The protocol has microseconds."""
     if "timeout" not in parameters:
-        return settings.timeout_ms
-    microseconds = whole_number("timeout", parameters["timeout"], 1, 3_600_000_000)
-    return timeout_ms({"timeout_ms": max(1, microseconds // 1000)}, settings)
+        return None
+    return max(1, whole_number("timeout", parameters["timeout"], 1, 3_600_000_000) // 1000)
 
 
-def _priority(parameters: Mapping[str, Any], of_header: int) -> int:
+def priority_of(parameters: Mapping[str, Any], of_header: int) -> int:
     """Triton's 1 is the most urgent, and 0 the default; 9 is our most urgent."""
     number = whole_number("priority", parameters.get("priority", 0), 0, 1 << 31)
     if number == 0:
@@ -226,20 +223,14 @@ def _priority(parameters: Mapping[str, Any], of_header: int) -> int:
 
 def _response(
     request_id: str,
-    requested: Sequence[_Requested],
+    requested: Sequence[Requested],
     encoder: ResponseEncoder,
     outcomes: Sequence[Outcome],
     read_seconds: float,
 ) -> Response:
-    """Raises the error of the first image that has one: a tensor cannot have errors in it."""
-    results = list[ImageResult]()
-    for outcome in outcomes:
-        if isinstance(outcome, errors.ServiceError):
-            raise outcome
-        results.append(outcome)
     info = encoder.model_info
     fields = {"model_name": info.name, "model_version": info.version} | ({"id": request_id} if request_id else {})
-    body, json_bytes = message(fields, [_output(output, results, info.labels) for output in requested])
+    body, json_bytes = message(fields, outputs_of(requested, outcomes, info.labels))
     headers = [(b"server-timing", server_timing(read_seconds, outcomes))]
     if json_bytes is None:
         headers.append((b"content-type", b"application/json"))
@@ -248,7 +239,17 @@ def _response(
     return Response(200, headers, body)
 
 
-def _output(requested: _Requested, results: Sequence[ImageResult], labels: Sequence[str]) -> Output:
+def outputs_of(requested: Sequence[Requested], outcomes: Sequence[Outcome], labels: Sequence[str]) -> list[Output]:
+    """Raises the error of the first image that has one: a tensor cannot have errors in it."""
+    results = list[ImageResult]()
+    for outcome in outcomes:
+        if isinstance(outcome, errors.ServiceError):
+            raise outcome
+        results.append(outcome)
+    return [_output(output, results, labels) for output in requested]
+
+
+def _output(requested: Requested, results: Sequence[ImageResult], labels: Sequence[str]) -> Output:
     values = np.stack([getattr(result, requested.name) for result in results])
     if not requested.classification:
         return Output(requested.name, values, requested.binary)

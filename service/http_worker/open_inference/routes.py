@@ -84,14 +84,8 @@ class OpenInference:
         match = _MODEL.fullmatch(path)
         if match is None or match["action"] not in actions:
             raise errors.NotFoundError(f"the path {path[:200]!r} does not exist")
-        self._check_model(unquote(match["name"]), match["version"])
+        description.check_model(self._serving.model_info, unquote(match["name"]), unquote(match["version"] or ""))
         return f"{PREFIX}/models/{{name}}{match['action'] or ''}", *actions[match["action"]]
-
-    def _check_model(self, name: str, version: str | None) -> None:
-        info = self.state.serving().model_info
-        if name != info.name or (version is not None and unquote(version) != info.version):
-            wanted = name if version is None else f"{name}, version {unquote(version)}"
-            raise errors.NotFoundError(f"unknown model {wanted[:200]!r}; served: {info.name!r}, version {info.version}")
 
     @property
     def _serving(self) -> Dispatcher:
@@ -125,8 +119,7 @@ class OpenInference:
         return JSONResponse({"model_stats": [description.statistics(self._serving, self.exposition.collect())]})
 
     async def _index(self, _: Request) -> Response:
-        info = self._serving.model_info
-        return JSONResponse([{"name": info.name, "version": info.version, "state": "READY", "reason": ""}])
+        return JSONResponse(description.index(self._serving))
 
     async def _infer(self, request: Request) -> Response:
         reject_unknown("query parameter", request.query_params)

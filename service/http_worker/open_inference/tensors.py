@@ -22,7 +22,7 @@ _LENGTH = struct.Struct("<I")  # before each element of a binary tensor of BYTES
 
 
 class Input(NamedTuple):
-    """An input of a request. ``binary`` is None if the values are in ``data``, from JSON."""
+    """An input of a request. ``binary`` is None if the values are in ``data``, from JSON or a typed field of gRPC."""
 
     name: str
     datatype: str
@@ -51,10 +51,10 @@ class Input(NamedTuple):
         """
         count = self.shape[0]
         if self.binary is None:
-            texts = list(_flat(self.data))
-            if len(texts) != count:
-                raise self._wrong_count(str(len(texts)))
-            return [self._from_base64(index, text) for index, text in enumerate(texts)]
+            values = list(_flat(self.data))
+            if len(values) != count:
+                raise self._wrong_count(str(len(values)))
+            return [self._element(index, value) for index, value in enumerate(values)]
         elements: list[bytes | errors.ServiceError] = []
         position = 0
         while position < len(self.binary):
@@ -73,11 +73,13 @@ class Input(NamedTuple):
     def _wrong_count(self, number: str) -> errors.BadRequestError:
         return errors.BadRequestError(f"input {self.name!r} has {number} elements; its shape needs {self.shape[0]}")
 
-    def _from_base64(self, index: int, text: Any) -> bytes | errors.BadRequestError:
-        if not isinstance(text, str):
+    def _element(self, index: int, value: Any) -> bytes | errors.BadRequestError:
+        if isinstance(value, bytes):  # of gRPC
+            return value
+        if not isinstance(value, str):
             raise errors.BadRequestError(f"input {self.name!r} must have images in base64; element {index} is no text")
         try:
-            return base64_image.decode(text.encode())
+            return base64_image.decode(value.encode())
         except base64_image.Base64Error as error:
             return errors.BadRequestError(f"element {index} of input {self.name!r} {error}")
 

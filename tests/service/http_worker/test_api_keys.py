@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 
+from benchmarks.processes import free_port
 from tests.support.http import metric
 from tests.support.images import encoded, random_image
+from tests.support.rpc import INFER, method, rejection
 from tests.support.server import Server, start_server
 from tests.support.waiting import eventually
 from vitserve.model.bundle.bundle import Bundle
@@ -41,11 +44,17 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(slow_bundle: Bundle, key_file: Path) -> Iterator[Server]:
+def grpc_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def server(slow_bundle: Bundle, key_file: Path, grpc_port: int) -> Iterator[Server]:
     """With a network that takes tens of milliseconds, so that images are in flight."""
     key_file.write_text(FILE)
     options = "--api-keys", str(key_file), "--key-share", "0.25", "--slots", "32", "--max-images", "32"
-    running = start_server("--bundle", str(slow_bundle.path), *options, "--request-log", "all")
+    grpc_options = "--grpc-port", str(grpc_port), "--workers", "1"
+    running = start_server("--bundle", str(slow_bundle.path), *options, *grpc_options, "--request-log", "all")
     yield running
     assert running.stop() == 0
 
@@ -99,6 +108,20 @@ def test_others_are_rejected(
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/v2/health/live", "/v2/health/ready"])
 def test_probes_need_no_key(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code == 200
+
+
+def test_methods_of_grpc_need_a_key_except_probes(server: Server, key_file: Path, grpc_port: int) -> None:
+    service, metadata = INFER.rpartition("/")[0], (("authorization", f"Bearer {BATCH}"),)
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+        for path in (f"{service}/ServerLive", f"{service}/ServerReady", "/grpc.health.v1.Health/Check"):
+            assert method(channel, path)(b"", timeout=60)
+        for path in (INFER, f"{service}/ServerMetadata", f"{service}/ModelMetadata", f"{service}/RepositoryIndex"):
+            failure = rejection(channel, path, b"")
+            assert failure.code == "UNAUTHENTICATED"
+            assert failure.trailers["www-authenticate"] == 'Bearer realm="vitserve"'
+            assert rejection(channel, path, b"", metadata=(("x-api-key", "x" * 20),)).code == "UNAUTHENTICATED"
+        assert method(channel, f"{service}/ServerMetadata")(b"", timeout=60, metadata=metadata)
+        assert rejection(channel, INFER, b"", metadata=metadata).code == "NOT_FOUND"  # no model name, but a valid key
 
 
 def test_the_file_is_read_again_when_it_changes(server: Server, client: httpx.Client, key_file: Path) -> None:
