@@ -14,6 +14,7 @@ _LEAST = {
     "max_header_bytes": 1024,
     "max_headers": 16,
     "max_connections": 1,
+    "response_cache_bytes": 0,
 }
 
 
@@ -92,6 +93,11 @@ class HttpSettings:
         75.0,
         "How long a connection may stay open between two requests. It should be longer than the idle timeout of the "
         "load balancer, which is often 60 seconds.",
+    )
+    response_cache_bytes: int = setting(
+        0,
+        "Memory for results of images that are sent again, of all HTTP workers together. Identical images in flight "
+        "then run once. A reload empties it. 0: no cache.",
     )
     cors_origins: str = setting(
         "",

@@ -64,6 +64,12 @@ class Metrics:
         )
         self.offered_decode_seconds = offered_load_seconds.labels("decode")
         self.offered_inference_seconds = offered_load_seconds.labels("inference")
+        cache_images = counter(
+            "vitserve_cache_images",
+            "Images by how the response cache answered them: hit, shared (with the same image in flight), or miss.",
+            "outcome",
+        )
+        self.cache_hits, self.cache_shared, self.cache_misses = map(cache_images.labels, ("hit", "shared", "miss"))
         self.engine_failures = counter("vitserve_engine_failures", "Batches that failed in the engine.")
         # Prometheus misses the first increase of a series that did not exist before, and alerts may depend on it.
         for route in ("/v1/classify", "/v1/embed"):

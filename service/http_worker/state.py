@@ -18,6 +18,7 @@ from vitserve.model.bundle.preprocess import prepare_pillow
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.decode_stage import DecodeWorkers
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
+from vitserve.service.http_worker.dispatch.result_cache import ResultCache
 from vitserve.service.http_worker.exchange.clients import Clients
 from vitserve.service.http_worker.exchange.cors import Cors
 from vitserve.service.http_worker.exchange.request_log import RequestLog
@@ -181,6 +182,8 @@ class State:
             self._loop,
         )
         self._encoders[self.current] = ResponseEncoder(self.current.model_info)
+        if self.settings.response_cache_bytes:
+            self.current.images = ResultCache(self.current, self.settings.response_cache_bytes // workers)
         if self._use_slot_table is not None:
             self._use_slot_table(slot_table)
         if previous is not None:

@@ -126,7 +126,7 @@ class Harness:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         return asyncio.create_task(self.result(image, deadline))
 
-    async def result(self, image: bytes, deadline: float, admitted: bool = False) -> ImageResult:
+    async def result(self, image: bytes, deadline: float, admitted: bool = False, priority: int = 5) -> ImageResult:
         """Raises the error that the client would get. Cancellation abandons the image, as a disconnect does."""
         future: asyncio.Future[ImageResult] = asyncio.get_running_loop().create_future()
 
@@ -136,11 +136,11 @@ class Harness:
             else:
                 future.set_exception(outcome)
 
-        job = self.dispatcher.submit(image, deadline, 5, on_done, admitted)
+        job = self.dispatcher.images.submit(image, deadline, priority, on_done, admitted)
         try:
             return await future
         except asyncio.CancelledError:
-            self.dispatcher.abandon(job)
+            self.dispatcher.images.abandon(job)
             raise
 
     async def classify_all(self, images: Sequence[bytes], timeout_seconds: float = TIMEOUT_SECONDS) -> Results:

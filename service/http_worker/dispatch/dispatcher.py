@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.admission import Admission
@@ -34,6 +35,22 @@ from vitserve.service.settings import Settings
 log = logging.getLogger(__name__)
 
 
+class ImageRuns(Protocol):
+    """Runs images through a model. See Dispatcher.submit() and abandon()."""
+
+    def submit(
+        self,
+        image: bytes | PixelImage,
+        deadline: float,
+        priority: int,
+        on_done: Callable[[Outcome], None],
+        admitted: bool = False,
+        embedding: bool = False,
+    ) -> Any: ...
+
+    def abandon(self, job: Any, /) -> None: ...
+
+
 @dataclass(eq=False)
 class Dispatcher:
     """Life cycle: connect() → submit() … → retire(). Then it closes its connections once all images are finished."""
@@ -47,9 +64,11 @@ class Dispatcher:
     turns: Turns
     loop: asyncio.AbstractEventLoop
     retired: bool = field(default=False, init=False)
+    images: ImageRuns = field(init=False)  # through the response cache, if there is one
     _jobs: dict[int, ImageJob] = field(default_factory=dict, init=False)  # by sequence number
 
     def __post_init__(self) -> None:
+        self.images = self
         self.model_info = ModelInfo.from_json(self.slot_table.description)
         self.slots = Slots(self.slot_table, self.worker, self.incarnation)
         self.offered_load = OfferedLoad(self.slot_table, self.worker, self.metrics.all)

@@ -7,10 +7,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
-from vitserve.service.http_worker.dispatch.image_job import ImageJob
 from vitserve.service.http_worker.dispatch.image_job import Outcome as JobOutcome
 from vitserve.service.http_worker.exchange import request_id
 from vitserve.service.http_worker.exchange.clients import UNLIMITED
@@ -48,7 +48,7 @@ class InferenceCall:
         self._dispatcher: Dispatcher | None = None
         self._request: ImageRequest | None = None
         self._allowance = UNLIMITED
-        self._jobs: list[ImageJob] = []
+        self._jobs: list[Any] = []
         self._outcomes: list[JobOutcome | None] = []
         self._missing = 0  # outcomes that have not arrived
         self._client: tuple[str, int] | None = None
@@ -170,7 +170,7 @@ class InferenceCall:
         if over_limit is None and not admitted:
             self._allowance.take(self._missing)
         self._outcomes = [None] * len(request.images)
-        jobs = self._jobs = list[ImageJob]()  # an image may be rejected, and the call be finished, in submit()
+        jobs = self._jobs = list[Any]()  # an image may be rejected, and the call be finished, in submit()
         deadline = self._arrived + request.timeout_ms / 1000
         for index, image in enumerate(request.images):
             if over_limit is not None:
@@ -179,7 +179,7 @@ class InferenceCall:
                 self._image_done(index, image)
             else:
                 options = request.priority, partial(self._image_done, index), admitted, request.embedding
-                jobs.append(self._dispatcher.submit(image, deadline, *options))
+                jobs.append(self._dispatcher.images.submit(image, deadline, *options))
 
     def _image_done(self, index: int, outcome: JobOutcome) -> None:
         self._outcomes[index] = outcome
@@ -236,7 +236,7 @@ class InferenceCall:
         """Withdraws images that are not finished, and frees memory: the connection keeps its latest call."""
         if self._dispatcher is not None and self._missing:
             for job in self._jobs:
-                self._dispatcher.abandon(job)
+                self._dispatcher.images.abandon(job)
         self._chunks, self._request, self._jobs, self._outcomes = [], None, [], []
 
     def fail(self, error: BaseException) -> None:
