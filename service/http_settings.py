@@ -55,7 +55,7 @@ class HttpSettings:
     )
     grpc_port: int = setting(
         0,
-        "Additional port for the Open Inference Protocol over gRPC, without TLS. It requires vitserve[grpc]. 0: none.",
+        "Additional port for the Open Inference Protocol over gRPC. It requires vitserve[grpc]. 0: none.",
     )
     timeout_ms: int = setting(
         10_000,
@@ -113,6 +113,12 @@ class HttpSettings:
         ("off", "errors", "all"),
     )
     request_log_sample: float = setting(1.0, "Share of these requests that is logged, chosen at random, from 0 to 1.")
+    tls_certificate: str = setting(
+        "",
+        "File with the certificate of TLS and those of intermediate authorities, in PEM. `port`, `admin_port` and "
+        "`grpc_port` then answer TLS only. It is read again when it changes. Empty: no TLS.",
+    )
+    tls_key: str = setting("", "File with the private key of `tls_certificate`, in PEM without a password.")
     api_keys: str = setting(
         "",
         "File with the API keys of clients, one name and key per line. It is read again when it changes. Empty: "
@@ -157,6 +163,8 @@ class HttpSettings:
                     )
 
     def _check_web(self) -> None:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise SettingsError("tls_certificate and tls_key need each other: set both or none")
         if not 0 < self.key_share <= 1:
             raise SettingsError(f"key_share is {self.key_share}; it must be greater than 0 and at most 1")
         if not 0 <= self.request_log_sample <= 1:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 
 from vitserve.service.http_worker.connections.listener import drop_new_connections
+from vitserve.service.http_worker.connections.tls import Tls
 from vitserve.service.http_worker.turn import Turns
 from vitserve.service.ipc.child_runtime import BACKLOG
 from vitserve.service.ipc.shared_memory import SlotTable
@@ -28,17 +29,23 @@ class Acceptor:
     """Create it on the event loop, call start(), and check() about once a second.
 
     One HTTP worker accepts with asyncio's servers. Several workers accept by themselves, so that each gets the same
-    number of connections: with few connections, one of them could otherwise get all.
+    number of connections: with few connections, one of them could otherwise get all. With TLS, a worker also accepts by
+    itself, to bound the connections whose handshake has not finished.
     """
 
     def __init__(
-        self, listener: socket.socket, worker: int, turns: Turns, create_protocol: Callable[[], asyncio.Protocol]
+        self,
+        listener: socket.socket,
+        worker: int,
+        turns: Turns,
+        create_protocol: Callable[[], asyncio.Protocol],
+        tls: Tls | None = None,
     ) -> None:
-        self._listener, self._worker, self._create_protocol = listener, worker, create_protocol
+        self._listener, self._worker, self._create_protocol, self._tls = listener, worker, create_protocol, tls
         self._loop = asyncio.get_running_loop()
         self._servers: list[asyncio.Server] = []
         self._last_long_turn = 0.0
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: dict[asyncio.Task[object], None] = {}  # with TLS: the handshakes, the oldest first
         self._paused = False
         self._slot_table: SlotTable | None = None  # of several HTTP workers
         self._closed = False
@@ -46,7 +53,10 @@ class Acceptor:
         turns.on_long_turn(_LONG_TURN_SECONDS, self._register_more)
 
     async def start(self) -> None:
-        self._servers.append(await self._register())
+        if self._tls is None:
+            self._servers.append(await self._register())
+        else:
+            self._loop.add_reader(self._listener, self._accept)
 
     def share(self, slot_table: SlotTable) -> None:
         """Divides the connections among the HTTP workers from now on, if there are several."""
@@ -75,7 +85,7 @@ class Acceptor:
         self._paused = False
         if self._closed:
             return
-        if self._slot_table is not None:
+        if self._slot_table is not None or self._tls is not None:
             self._loop.add_reader(self._listener, self._accept)
         elif not self._servers and not self._tasks:
             self._run(self._add_registrations(1))
@@ -90,7 +100,7 @@ class Acceptor:
         self._close_servers(keep=0)
         self._loop.remove_reader(self._listener)
         while (connection := self._next()) is not None:
-            self._run(self._loop.connect_accepted_socket(self._create_protocol, connection))
+            self._open(connection)
         self._listener.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
@@ -121,16 +131,19 @@ class Acceptor:
 
     @property
     def _uses_servers(self) -> bool:
-        return self._slot_table is None and not self._paused and not self._closed
+        return self._slot_table is None and self._tls is None and not self._paused and not self._closed
 
     async def _register(self) -> asyncio.Server:
         """Listens again, so the backlog must be that of the supervisor: it applies to the shared socket."""
         return await self._loop.create_server(self._create_protocol, sock=self._listener.dup(), backlog=BACKLOG)
 
-    # -- several HTTP workers
+    # -- several HTTP workers, or TLS
 
     def _accept(self) -> None:
-        assert self._slot_table is not None
+        if self._slot_table is None:
+            for _ in range(_REGISTRATIONS):
+                self._accept_one()
+            return
         connections = self._slot_table.connections
         if connections[self._worker] > min(connections):
             self._loop.remove_reader(self._listener)
@@ -147,9 +160,19 @@ class Acceptor:
     def _accept_one(self) -> None:
         connection = self._next()
         if connection is not None:
-            assert self._slot_table is not None
-            self._slot_table.connections[self._worker] += 1
+            if self._slot_table is not None:
+                self._slot_table.connections[self._worker] += 1
+            self._open(connection)
+
+    def _open(self, connection: socket.socket) -> None:
+        if self._tls is None:
             self._run(self._loop.connect_accepted_socket(self._create_protocol, connection))
+            return
+        if len(self._tasks) >= self._tls.most_handshakes:
+            oldest = next(iter(self._tasks))
+            del self._tasks[oldest]
+            oldest.cancel()  # closes the connection
+        self._run(self._tls.connect(self._loop, self._create_protocol, connection))
 
     def _next(self) -> socket.socket | None:
         """The next connection of the backlog. None if there is none, or none can be accepted."""
@@ -168,10 +191,10 @@ class Acceptor:
 
     def _run(self, work: asyncio._CoroutineLike[object]) -> None:
         task = self._loop.create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[object]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.debug("a connection could not be opened: %s", error)

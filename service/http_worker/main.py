@@ -21,6 +21,7 @@ from vitserve.service.http_worker.app import create_app
 from vitserve.service.http_worker.connections.capacity import Capacity
 from vitserve.service.http_worker.connections.limits import LINGER_SECONDS, ConnectionLimits, open_files_limit
 from vitserve.service.http_worker.connections.rejections import Rejections
+from vitserve.service.http_worker.connections.tls import Tls
 from vitserve.service.http_worker.dispatch.decoding import preload
 from vitserve.service.http_worker.protocol import InferenceProtocol, protocol_class
 from vitserve.service.http_worker.state import State
@@ -61,10 +62,14 @@ class _Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         """Uvicorn's own loop wakes ten times a second to check whether to stop."""
-        acceptor = Acceptor(self._listener, self._state.worker, self._state.turns, self._create_protocol)
+        tls = Tls(self._state.settings, self._limits) if self._state.settings.tls_certificate else None
+        acceptor = Acceptor(self._listener, self._state.worker, self._state.turns, self._create_protocol, tls)
         await acceptor.start()
-        loop = asyncio.get_running_loop()
-        admin = [await loop.create_server(self._create_protocol, sock=socket) for socket in self._admin_listeners]
+        loop, options = asyncio.get_running_loop(), {} if tls is None else tls.options
+        admin = [
+            await loop.create_server(self._create_protocol, sock=listener, **options)
+            for listener in self._admin_listeners
+        ]
         rpc = None if self._rpc is None else self._rpc()
         if rpc is not None:
             await rpc.start()
@@ -74,6 +79,8 @@ class _Server(uvicorn.Server):
             await self.on_tick(0)  # sets the Date header
             acceptor.check(len(self.server_state.connections))
             self._check_connections()
+            if tls is not None:
+                tls.certificate.refresh()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._limits.interval):
                     await self._state.draining.wait()

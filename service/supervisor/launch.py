@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vitserve.service import machine
-from vitserve.service.api_keys import ApiKeysError, read_api_keys
+from vitserve.service.credentials.api_keys import ApiKeysError, read_api_keys
+from vitserve.service.credentials.certificate import CertificateError, CertificateFiles
 from vitserve.service.engines.catalog import wants_gpu_workers
 from vitserve.service.ipc import metrics_directory
 from vitserve.service.ipc.child_runtime import BACKLOG
@@ -41,16 +42,18 @@ def serve(settings: Settings) -> int:
     set_up_logging("supervisor", settings.log_level, settings.log_format)
     raise_open_files_limit()
     check_api_keys(settings)
+    check_certificate(settings)
     light_workers = settings.workers or _most_workers(settings, machine.cores())
     settings = for_this_machine(settings, machine.cores())
     names = metrics_directory.process_names(max(light_workers, settings.workers), settings.engines)
     directory = metrics_directory.create(list(names))
     os.environ[METRICS_DIR] = directory  # inherited by the child processes
+    scheme = "https" if settings.tls_certificate else "http"
     try:
         with (
-            _listen(settings.host, settings.port) as listener,
-            _listen_also(settings, settings.admin_port, "metrics and administration on") as admin,
-            _listen_also(settings, settings.probe_port, "liveness probes on") as probes,
+            _listen(settings.host, settings.port, f"running on {scheme}") as listener,
+            _listen_also(settings.host, settings.admin_port, f"metrics and administration on {scheme}") as admin,
+            _listen_also(settings.host, settings.probe_port, "liveness probes on http") as probes,
             reserved_grpc_port(settings),
         ):
             return asyncio.run(Supervisor(settings, listener, light_workers, admin, probes).run())
@@ -69,6 +72,15 @@ def check_api_keys(settings: Settings) -> None:
         except ApiKeysError as error:
             raise SettingsError(f"api_keys: {error}") from error
         log.info("requests need one of %d API keys", count)
+
+
+def check_certificate(settings: Settings) -> None:
+    """Raises SettingsError if the files are not valid."""
+    if settings.tls_certificate:
+        try:
+            CertificateFiles(Path(settings.tls_certificate), Path(settings.tls_key))
+        except CertificateError as error:
+            raise SettingsError(f"tls_certificate and tls_key: {error}") from error
 
 
 @contextlib.contextmanager
@@ -124,9 +136,9 @@ def _most_workers(settings: Settings, cores: int) -> int:
     return max(1, min(8, cores, settings.slots // settings.max_images))
 
 
-def _listen(host: str, port: int, purpose: str = "running on") -> socket.socket:
+def _listen(host: str, port: int, purpose: str) -> socket.socket:
     listener = socket.create_server((host, port), family=_family(host), backlog=BACKLOG)
-    log.info("%s http://%s:%d", purpose, f"[{host}]" if ":" in host else host, listener.getsockname()[1])
+    log.info("%s://%s:%d", purpose, f"[{host}]" if ":" in host else host, listener.getsockname()[1])
     return listener
 
 
@@ -134,8 +146,6 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _listen_also(
-    settings: Settings, port: int, purpose: str
-) -> contextlib.AbstractContextManager[socket.socket | None]:
+def _listen_also(host: str, port: int, purpose: str) -> contextlib.AbstractContextManager[socket.socket | None]:
     """``port``: 0 for none."""
-    return _listen(settings.host, port, purpose) if port else contextlib.nullcontext()
+    return _listen(host, port, purpose) if port else contextlib.nullcontext()

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "service.python_process",
     },
     "service/ipc/control_messages.py": {"service.settings"},
-    "service/api_keys.py": set(),
+    "service/credentials": {"service.credentials"},
     "service/ipc": {
         "model.arrays",
         "model.bundle.preprocess",
@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "service.scheduler",
     },
     "service/supervisor": {
-        "service.api_keys",
+        "service.credentials",
         "service.engines.catalog",
         "service.ipc.child_runtime",
         "service.ipc.control_channel",
@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/http_worker": {
         "model.arrays",
         "model.bundle",
-        "service.api_keys",
+        "service.credentials",
         "service.decode_queue",
         "service.errors",
         "service.http_worker",

@@ -91,7 +91,7 @@ def start_server(
     running = Server(process)
     threading.Thread(target=running.read, daemon=True).start()  # a pipe that is full would block the server
     try:
-        running.url = running.wait_for(r"running on (http://[\d.:]+)")
+        running.url = running.wait_for(r"running on (https?://[\d.:]+)")
         running.wait_for(re.escape(until))
     except BaseException:
         process.kill()

@@ -120,7 +120,8 @@ class ClosingProtocol(HttpToolsProtocol):
             self._release_head()
             self._since, self._dropped_bytes = self.limits.next_tick, 0
             self.flow.resume_reading()
-            self.transport.write_eof()
+            if self.transport.can_write_eof():  # TLS cannot close one direction; its client reads "connection: close"
+                self.transport.write_eof()
 
     def _drop(self, data: bytes) -> None:
         self._dropped_bytes += len(data)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vitserve.service import errors
-from vitserve.service.api_keys import ApiKeyFile
+from vitserve.service.credentials.api_keys import ApiKeyFile
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.settings import Settings
 
@@ -72,7 +71,7 @@ class Clients:
         key = _key_of(headers)
         if key is None:
             raise errors.UnauthorizedError("the request has no API key: send Authorization: Bearer KEY")
-        name = self._file.name_of(key, time.monotonic())
+        name = self._file.name_of(key)
         if name is None:
             raise errors.UnauthorizedError("the API key is not known", invalid=True)
         return Allowance(self._clients.setdefault(name, Client(name)), self._share)

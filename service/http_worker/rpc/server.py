@@ -7,15 +7,18 @@ over a socket. The kernel spreads connections over them.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import grpc
 
+from vitserve.service.credentials.certificate import CertificateFiles
 from vitserve.service.http_worker.connections.limits import LINGER_SECONDS, ConnectionLimits
 from vitserve.service.http_worker.gauges import gauges
 from vitserve.service.http_worker.rpc.methods import Methods
 from vitserve.service.http_worker.rpc.reading import MessageReader
 from vitserve.service.http_worker.state import State
 from vitserve.service.metrics import Exposition
+from vitserve.service.settings import Settings
 
 MOST_STREAMS = 256  # of a connection at a time; a client keeps further requests back
 _LEAST_PING_MS = 10_000  # clients that ping more often are disconnected
@@ -37,7 +40,11 @@ class RpcServer:
             handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]]
             handlers = {name: grpc.stream_unary_rpc_method_handler(handler) for name, handler in methods.items()}
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-        self._server.add_insecure_port(f"{f'[{host}]' if ':' in host else host}:{settings.grpc_port}")
+        address = f"{f'[{host}]' if ':' in host else host}:{settings.grpc_port}"
+        if settings.tls_certificate:
+            self._server.add_secure_port(address, _credentials(settings))
+        else:
+            self._server.add_insecure_port(address)
 
     async def start(self) -> None:
         await self._server.start()
@@ -46,6 +53,20 @@ class RpcServer:
         """Ends when every request has its response. New ones are answered for another moment."""
         await asyncio.sleep(LINGER_SECONDS)
         await self._server.stop(self._state.settings.drain_seconds)
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials:
+    """The library looks for a new certificate at every handshake."""
+    files = CertificateFiles(Path(settings.tls_certificate), Path(settings.tls_key))
+    pem = files.pem()
+
+    def latest() -> grpc.ServerCertificateConfiguration:
+        nonlocal pem
+        if files.refresh():
+            pem = files.pem()
+        return grpc.ssl_server_certificate_configuration([(pem.key, pem.chain)])
+
+    return grpc.dynamic_ssl_server_credentials(latest(), latest)
 
 
 def _options(state: State, limits: ConnectionLimits) -> list[tuple[str, int]]:

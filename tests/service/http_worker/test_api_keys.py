@@ -19,7 +19,7 @@ from tests.support.rpc import INFER, method, rejection
 from tests.support.server import Server, start_server
 from tests.support.waiting import eventually
 from vitserve.model.bundle.bundle import Bundle
-from vitserve.service.api_keys import ApiKeysError, read_api_keys
+from vitserve.service.credentials.api_keys import ApiKeysError, read_api_keys
 
 IMAGE = encoded(random_image())
 MOBILE, BATCH = "mobile-0123456789abcdef", "batch-0123456789abcdef"

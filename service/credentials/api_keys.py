@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
 from pathlib import Path
+
+from vitserve.service.credentials.watched_file import WatchedFiles
 
 log = logging.getLogger(__name__)
 
 LEAST_CHARACTERS = 16
-_CHECK_SECONDS = 1.0  # between two looks at the file
 _NAME, _HASH = re.compile(r"[\w.-]{1,64}", re.ASCII), re.compile(r"sha256:([0-9a-f]{64})")
 _KEY = re.compile(rf"[!-~]{{{LEAST_CHARACTERS},512}}")
 
@@ -54,36 +54,22 @@ class ApiKeyFile:
     """Follows changes of the file. If it cannot be read, the keys stay as they are, and an error is logged."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._checked = path, -math.inf
-        self._version: tuple[int, int, int] | None = None
+        self._path, self._files = path, WatchedFiles(path)
         self._names: dict[bytes, str] = {}
 
-    def name_of(self, key: bytes, now: float) -> str | None:
-        """The name of a key. None if there is no such key. ``now``: monotonic seconds.
+    def name_of(self, key: bytes) -> str | None:
+        """The name of a key. None if there is no such key.
 
         Looking up a digest takes the same time whichever part of the key is wrong.
         """
-        if now - self._checked >= _CHECK_SECONDS:
-            self._checked = now
+        if self._files.changed():
             self._read_again()
         return self._names.get(hashlib.sha256(key).digest())
 
     def _read_again(self) -> None:
-        version = self._stat()
-        if version == self._version:
-            return
-        self._version = version
         try:
             self._names = read_api_keys(self._path)
         except ApiKeysError as error:
             log.error("the API keys stay as they are: %s", error)
         else:
             log.info("%d API keys have been read from %s", len(self._names), self._path)
-
-    def _stat(self) -> tuple[int, int, int] | None:
-        """Changes with the content: editors replace the file, and Kubernetes replaces the directory of a Secret."""
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_ino, status.st_size
