@@ -22,6 +22,7 @@ OTHER_ROUTE = "other"  # of requests for paths that do not exist, and of those t
 
 # From 50 µs, the time to read and decode a small image, to 30 s. Each bucket is about twice the one before.
 _SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_PROBABILITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -70,6 +71,15 @@ class Metrics:
             "outcome",
         )
         self.cache_hits, self.cache_shared, self.cache_misses = map(cache_images.labels, ("hit", "shared", "miss"))
+        self.predictions = counter(
+            "vitserve_predictions",
+            "Images by their most probable label. _other: labels beyond the first 50 that an HTTP worker predicted.",
+            "head",
+            "label",
+        )
+        self.confidence = histogram(
+            "vitserve_confidence", "Probability of the most probable label.", "head", buckets=_PROBABILITIES
+        )
         self.engine_failures = counter("vitserve_engine_failures", "Batches that failed in the engine.")
         # Prometheus misses the first increase of a series that did not exist before, and alerts may depend on it.
         for route in ("/v1/classify", "/v1/embed"):

@@ -5,6 +5,7 @@ labels.txt       one label per line, see labels.py
 golden.npz       golden images and the source network's float32 outputs for them
 model.onnx       the optimized graph
 model.onnx.data  its weights, memory-mapped when read; runtime-specific graphs share them
+heads            further classifiers that were added later, see head.py; not in the manifest
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SCHEMA_VERSION = 2
 MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
+HEADS = "heads"
 _STRICT = pydantic.ConfigDict(extra="forbid")
 
 
@@ -227,8 +229,8 @@ def check_destination(path: Path) -> None:
 def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
     """Writes the files of the directory ``contents`` and the manifest, with their sha256, to ``path``, atomically.
 
-    Replaces a bundle at ``path``, once the new one has been opened. Raises BundleError if anything else is there. If
-    anything fails, ``path`` is unchanged.
+    Replaces a bundle at ``path``, once the new one has been opened, but keeps its heads. Raises BundleError if anything
+    else is there. If anything fails, ``path`` is unchanged.
     """
     check_destination(path)
     files = {file.name: sha256(file) for file in sorted(contents.iterdir())}
@@ -242,6 +244,8 @@ def write_bundle(path: Path, manifest: Manifest, contents: Path) -> Bundle:
             shutil.copy2(file, fresh)
         (fresh / MANIFEST).write_bytes(text)
         bundle = open_bundle(fresh)
+        if (path / HEADS).is_dir():
+            shutil.copytree(path / HEADS, fresh / HEADS)
         if path.exists():
             path.rename(old)
         try:

@@ -130,9 +130,9 @@ def _of_directory(
     index = {label: number for number, label in enumerate(labels)}
     classes = np.array([index.get(path.parent.name, -1) for path in files])
     known = bool((classes >= 0).all())
-    chosen, parts = order[decoded], []
+    stacked, chosen, parts = np.stack(pixels), order[decoded], []
     for part in (slice(calibration), slice(calibration, None)):
-        parts.append(Images(np.stack(pixels[part]), classes[chosen[part]] if known else None))
+        parts.append(Images(stacked[part], classes[chosen[part]] if known else None))
     return parts[0], parts[1]
 
 

@@ -154,7 +154,9 @@ async def _model(state: State, request: Request) -> Response:
     model_info = dispatcher.model_info
     serving = model_info.details["serving"] | dispatcher.slot_table.measured(0)
     limits = {name: getattr(state.settings, name) for name in ("max_images", "max_body_bytes")}
-    return JSONResponse(model_info.details | {"labels": model_info.labels, "serving": serving, "limits": limits})
+    heads = state.encoder(dispatcher).heads.describe()
+    fields = {"labels": model_info.labels, "heads": heads, "serving": serving, "limits": limits}
+    return JSONResponse(model_info.details | fields)
 
 
 async def _reload(state: State, key: AdminKey, request: Request) -> Response:

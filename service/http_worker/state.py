@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ from vitserve.service.http_worker.exchange.clients import Clients
 from vitserve.service.http_worker.exchange.cors import Cors
 from vitserve.service.http_worker.exchange.request_log import RequestLog
 from vitserve.service.http_worker.inference.body_memory import BodyMemory
+from vitserve.service.http_worker.inference.heads import Heads
 from vitserve.service.http_worker.inference.request_parsing import ImageBytes
 from vitserve.service.http_worker.inference.response import ResponseEncoder
 from vitserve.service.http_worker.metric_buffer import MetricBuffer
@@ -32,7 +34,7 @@ from vitserve.service.ipc.control_channel import Channel
 from vitserve.service.ipc.control_messages import ConnectEngine, Drain, Reload, Reloaded, Status
 from vitserve.service.ipc.shared_memory import SlotTable
 from vitserve.service.metrics import Metrics
-from vitserve.service.settings import Settings
+from vitserve.service.settings import DEFAULT_BUNDLE, Settings
 
 log = logging.getLogger("vitserve.http_worker")
 
@@ -181,7 +183,9 @@ class State:
             self.turns,
             self._loop,
         )
-        self._encoders[self.current] = ResponseEncoder(self.current.model_info)
+        bundle, info = Path(self.settings.bundle or DEFAULT_BUNDLE), self.current.model_info
+        heads = Heads(bundle, info, slot_table.shape.embedding, self.metrics)
+        self._encoders[self.current] = ResponseEncoder(info, heads, self.metrics)
         if self.settings.response_cache_bytes:
             self.current.images = ResultCache(self.current, self.settings.response_cache_bytes // workers)
         if self._use_slot_table is not None:

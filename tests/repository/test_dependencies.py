@@ -90,7 +90,7 @@ def test_imports_of_export_are_declared_by_its_extras(declared: dict[str, set[st
     """export/tensorrt/builder.py needs the extra ``tensorrt`` or ``tensorrt-rtx``."""
     paths = [path for path in sources("export") if path != ROOT / "export" / "tensorrt" / "builder.py"]
     packages = set().union(*(imported_packages(path.read_text()) for path in paths))
-    extras = set().union(*(declared.get(extra, set()) for extra in ("", "export", "int8", "onnxruntime")))
+    extras = set().union(*(declared.get(extra, set()) for extra in ("", "export", "heads", "int8", "onnxruntime")))
     assert not undeclared(packages, extras)
 
 

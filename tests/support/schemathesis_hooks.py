@@ -1,7 +1,8 @@
 """Properties of valid requests that a schema cannot express: https://schemathesis.readthedocs.io/en/stable/guides/extending/.
 
 Strings of the formats ``byte`` and ``binary`` are image files, options of embeddings need ``embedding``, float16 needs
-base64, and a machine that is busy needs time. Requests that are meant to be invalid stay invalid.
+base64, the model has no further head, and a machine that is busy needs time. Requests that are meant to be invalid
+stay invalid.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def map_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) ->
         places = [place for place in (case.query, case.body) if isinstance(place, dict) and place]  # the body overrides
         if places:
             options = {name: value for place in places for name, value in place.items()}
+            if "head" in options:
+                for place in places:
+                    place.pop("top_k", None)
             _complete(options, places[-1], classify=case.operation.path == "/v1/classify")
     return case
 
@@ -39,6 +43,8 @@ def _complete(options: dict[str, Any], override: dict[str, Any], classify: bool)
     """Changes in ``override`` the options that contradict each other."""
     if "timeout_ms" in options:
         override["timeout_ms"] = max(int(options["timeout_ms"]), LONG_TIMEOUT_MS)
+    if "head" in options:
+        override["head"] = "none"
     if options.get("dtype") == "float16":
         override["encoding"] = "base64"
     if options.keys() & {"normalize", "encoding", "dtype"} and classify:

@@ -27,6 +27,7 @@ _EXTRAS = {
     "nncf": ("int8",),
     "matplotlib": ("bench",),
     "onnxruntime": ("onnxruntime",),
+    "sklearn": ("heads",),
 }
 
 

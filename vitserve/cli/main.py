@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vitserve import __version__
-from vitserve.cli import bench, export, inspect, serve, train, tune, verify
+from vitserve.cli import bench, export, head, inspect, serve, train, tune, verify
 
 # Without rich markup: it would swallow brackets in help texts, such as those of vitserve[export].
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -19,6 +19,7 @@ app.command("tune")(tune.tune)
 app.command("bench")(bench.bench)
 app.command("verify")(verify.verify)
 app.command("train")(train.train)
+app.add_typer(head.app, name="head", help="Further classifiers on the embeddings of a bundle.")
 
 
 def _print_version(wanted: bool) -> None:

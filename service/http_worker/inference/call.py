@@ -131,7 +131,7 @@ class InferenceCall:
         chunks, self._chunks = self._chunks, []
         self._read_seconds = time.monotonic() - self._began
         self._state.metrics.observe(self._state.metrics.all.read_seconds, self._read_seconds)
-        arguments = self._head, chunks, self._state.settings, self._dispatcher.model_info
+        arguments = self._head, chunks, self._state.settings, self._state.encoder(self._dispatcher)
         parse = partial(self._operation.parse_body, *arguments)
         if self._operation.takes_long(self._head, chunks, self._length):
             parsing = asyncio.get_running_loop().run_in_executor(self._state.parsing_threads, parse)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol
 
+from vitserve.model.bundle.head import NO_HEAD
 from vitserve.service import errors
 from vitserve.service.http_worker.inference import request_parsing
 from vitserve.service.http_worker.inference.options import TIMEOUT, choice, flag, read_timeout_ms, whole_number
@@ -20,9 +21,9 @@ from vitserve.service.http_worker.inference.response import (
     ResponseEncoder,
     problem,
 )
-from vitserve.service.ipc.model_info import ModelInfo
 from vitserve.service.settings import Settings
 
+HEAD = "head"
 _EMBEDDING_OPTIONS = ("normalize", "encoding", "dtype")
 
 Encode = Callable[[ResponseEncoder, Sequence[Outcome], float], Response]
@@ -42,7 +43,7 @@ class Operation(Protocol):
         ...
 
     def parse_body(
-        self, head: RequestHead, chunks: list[bytes], settings: Settings, model_info: ModelInfo
+        self, head: RequestHead, chunks: list[bytes], settings: Settings, encoder: ResponseEncoder
     ) -> ImageRequest:
         """``chunks`` are the body. Their memory is freed as they are joined."""
         ...
@@ -65,12 +66,15 @@ class _OnImages:
         return request_parsing.takes_long(head, chunks, length)
 
     def parse_body(
-        self, head: RequestHead, chunks: list[bytes], settings: Settings, model_info: ModelInfo
+        self, head: RequestHead, chunks: list[bytes], settings: Settings, encoder: ResponseEncoder
     ) -> ImageRequest:
         images, values = request_parsing.parse_body(head, chunks, settings, self.names)
-        classes = len(model_info.labels)
+        classes = len(encoder.model_info.labels)
         if not values:
             return ImageRequest(images, head.timeout_ms, *_default(self.encoding, classes), head.priority)
+        if HEAD in values and _text(HEAD, values[HEAD]) != NO_HEAD:
+            values = {**values, HEAD: encoder.heads.find(values[HEAD])}
+            classes = len(values[HEAD].head.labels)
         for name, value in head.options.items():
             _read(name, value, classes)  # also if the body overrides it
         options = {name: _read(name, value, classes) for name, value in values.items()}
@@ -93,18 +97,37 @@ def _read(name: str, value: Any, classes: int) -> Any:
         return whole_number(name, value, 1, classes)
     if name == TIMEOUT:
         return read_timeout_ms(value)
+    if name == HEAD:
+        return value
     if name in ("embedding", "normalize"):
         return flag(name, value)
     return choice(name, value, ENCODINGS if name == "encoding" else TYPES)
 
 
 def _classification(options: Mapping[str, Any], classes: int) -> tuple[bool, Encode]:
+    head = options.get(HEAD)
+    if head == NO_HEAD:
+        return _without_head(options)
     embedding = _embedding_format(options) if options.get("embedding", False) else None
     for name in options if embedding is None else ():
         if name in _EMBEDDING_OPTIONS:
             raise errors.BadRequestError(f"{name} has no effect without embedding=true")
     top_k = options.get("top_k", min(5, classes))
-    return embedding is not None, partial(ResponseEncoder.classification, top_k=top_k, embedding=embedding)
+    encode = partial(ResponseEncoder.classification, top_k=top_k, embedding=embedding, head=head)
+    return embedding is not None or head is not None, encode
+
+
+def _without_head(options: Mapping[str, Any]) -> tuple[bool, Encode]:
+    """No predictions, and always the embedding."""
+    if "top_k" in options:
+        raise errors.BadRequestError(f"top_k has no effect with head={NO_HEAD}")
+    return True, partial(ResponseEncoder.classification, top_k=0, embedding=_embedding_format(options))
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise errors.BadRequestError(f"{name} must be a text")
+    return value
 
 
 def _embeddings(options: Mapping[str, Any], _: int) -> tuple[bool, Encode]:
@@ -118,5 +141,5 @@ def _embedding_format(options: Mapping[str, Any]) -> EmbeddingFormat:
     return EmbeddingFormat(options.get("normalize", False), encoding, dtype)
 
 
-CLASSIFY = _OnImages("/v1/classify", ("top_k", TIMEOUT, "embedding", *_EMBEDDING_OPTIONS), _classification)
+CLASSIFY = _OnImages("/v1/classify", ("top_k", TIMEOUT, "embedding", HEAD, *_EMBEDDING_OPTIONS), _classification)
 EMBED = _OnImages("/v1/embed", (TIMEOUT, *_EMBEDDING_OPTIONS), _embeddings)

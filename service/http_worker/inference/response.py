@@ -13,9 +13,10 @@ from pydantic_core import to_json
 from vitserve.model.arrays import Floats
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.image_job import ImageResult
+from vitserve.service.http_worker.inference.classes import Classes
+from vitserve.service.http_worker.inference.heads import Heads, ServedHead
+from vitserve.service.http_worker.metric_buffer import MetricBuffer
 from vitserve.service.ipc.model_info import ModelInfo
-
-_MAX_SELECTED = 16  # for so few of a thousand classes, repeated argmax is faster than sorting
 
 Outcome = ImageResult | errors.ServiceError
 Encoding = Literal["list", "base64"]
@@ -52,20 +53,27 @@ class EmbeddingFormat(NamedTuple):
 class ResponseEncoder:
     """Encodes the results of one model."""
 
-    def __init__(self, model_info: ModelInfo) -> None:
-        self.model_info = model_info
+    def __init__(self, model_info: ModelInfo, heads: Heads, metrics: MetricBuffer | None = None) -> None:
+        """``metrics``: None if predictions are not counted."""
+        self.model_info, self.heads = model_info, heads
         model = to_json({"model": model_info.name, "version": model_info.version, "results": []})
         self._begin = model.removesuffix(b"]}")
-        self._classes = [
-            to_json({"label": label, "index": index}).removesuffix(b"}") + b',"probability":'
-            for index, label in enumerate(model_info.labels)
-        ]
+        self.classes = Classes(model_info.labels, metrics)
 
     def classification(
-        self, outcomes: Sequence[Outcome], read_seconds: float, *, top_k: int, embedding: EmbeddingFormat | None
+        self,
+        outcomes: Sequence[Outcome],
+        read_seconds: float,
+        *,
+        top_k: int,
+        embedding: EmbeddingFormat | None,
+        head: ServedHead | None = None,
     ) -> Response:
-        """``outcomes`` has one entry per image, in the order of the request."""
-        results = [self._predictions(outcome, top_k, embedding) for outcome in outcomes]
+        """``outcomes`` has one entry per image, in the order of the request. ``head``: None for that of the network.
+
+        ``top_k``: 0 for no predictions.
+        """
+        results = [self._predictions(outcome, top_k, embedding, head) for outcome in outcomes]
         return self._response(results, outcomes, read_seconds)
 
     def embeddings(self, outcomes: Sequence[Outcome], read_seconds: float, *, embedding: EmbeddingFormat) -> Response:
@@ -85,19 +93,21 @@ class ResponseEncoder:
         ]
         return Response(200, headers, b"%b%b]}" % (self._begin, b",".join(results)))
 
-    def _predictions(self, outcome: Outcome, top_k: int, embedding: EmbeddingFormat | None) -> bytes:
+    def _predictions(
+        self, outcome: Outcome, top_k: int, embedding: EmbeddingFormat | None, head: ServedHead | None
+    ) -> bytes:
         if isinstance(outcome, errors.ServiceError):
             return _failed(outcome)
-        probabilities = outcome.probabilities
-        indices = most_probable(probabilities, top_k)
-        predictions = [
-            b"%b%a}" % (self._classes[index], probability)
-            for index, probability in zip(indices, probabilities[indices].tolist(), strict=True)
-        ]
-        joined = b",".join(predictions)
+        if not top_k:
+            predictions = b""
+        elif head is None:
+            predictions = self.classes.predictions(outcome.probabilities, top_k)
+        else:
+            assert outcome.embedding is not None
+            predictions = head.classes.predictions(head.head.probabilities(outcome.embedding), top_k)
         if embedding is None:
-            return b'{"predictions":[%b]}' % joined
-        return b'{"predictions":[%b],"embedding":%b}' % (joined, _embedding(outcome, embedding))
+            return b'{"predictions":[%b]}' % predictions
+        return b'{"predictions":[%b],"embedding":%b}' % (predictions, _embedding(outcome, embedding))
 
 
 def _failed(error: errors.ServiceError) -> bytes:
@@ -107,18 +117,6 @@ def _failed(error: errors.ServiceError) -> bytes:
 def _embedding(result: ImageResult, embedding: EmbeddingFormat) -> bytes:
     assert result.embedding is not None
     return embedding.encode(result.embedding)
-
-
-def most_probable(values: Floats, count: int) -> list[int]:
-    """Indices of the ``count`` largest values, largest first. Ties go to the lower index."""
-    if count > _MAX_SELECTED or len(values) <= 4 * _MAX_SELECTED:
-        order: list[int] = (-values).argsort(kind="stable")[:count].tolist()
-        return order
-    remaining, indices = values.copy(), []
-    for _ in range(count):
-        indices.append(int(remaining.argmax()))
-        remaining[indices[-1]] = -np.inf
-    return indices
 
 
 def stage_milliseconds(read_seconds: float, outcomes: Sequence[Outcome]) -> dict[str, float]:

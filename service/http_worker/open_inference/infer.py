@@ -13,6 +13,7 @@ from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.decoding import PixelImage
 from vitserve.service.http_worker.dispatch.image_job import ImageResult
 from vitserve.service.http_worker.inference import request_parsing
+from vitserve.service.http_worker.inference.classes import most_probable
 from vitserve.service.http_worker.inference.content_coding import decoded
 from vitserve.service.http_worker.inference.json_body import too_many_images
 from vitserve.service.http_worker.inference.options import flag, whole_number
@@ -27,7 +28,6 @@ from vitserve.service.http_worker.inference.response import (
     Outcome,
     Response,
     ResponseEncoder,
-    most_probable,
     server_timing,
 )
 from vitserve.service.http_worker.open_inference.tensors import Input, Output, message
@@ -71,7 +71,7 @@ class Infer:
         return bool(head.coding) or length > _PARSED_ON_LOOP
 
     def parse_body(
-        self, head: RequestHead, chunks: list[bytes], settings: Settings, model_info: ModelInfo
+        self, head: RequestHead, chunks: list[bytes], settings: Settings, encoder: ResponseEncoder
     ) -> ImageRequest:
         body = request_parsing.joined(chunks, in_steps=True)
         if head.coding:
@@ -83,7 +83,7 @@ class Infer:
             )
         request = _parsed(body, json_bytes)
         parameters = members(request.get("parameters", {}), "parameters", PARAMETERS)
-        images = images_of(_inputs(request, memoryview(body)[json_bytes:]), settings, model_info)
+        images = images_of(_inputs(request, memoryview(body)[json_bytes:]), settings, encoder.model_info)
         requested = requested_outputs(request, parameters)
         return ImageRequest(
             images,
@@ -229,6 +229,7 @@ def _response(
     read_seconds: float,
 ) -> Response:
     info = encoder.model_info
+    count_predictions(encoder, requested, outcomes)
     fields = {"model_name": info.name, "model_version": info.version} | ({"id": request_id} if request_id else {})
     body, json_bytes = message(fields, outputs_of(requested, outcomes, info.labels))
     headers = [(b"server-timing", server_timing(read_seconds, outcomes))]
@@ -237,6 +238,13 @@ def _response(
     else:
         headers += [(b"content-type", b"application/octet-stream"), (LENGTH_HEADER, b"%d" % json_bytes)]
     return Response(200, headers, body)
+
+
+def count_predictions(encoder: ResponseEncoder, requested: Sequence[Requested], outcomes: Sequence[Outcome]) -> None:
+    if any(output.name != "embedding" for output in requested):
+        for outcome in outcomes:
+            if isinstance(outcome, ImageResult):
+                encoder.classes.count(outcome.probabilities)
 
 
 def outputs_of(requested: Sequence[Requested], outcomes: Sequence[Outcome], labels: Sequence[str]) -> list[Output]:

@@ -86,6 +86,7 @@ def _operations(classes: int | None) -> dict[tuple[str, str], Json]:
     embedding = _parameter(
         "embedding", "Whether results have embeddings too. The options of embeddings need it.", type="boolean"
     )
+    head = _parameter("head", models.HEAD_DESCRIPTION, type="string", pattern=models.HEAD_PATTERN)
     ready = _success(models.Readiness, examples.READY)
     return {
         ("post", "/v1/classify"): _on_images(
@@ -93,7 +94,7 @@ def _operations(classes: int | None) -> dict[tuple[str, str], Json]:
             "Classify one or more images",
             "The response always has the same structure. In a request with several images, an image that cannot be "
             "classified has an `error` in its result, and the other images have predictions.",
-            [top_k, embedding],
+            [top_k, embedding, head],
             (models.ClassifyJson, models.ClassifyForm),
             _success(models.ClassifyResponse, examples.CLASSIFY_RESPONSE, "Server-Timing"),
         ),

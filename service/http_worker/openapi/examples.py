@@ -21,6 +21,7 @@ MODEL_INFO: dict[str, Any] = {
     "name": "compact-hybrid-cifar10",
     "version": "bc4c12228f34",
     "labels": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "heads": [],
     "serving": {
         "engine": "openvino",
         "precision": "bf16",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue, models_json_schema
 from pydantic_core import core_schema
 
+from vitserve.model.arrays import Activation
 from vitserve.model.bundle.parity import Parity
 from vitserve.service.http_worker.inference.response import Encoding, Type
 
@@ -81,9 +82,14 @@ class _Options(BaseModel):
     timeout_ms: int = _optional(ge=1, le=3_600_000, description="Deadline of the request in milliseconds.")
 
 
+HEAD_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+HEAD_DESCRIPTION = "A further classifier of the model, see `heads` of /v1/model. none: the embedding only."
+
+
 class _ClassifyOptions(_Options):
     top_k: int = _optional(ge=1, description="Predictions per image.")
     embedding: bool = _optional(description="Whether results have embeddings too. Other options of them need it.")
+    head: str = _optional(pattern=HEAD_PATTERN, description=HEAD_DESCRIPTION)
 
 
 class _JsonImages(BaseModel):
@@ -143,6 +149,14 @@ class Limits(BaseModel):
     max_body_bytes: int
 
 
+class Head(BaseModel):
+    name: str
+    version: str
+    labels: list[str]
+    activation: Activation
+    accuracy: float | None = Field(description="On held-out images, if `vitserve head fit` made it.")
+
+
 class ModelInfo(BaseModel):
     """The bundle's manifest without its training record, with the labels and the engine that serves it."""
 
@@ -151,6 +165,7 @@ class ModelInfo(BaseModel):
     name: str
     version: str
     labels: list[str]
+    heads: list[Head] = Field(description="Further classifiers, for the option `head`.")
     serving: Serving
     limits: Limits
 

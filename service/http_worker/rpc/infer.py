@@ -21,6 +21,7 @@ from vitserve.service.http_worker.open_inference.infer import (
     PARAMETERS,
     Requested,
     checked_input,
+    count_predictions,
     images_of,
     members,
     outputs_of,
@@ -32,7 +33,6 @@ from vitserve.service.http_worker.open_inference.infer import (
 from vitserve.service.http_worker.open_inference.tensors import Input
 from vitserve.service.http_worker.rpc.messages import INFERENCE, DecodeError, message_class
 from vitserve.service.http_worker.rpc.wire import check_size, malformed
-from vitserve.service.ipc.model_info import ModelInfo
 from vitserve.service.settings import Settings
 
 DEADLINE_HEADER = b"grpc-timeout"  # of gRPC over HTTP/2, which the library replaces by a deadline
@@ -62,14 +62,14 @@ class Infer:
         return length > _PARSED_ON_LOOP
 
     def parse_body(
-        self, head: RequestHead, chunks: list[bytes], settings: Settings, model_info: ModelInfo
+        self, head: RequestHead, chunks: list[bytes], settings: Settings, encoder: ResponseEncoder
     ) -> ImageRequest:
         message = _parsed(chunks.pop())
-        check_model(model_info, message.model_name, message.model_version)
+        check_model(encoder.model_info, message.model_name, message.model_version)
         parameters = members(_values(message.parameters), "parameters", PARAMETERS)
         outputs = [{"name": output.name, "parameters": _values(output.parameters)} for output in message.outputs]
         requested = requested_outputs({"outputs": outputs}, parameters)
-        images = images_of(_inputs(message), settings, model_info)
+        images = images_of(_inputs(message), settings, encoder.model_info)
         timeout = timeout_of(parameters)
         return ImageRequest(
             images,
@@ -132,6 +132,7 @@ def _response(
     read_seconds: float,
 ) -> Response:
     info = encoder.model_info
+    count_predictions(encoder, requested, outcomes)
     in_binary = [output._replace(binary=True) for output in requested]
     encoded = [output.encode() for output in outputs_of(in_binary, outcomes, info.labels)]
     message = _Response(

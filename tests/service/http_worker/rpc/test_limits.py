@@ -6,6 +6,7 @@ import asyncio
 import socket
 from contextlib import ExitStack
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -183,5 +184,6 @@ def test_the_smaller_of_deadline_and_timeout_applies(
     parameters = {} if timeout_us is None else {"timeout": {"int64_param": timeout_us}}
     head = OPERATION.parse_head(b"", headers, Settings())
     assert timeout_us is not None or head.timeout_ms == milliseconds
-    body = request(inputs=[tensor(bytes_contents=[b"image"])], parameters=parameters)
-    assert OPERATION.parse_body(head, [body], Settings(), model).timeout_ms == milliseconds  # type: ignore[arg-type]
+    body, encoder = request(inputs=[tensor(bytes_contents=[b"image"])], parameters=parameters), SimpleNamespace()
+    encoder.model_info = model
+    assert OPERATION.parse_body(head, [body], Settings(), encoder).timeout_ms == milliseconds  # type: ignore[arg-type]
