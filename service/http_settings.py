@@ -113,6 +113,14 @@ class HttpSettings:
         ("off", "errors", "all"),
     )
     request_log_sample: float = setting(1.0, "Share of these requests that is logged, chosen at random, from 0 to 1.")
+    otlp_endpoint: str = setting(
+        "",
+        "URL of an OpenTelemetry collector that takes OTLP over HTTP, for example http://collector:4318. Requests with "
+        "images then have spans. It requires vitserve[otel]. Empty: no traces.",
+    )
+    trace_share: float = setting(
+        1.0, "Share of the requests that is traced, from 0 to 1. The header traceparent decides for those that have it."
+    )
     tls_certificate: str = setting(
         "",
         "File with the certificate of TLS and those of intermediate authorities, in PEM. `port`, `admin_port` and "
@@ -167,8 +175,11 @@ class HttpSettings:
             raise SettingsError("tls_certificate and tls_key need each other: set both or none")
         if not 0 < self.key_share <= 1:
             raise SettingsError(f"key_share is {self.key_share}; it must be greater than 0 and at most 1")
-        if not 0 <= self.request_log_sample <= 1:
-            raise SettingsError(f"request_log_sample is {self.request_log_sample}; it must be from 0 to 1")
+        for name in ("request_log_sample", "trace_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if not re.fullmatch(r"(https?://[^\s?#]+)?", self.otlp_endpoint):
+            raise SettingsError(f"otlp_endpoint is {self.otlp_endpoint!r}; it must be like http://collector:4318")
         if not re.fullmatch(r"((/[\w.~-]+)+)?", self.root_path, re.ASCII):
             raise SettingsError(f"root_path is {self.root_path!r}; it must be like /vision, without a / at the end")
         for origin in filter(None, map(str.strip, self.cors_origins.split(","))):

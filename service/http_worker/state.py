@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from vitserve import __version__
 from vitserve.model.bundle.preprocess import prepare_pillow
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.decode_stage import DecodeWorkers
@@ -35,6 +36,9 @@ from vitserve.service.ipc.control_messages import ConnectEngine, Drain, Reload, 
 from vitserve.service.ipc.shared_memory import SlotTable
 from vitserve.service.metrics import Metrics
 from vitserve.service.settings import DEFAULT_BUNDLE, Settings
+
+if TYPE_CHECKING:
+    from vitserve.service.http_worker.exchange.tracing import Tracing
 
 log = logging.getLogger("vitserve.http_worker")
 
@@ -64,10 +68,15 @@ class State:
         self.cors = Cors(self.settings.cors_origins)
         self.clients = Clients(self.settings)
         self.request_log = RequestLog(self.settings.request_log, self.settings.request_log_sample)
+        self.tracing: Tracing | None = None
 
     def begin(self) -> None:
         """Starts to handle the supervisor's messages and to send heartbeats, on the running event loop."""
         prepare_pillow()
+        if self.settings.otlp_endpoint:
+            from vitserve.service.http_worker.exchange.tracing import Tracing
+
+            self.tracing = Tracing(self.settings.otlp_endpoint, self.settings.trace_share, __version__)
         self._loop = asyncio.get_running_loop()
         self.body_memory = BodyMemory(self.settings.body_memory_bytes // max(1, self.settings.workers))
         self.turns = Turns(self._loop)
@@ -82,6 +91,8 @@ class State:
 
     def end(self) -> None:
         self._decoders.close()
+        if self.tracing is not None:
+            self.tracing.close()
         self.parsing_threads.shutdown()
 
     def reasons(self) -> list[str]:

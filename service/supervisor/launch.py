@@ -43,6 +43,8 @@ def serve(settings: Settings) -> int:
     raise_open_files_limit()
     check_api_keys(settings)
     check_certificate(settings)
+    if settings.otlp_endpoint:
+        check_installed("otlp_endpoint", "otel", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
     light_workers = settings.workers or _most_workers(settings, machine.cores())
     settings = for_this_machine(settings, machine.cores())
     names = metrics_directory.process_names(max(light_workers, settings.workers), settings.engines)
@@ -92,8 +94,7 @@ def reserved_grpc_port(settings: Settings) -> Iterator[None]:
     if not settings.grpc_port:
         yield
         return
-    if not (_is_installed("grpc") and _is_installed("google.protobuf")):
-        raise SettingsError("grpc_port needs grpcio and protobuf: pip install 'vitserve[grpc]'")
+    check_installed("grpc_port", "grpc", "grpc", "google.protobuf")
     family, address = _family(settings.host), (settings.host, settings.grpc_port)
     socket.create_server(address, family=family).close()  # fails if another service has it, even with SO_REUSEPORT
     with socket.socket(family, socket.SOCK_STREAM) as reserved:
@@ -101,6 +102,13 @@ def reserved_grpc_port(settings: Settings) -> Iterator[None]:
         reserved.bind(address)
         log.info("gRPC on %s:%d", f"[{settings.host}]" if ":" in settings.host else settings.host, settings.grpc_port)
         yield
+
+
+def check_installed(setting: str, extra: str, *modules: str) -> None:
+    """Raises SettingsError if a module is missing."""
+    missing = [module for module in modules if not _is_installed(module)]
+    if missing:
+        raise SettingsError(f"{setting} needs {' and '.join(missing)}: pip install 'vitserve[{extra}]'")
 
 
 def _is_installed(module: str) -> bool:

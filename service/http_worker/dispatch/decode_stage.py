@@ -147,7 +147,7 @@ class DecodeStage:
         elif error is None:
             assert image is not None
             error, work = decode_into(self._pixels, job.slot.slot, image), DecodeWork.DECODED
-        job.decode_seconds = time.monotonic() - began
+        job.decode_began, job.decode_seconds = began, time.monotonic() - began
         self._finished(job, error, work, on_loop)
         return job.decode_seconds if work == DecodeWork.DECODED else None
 
@@ -193,7 +193,7 @@ class DecodeStage:
         seconds: float | None = None
         if error is None:
             seconds, error = self._decode_in_process(job, image)
-        job.decode_seconds = seconds or 0.0
+        job.decode_began, job.decode_seconds = time.monotonic() - (seconds or 0.0), seconds or 0.0
         self._finished(job, error, DecodeWork.NONE if seconds is None else DecodeWork.DECODED, False)
         return seconds if seconds is None else min(seconds, _OUTLIER_FACTOR * image.seconds)
 

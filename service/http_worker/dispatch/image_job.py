@@ -35,6 +35,14 @@ class ModelReplacedError(Exception):
     """The model was replaced and its engine workers have exited. Submit the admitted image to the new model."""
 
 
+class Moments(NamedTuple):
+    """When stages of an image began, in monotonic seconds."""
+
+    received: float
+    decode_began: float
+    inference_began: float
+
+
 class ImageResult(NamedTuple):
     probabilities: Floats  # [classes]
     logits: Floats  # [classes]
@@ -42,6 +50,7 @@ class ImageResult(NamedTuple):
     decode_seconds: float
     queue_seconds: float
     inference_seconds: float
+    moments: Moments | None = None  # None if the image did not pass the stages
 
 
 Outcome = ImageResult | errors.ServiceError | ModelReplacedError
@@ -60,6 +69,7 @@ class ImageJob:
     ticket: Ticket | None = None  # None while it waits for a slot
     waits_as_large: bool = False  # for its turn in a decode process
     decoded: bool = False
+    decode_began: float = 0.0  # monotonic seconds
     decode_seconds: float = 0.0
     abandoned: bool = False  # the client disconnected or its deadline passed
 
@@ -96,7 +106,8 @@ class ImageJob:
             embedding = table.embeddings[completion.slot].copy() if self.embedding else None
             queue_seconds = max(0.0, completion.started - self.received - self.decode_seconds)
             times = self.decode_seconds, queue_seconds, completion.seconds
-            return ImageResult(to_probabilities(logits, activation), logits, embedding, *times)
+            moments = Moments(self.received, self.decode_began or self.received, completion.started)
+            return ImageResult(to_probabilities(logits, activation), logits, embedding, *times, moments)
         if completion.outcome == wire_format.REJECTED_DEADLINE:
             return overloaded(Rejection("deadline", completion.retry_after_seconds))
         if completion.outcome == wire_format.REJECTED_FULL:

@@ -157,4 +157,4 @@ class ResultCache:
 
 def _without_times(result: ImageResult) -> ImageResult:
     """For a client whose image did not pass these stages."""
-    return result._replace(decode_seconds=0.0, queue_seconds=0.0, inference_seconds=0.0)
+    return result._replace(decode_seconds=0.0, queue_seconds=0.0, inference_seconds=0.0, moments=None)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
@@ -16,6 +16,7 @@ from vitserve.service.http_worker.exchange import request_id
 from vitserve.service.http_worker.exchange.clients import UNLIMITED
 from vitserve.service.http_worker.inference.body_memory import memory_of
 from vitserve.service.http_worker.inference.counting import count_images, count_rejected
+from vitserve.service.http_worker.inference.finished_call import FinishedCall
 from vitserve.service.http_worker.inference.operations import Operation
 from vitserve.service.http_worker.inference.request_parsing import (
     Headers,
@@ -23,8 +24,11 @@ from vitserve.service.http_worker.inference.request_parsing import (
     RequestHead,
     check_length,
 )
-from vitserve.service.http_worker.inference.response import Outcome, Response, stage_milliseconds
+from vitserve.service.http_worker.inference.response import Outcome, Response
 from vitserve.service.http_worker.state import State
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class InferenceCall:
         self._missing = 0  # outcomes that have not arrived
         self._client: tuple[str, int] | None = None
         self._request_id = b""
+        self._parent: Context | None = None  # of its span
         self._cors_headers: list[tuple[bytes, bytes]] = []
         self.finished = False
 
@@ -71,6 +76,8 @@ class InferenceCall:
         """
         self._arrived, self._client = arrived, client
         self._request_id = request_id.of(headers)
+        if self._state.tracing is not None:
+            self._parent = self._state.tracing.parent(headers)
         self._cors_headers = self._state.cors.headers(headers)
         with _Errors(self):
             self._allowance = self._state.clients.allowance(headers)
@@ -221,16 +228,9 @@ class InferenceCall:
         self.finished = True
         self._state.body_memory.used -= self._reserved
         self._allowance.give_back()
-        seconds = time.monotonic() - self._began
-        self._state.count_request(self._operation.route, str(status), seconds)
-        if self._state.request_log.on:
-            failed = {outcome.code for outcome in outcomes if isinstance(outcome, errors.ServiceError)}
-            code = code or ",".join(sorted(failed))
-            stages = stage_milliseconds(self._read_seconds, outcomes).items()
-            details = {**self._allowance.fields, "images": len(self._outcomes)}
-            details |= {f"{name}_ms": milliseconds for name, milliseconds in stages}
-            about = self._request_id, self._client, "POST", self._operation.route
-            self._state.request_log.write(*about, status, code, seconds, details)
+        about = self._operation.route, self._request_id, self._client, self._began, self._read_seconds
+        finished = FinishedCall(*about, len(self._outcomes), self._allowance.fields, self._parent)
+        finished.record(self._state, status, code, outcomes)
 
     def _release(self) -> None:
         """Withdraws images that are not finished, and frees memory: the connection keeps its latest call."""
