@@ -26,7 +26,8 @@ from benchmarks.models.measure import (
     write_int8,
 )
 from benchmarks.models.table import markdown
-from vitserve.model.bundle.bundle import GRAPH, open_bundle
+from vitserve.model.arrays import Precision
+from vitserve.model.bundle.bundle import GRAPH, Bundle, open_bundle
 
 
 def main() -> None:
@@ -83,10 +84,19 @@ def _measure(families: list[Family], directory: Path, results: dict[str, Result]
             continue
         bundle = open_bundle(directory / _name(family))
         # Both, so that they are of the same machine in the same state.
-        float32 = images_per_second(bundle, bundle.path / GRAPH, "fp32")
-        speed = images_per_second(bundle, int8, "int8") if int8.exists() else None
+        float32 = _speed(bundle, bundle.path / GRAPH, "fp32")
+        speed = _speed(bundle, int8, "int8") if int8.exists() else None
         results[key(family)] = replace(result, fp32=float32, int8=speed)
         _write(directory, results)
+
+
+def _speed(bundle: Bundle, graph: Path, precision: Precision) -> float:
+    """0 if OpenVINO cannot compile the graph. The bundle is then served by ONNX Runtime, or has no such artifact."""
+    try:
+        return images_per_second(bundle, graph, precision)
+    except RuntimeError as error:
+        print(f"{graph.name}: {str(error).splitlines()[-1]}", flush=True)  # noqa: T201
+        return 0.0
 
 
 def _quantize(families: list[Family], directory: Path, results: dict[str, Result], seconds: float) -> None:
@@ -94,7 +104,10 @@ def _quantize(families: list[Family], directory: Path, results: dict[str, Result
     for family in families:
         result = results.get(key(family))
         if result is not None and not result.message and time.monotonic() - start < seconds:
-            write_int8(open_bundle(directory / _name(family)))
+            try:
+                write_int8(open_bundle(directory / _name(family)))
+            except Exception as error:  # NNCF has no error of its own
+                print(f"{key(family)} cannot be quantized: {error!r}", flush=True)  # noqa: T201
 
 
 def _name(family: Family) -> str:

@@ -59,6 +59,8 @@ def _attention(result: Result) -> str:
 def _speed(images_per_second: float | None) -> str:
     if images_per_second is None:
         return "–"
+    if not images_per_second:
+        return "not compiled"
     return f"{images_per_second:.0f}" if images_per_second >= 10 else f"{images_per_second:.1f}"
 
 
