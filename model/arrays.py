@@ -9,7 +9,9 @@ import numpy.typing as npt
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 # softmax: one of the classes applies. sigmoid: each class applies or not (multi-label), and one logit is one class.
-Activation = Literal["softmax", "sigmoid"]
+# none: the network has no classes, and its embedding stands in the place of the logits.
+Activation = Literal["softmax", "sigmoid", "none"]
+_SAME_COSINE = 0.99  # of embeddings that count as equal, for networks without classes
 Pixels = npt.NDArray[np.uint8]  # [H, W, C], or a batch [n, H, W, C]; C = 3 for RGB, 1 for gray
 Floats = npt.NDArray[np.float32]
 
@@ -40,7 +42,9 @@ def sigmoid(logits: Floats) -> Floats:
 
 
 def to_probabilities(logits: Floats, activation: Activation) -> Floats:
-    """Logits [n, classes] → probabilities [n, classes]. They add up to 1 only with softmax."""
+    """Logits [n, classes] → probabilities [n, classes]. They add up to 1 only with softmax. Zeros without classes."""
+    if activation == "none":
+        return np.zeros_like(logits)
     return softmax(logits) if activation == "softmax" else sigmoid(logits)
 
 
@@ -53,6 +57,18 @@ def to_predictions(logits: Floats, activation: Activation) -> npt.NDArray[np.boo
     if activation == "softmax":
         predicted = logits.argmax(1)[:, None] == np.arange(logits.shape[1])
     return predicted
+
+
+def agreement_of(actual: Floats, expected: Floats, activation: Activation) -> float:
+    """The agreement() of the classes that two arrays of logits [n, classes] predict.
+
+    Without classes, it is the share of embeddings whose cosine is at least 0.99.
+    """
+    if activation != "none":
+        return agreement(to_predictions(actual, activation), to_predictions(expected, activation))
+    norms = np.linalg.norm(actual, axis=1) * np.linalg.norm(expected, axis=1)
+    cosines = (actual * expected).sum(axis=1) / np.maximum(norms, 1e-12)
+    return float((cosines >= _SAME_COSINE).mean())
 
 
 def agreement(predicted: npt.NDArray[np.bool_], expected: npt.NDArray[np.bool_]) -> float:

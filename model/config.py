@@ -36,7 +36,7 @@ class LibraryConfig:
     height: int  # pixels, of the input
     width: int
     channels: int
-    classes: int
+    classes: int  # 0 for a network without classifier, whose logits are the embedding
     embedding_width: int
     attention_layers: int = 0  # Attention operators in the graph
 

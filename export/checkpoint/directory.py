@@ -16,7 +16,7 @@ from vitserve.export.checkpoint.files import CONFIG, INDEX, PICKLED_INDEX, WEIGH
 from vitserve.export.checkpoint.formats import huggingface, huggingface_names, image_processor, timm
 from vitserve.export.checkpoint.formats.preprocessor import preprocessor_of
 from vitserve.export.checkpoint.formats.source import Source
-from vitserve.export.checkpoint.library import sources, zero_shot
+from vitserve.export.checkpoint.library import sources, transformers_network, zero_shot
 from vitserve.export.checkpoint.overrides import NetworkChoice, Overrides, check_overrides
 from vitserve.export.checkpoint.selection import Groups, find_network
 from vitserve.export.checkpoint.state_dict import read_tensors
@@ -31,6 +31,8 @@ def read_directory(directory: Path, overrides: Overrides, preprocessing: Preproc
     keys = read_json(_existing(directory / CONFIG))
     if overrides.architecture:
         raise CheckpointError(f"{directory} has its own configuration; --architecture is for a state dict of timm")
+    if "architecture" in keys and keys.get("num_classes") == 0:  # without classifier
+        return sources.of_timm(_groups(directory), keys, overrides, directory)
     if "architecture" in keys and keys.get("model_type") not in huggingface.KINDS:
         return with_fallback(
             lambda: _read_timm(directory, keys, overrides),
@@ -48,6 +50,8 @@ def read_directory(directory: Path, overrides: Overrides, preprocessing: Preproc
         return zero_shot.of_towers(_groups(directory), keys, overrides, preprocessing, directory)
     if overrides.prompts:
         raise CheckpointError(f"--prompt is for the towers of CLIP and SigLIP; {directory} is a classifier")
+    if transformers_network.is_base_model(keys):
+        return sources.of_transformers(_groups(directory), keys, overrides, preprocessing, directory)
     return with_fallback(
         lambda: _read_transformers(directory, keys, overrides, preprocessing),
         lambda: sources.of_transformers(_groups(directory), keys, overrides, preprocessing, directory),

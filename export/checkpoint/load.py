@@ -115,7 +115,8 @@ def _network(source: Source, preprocessing: Preprocessing) -> Network | LibraryN
     if config is None:
         assert source.owner is not None
         logits = source.owner.build(preprocessing.shape[:2])
-        return LibraryNetwork(logits, source.owner.name, source.architecture, preprocessing.shape)
+        about = source.owner.name, source.architecture, preprocessing.shape
+        return LibraryNetwork(logits, *about, classifies=source.activation != "none")
     if isinstance(config, ResNetConfig):
         config = replace(config, image_size=side)
     else:
@@ -125,6 +126,10 @@ def _network(source: Source, preprocessing: Preprocessing) -> Network | LibraryN
 
 def _activation(of_checkpoint: Activation | None, stated: Activation | None, classes: int) -> Activation:
     """One logit is one class, which applies or not: its softmax would always be 1."""
+    if of_checkpoint == "none":
+        if stated:
+            raise CheckpointError("the model has no classifier, so --activation has no effect")
+        return "none"
     if classes == 1 and stated == "softmax":
         raise CheckpointError("the model has one logit, whose softmax is always 1: --activation must be sigmoid")
     return stated or ("sigmoid" if classes == 1 else of_checkpoint or "softmax")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vitserve.model.arrays import Activation, Outputs, Pixels, agreement, to_predictions, to_probabilities
+from vitserve.model.arrays import Activation, Outputs, Pixels, agreement_of, to_predictions, to_probabilities
 from vitserve.model.bundle.bundle import Evaluation
 from vitserve.model.bundle.preprocess import Decoder, ImageError, Preprocessing
 
@@ -72,17 +72,17 @@ def evaluate(
     With sigmoid an image may have several classes, so the one that is known gives no accuracy.
     """
     outputs = run(images.pixels)
-    predicted, expected = (to_predictions(result.logits, activation) for result in (outputs, reference))
     actual_probabilities, expected_probabilities = (
         to_probabilities(result.logits, activation) for result in (outputs, reference)
     )
     accuracy = source_accuracy = None
     if images.classes is not None and activation == "softmax":
+        predicted, expected = (to_predictions(result.logits, activation) for result in (outputs, reference))
         rows = np.arange(len(images.classes))
         accuracy, source_accuracy = (float(classes[rows, images.classes].mean()) for classes in (predicted, expected))
     return Evaluation(
         images=len(images.pixels),
-        top1_agreement=agreement(predicted, expected),
+        top1_agreement=agreement_of(outputs.logits, reference.logits, activation),
         probability=float(np.abs(actual_probabilities - expected_probabilities).max()),
         accuracy=accuracy,
         source_accuracy=source_accuracy,

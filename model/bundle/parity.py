@@ -14,8 +14,7 @@ from vitserve.model.arrays import (
     Floats,
     Outputs,
     Precision,
-    agreement,
-    to_predictions,
+    agreement_of,
     to_probabilities,
 )
 
@@ -84,13 +83,12 @@ def compare(outputs: Outputs, reference: Outputs, activation: Activation = "soft
     actual_probabilities, expected_probabilities = (
         to_probabilities(result.logits, activation) for result in (outputs, reference)
     )
-    predicted, wanted = (to_predictions(result.logits, activation) for result in (outputs, reference))
     of_domain = slice(len(logits) - domain_images if domain_images else 0, None)
     return Parity(
         logits=float(logits.max()),
         embedding=float(embedding.max()),
         probability=float(np.abs(actual_probabilities - expected_probabilities).max()),
-        top1_agreement=agreement(predicted, wanted),
+        top1_agreement=agreement_of(outputs.logits, reference.logits, activation),
         typical=float(max(np.median(logits[of_domain]), np.median(embedding[of_domain]))),
     )
 

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from vitserve import __version__
 from vitserve.model.bundle.preprocess import prepare_pillow
 from vitserve.service import errors
+from vitserve.service.http_worker.classifiers.heads import Heads
 from vitserve.service.http_worker.dispatch.decode_stage import DecodeWorkers
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.http_worker.dispatch.result_cache import ResultCache
@@ -25,7 +26,6 @@ from vitserve.service.http_worker.exchange.clients import Clients
 from vitserve.service.http_worker.exchange.cors import Cors
 from vitserve.service.http_worker.exchange.request_log import RequestLog
 from vitserve.service.http_worker.inference.body_memory import BodyMemory
-from vitserve.service.http_worker.inference.heads import Heads
 from vitserve.service.http_worker.inference.request_parsing import ImageBytes
 from vitserve.service.http_worker.inference.response import ResponseEncoder
 from vitserve.service.http_worker.metric_buffer import MetricBuffer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ class LibraryNetwork(nn.Module):
     """Images [n, channels, H, W] → logits [n, classes] and embedding [n, width].
 
     The embedding is the input of the last linear layer with one output for each class; the logits if there is none.
+    A network without classifier has the embedding as logits.
     """
 
-    def __init__(self, logits: nn.Module, library: str, architecture: str, size: tuple[int, int, int]) -> None:
-        """``size``: height, width and channels of the input."""
+    def __init__(
+        self, logits: nn.Module, library: str, architecture: str, size: tuple[int, int, int], classifies: bool = True
+    ) -> None:
+        """``size``: height, width and channels of the input. ``logits``: embeddings, if it does not classify."""
         super().__init__()
         self.logits: nn.Module = logits.eval().requires_grad_(False)
         self._inputs: list[Tensor] = []
@@ -33,14 +37,17 @@ class LibraryNetwork(nn.Module):
                 f" channels: {error}"
             ) from error
         if not isinstance(output, Tensor) or output.ndim != 2:
-            raise CheckpointError(f"{architecture} of {library} does not compute one logit for each class")
+            wanted = "one logit for each class" if classifies else "one embedding"
+            raise CheckpointError(f"{architecture} of {library} does not compute {wanted}")
         classes = output.shape[1]
         heads = [layer for layer in logits.modules() if isinstance(layer, nn.Linear) and layer.out_features == classes]
-        if heads:
+        if heads and classifies:
             heads[-1].register_forward_pre_hook(self._keep)
         with torch.inference_mode():
             embedding = self(example)[1]
         self.config = LibraryConfig(library, architecture, height, width, channels, classes, int(embedding.shape[-1]))
+        if not classifies:
+            self.config = replace(self.config, classes=0)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         self._inputs.clear()

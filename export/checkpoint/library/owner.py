@@ -52,6 +52,23 @@ class Logits(nn.Module):
         return logits
 
 
+class Embedding(nn.Module):
+    """Images [n, channels, H, W] → embedding [n, width] of a base model of Transformers.
+
+    It is the ``pooler_output`` if the network has one, else the first token of the last layer.
+    """
+
+    def __init__(self, network: nn.Module, arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.network, self.arguments = network.eval().requires_grad_(False), dict(arguments)
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.network(images, **self.arguments)
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
+        embedding: Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled
+        return embedding.flatten(1)
+
+
 class Reversed(nn.Module):
     """RGB images → the logits of a network that takes BGR."""
 

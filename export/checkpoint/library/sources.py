@@ -20,6 +20,7 @@ from vitserve.export.checkpoint.library.image_processing import read_processor
 from vitserve.export.checkpoint.library.owner import Owner, Reversed, check_repeats
 from vitserve.export.checkpoint.overrides import Overrides
 from vitserve.export.checkpoint.selection import Groups, find_network
+from vitserve.model.arrays import Activation
 from vitserve.model.bundle.preprocess import Preprocessing
 
 
@@ -42,9 +43,9 @@ def of_timm(groups: Groups, keys: Mapping[str, Any], overrides: Overrides, path:
     expected = skeleton.state_dict()
     tensors = find_network(groups, _mark(expected), overrides.weights, path)
     named = tensors.copy()
-    number = _classes(skeleton, name)
+    number = _classes(skeleton)
     preprocessing = timm_preprocessing.preprocessing_of(pretrained, arguments)
-    labels = timm_labels(config, pretrained, number, tensors.notes)
+    labels = timm_labels(config, pretrained, number, tensors.notes) if number else ()
     notes = timm_preprocessing.reject_unknown(config, pretrained, overrides.ignored_keys)
 
     def build(size: tuple[int, int]) -> nn.Module:
@@ -52,8 +53,17 @@ def of_timm(groups: Groups, keys: Mapping[str, Any], overrides: Overrides, path:
 
     owner = Owner("timm", build)
     timm_network.check(name, arguments, raw, named)
+    activation: Activation | None = None if number else "none"
     return Source(
-        None, {}, preprocessing, labels, notes=(*tensors.notes, *notes), owner=owner, architecture=name, classes=number
+        None,
+        {},
+        preprocessing,
+        labels,
+        activation,
+        notes=(*tensors.notes, *notes),
+        owner=owner,
+        architecture=name,
+        classes=number,
     )
 
 
@@ -65,17 +75,28 @@ def of_transformers(
     check_repeats(settings, _count(groups), "config.json")
     transformers_network.check_supported(str(settings.get("model_type")))
     config = transformers_network.configuration(settings)
-    classifier = transformers_network.classifier_of(config, settings)
+    classifies = not transformers_network.is_base_model(settings)
+    network_class = transformers_network.network_class(config, settings)
     flipped = False
     if preprocessing is None:
         processor = read_processor(path)
         preprocessing, flipped = processor.preprocessing, processor.reversed_channels
     with torch.device("meta"):
-        expected = classifier(config).state_dict()
-    tensors = find_network(groups, _mark(expected), overrides.weights, path)
+        expected = network_class(config).state_dict()
+    try:
+        tensors = find_network(groups, _mark(expected), overrides.weights, path)
+    except CheckpointError as error:
+        if classifies:
+            raise
+        note = f"architectures in config.json is {network_class.__name__}, which has no classifier"
+        raise CheckpointError(f"{error} ({note})") from error
     named = tensors.copy()
-    classes = int(config.num_labels)
-    labels, activation = huggingface.labels_and_activation(Configuration("config.json", settings), classes)
+    classes = 0
+    labels: tuple[str, ...] | None = ()
+    activation: Activation | None = "none"
+    if classifies:
+        classes = int(config.num_labels)
+        labels, activation = huggingface.labels_and_activation(Configuration("config.json", settings), classes)
 
     def build(size: tuple[int, int]) -> nn.Module:
         network = transformers_network.create(settings, named, size)
@@ -92,7 +113,7 @@ def of_transformers(
         activation,
         notes=tuple(tensors.notes),
         owner=owner,
-        architecture=classifier.__name__,
+        architecture=network_class.__name__,
         classes=classes,
     )
 
@@ -107,8 +128,7 @@ def _mark(expected: Mapping[str, Any]) -> tuple[str, ...]:
     return (next(names),)
 
 
-def _classes(skeleton: nn.Module, name: str) -> int:
+def _classes(skeleton: nn.Module) -> int:
+    """0 for a network without classifier."""
     number: Any = getattr(skeleton, "num_classes", 0)
-    if not isinstance(number, int) or number < 1:
-        raise CheckpointError(f"{name} has no classification head: it is a base model, which computes features")
-    return number
+    return number if isinstance(number, int) and number > 0 else 0

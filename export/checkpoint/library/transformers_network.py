@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitserve.export.checkpoint.errors import CheckpointError
-from vitserve.export.checkpoint.library.owner import Logits, check_finite, missing
+from vitserve.export.checkpoint.library.owner import Embedding, Logits, check_finite, missing
 
 _NAMES_OF_CODE = {
     "auto_map",
@@ -44,8 +44,10 @@ def imported() -> ModuleType:
     return module
 
 
-def create(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], size: tuple[int, int] | None = None) -> Logits:
-    """The classifier that config.json, ``settings``, describes, as images → logits.
+def create(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], size: tuple[int, int] | None = None
+) -> Logits | Embedding:
+    """The network that config.json, ``settings``, describes, as images → logits; → embedding of a base model.
 
     ``size``: height and width of the images, if it may differ from the configuration's; the library interpolates the
     position embeddings.
@@ -55,8 +57,32 @@ def create(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], size: tup
     check_supported(str(settings.get("model_type")))
     check_finite(tensors)
     config = configuration(settings)
-    network = loaded(classifier_of(config, settings), config, tensors)
-    return Logits(network, _interpolation(network, config, size))
+    network = loaded(network_class(config, settings), config, tensors)
+    arguments = _interpolation(network, config, size)
+    return Embedding(network, arguments) if is_base_model(settings) else Logits(network, arguments)
+
+
+def is_base_model(settings: Mapping[str, Any]) -> bool:
+    """Whether config.json names a class without classifier, such as ViTModel or CLIPVisionModel."""
+    named = settings.get("architectures") or []
+    return len(named) == 1 and isinstance(named[0], str) and named[0].endswith("Model")
+
+
+def network_class(config: Any, settings: Mapping[str, Any]) -> Any:
+    """The class of the network. Raises CheckpointError."""
+    if not is_base_model(settings):
+        return classifier_of(config, settings)
+    (name,) = settings["architectures"]
+    transformers = imported()
+    kind: Any = getattr(transformers, name, None)
+    if not isinstance(kind, type) or getattr(kind, "config_class", None) is not type(config):
+        raise CheckpointError(
+            f"architectures in config.json is {name}, which is no network of transformers {transformers.__version__}"
+            f" for model_type {settings.get('model_type')!r}"
+        )
+    if getattr(kind, "main_input_name", "") != "pixel_values":
+        raise CheckpointError(f"{name} does not take images")
+    return kind
 
 
 def without_code(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class _OnImages:
     route: str
     names: tuple[str, ...]  # of the options
     encoding: Callable[[Mapping[str, Any], int], tuple[bool, Encode]]  # options and classes → whether with embeddings
+    needs_classes: bool
 
     def parse_head(self, query: bytes, headers: Headers, settings: Settings) -> RequestHead:
         return request_parsing.parse_head(query, headers, settings, self.names)
@@ -70,8 +71,12 @@ class _OnImages:
     ) -> ImageRequest:
         images, values = request_parsing.parse_body(head, chunks, settings, self.names)
         classes = len(encoder.model_info.labels)
-        if not values:
+        if not values and (classes or not self.needs_classes):
             return ImageRequest(images, head.timeout_ms, *_default(self.encoding, classes), head.priority)
+        if not classes and self.needs_classes and HEAD not in values:
+            raise errors.BadRequestError(
+                "the model has no classifier: send the image to /v1/embed, or choose a head with the option head"
+            )
         if HEAD in values and _text(HEAD, values[HEAD]) != NO_HEAD:
             values = {**values, HEAD: encoder.heads.find(values[HEAD])}
             classes = len(values[HEAD].head.labels)
@@ -141,5 +146,5 @@ def _embedding_format(options: Mapping[str, Any]) -> EmbeddingFormat:
     return EmbeddingFormat(options.get("normalize", False), encoding, dtype)
 
 
-CLASSIFY = _OnImages("/v1/classify", ("top_k", TIMEOUT, "embedding", HEAD, *_EMBEDDING_OPTIONS), _classification)
-EMBED = _OnImages("/v1/embed", (TIMEOUT, *_EMBEDDING_OPTIONS), _embeddings)
+CLASSIFY = _OnImages("/v1/classify", ("top_k", TIMEOUT, "embedding", HEAD, *_EMBEDDING_OPTIONS), _classification, True)
+EMBED = _OnImages("/v1/embed", (TIMEOUT, *_EMBEDDING_OPTIONS), _embeddings, False)

@@ -12,9 +12,9 @@ from pydantic_core import to_json
 
 from vitserve.model.arrays import Floats
 from vitserve.service import errors
+from vitserve.service.http_worker.classifiers.classes import Classes
+from vitserve.service.http_worker.classifiers.heads import Heads, ServedHead
 from vitserve.service.http_worker.dispatch.image_job import ImageResult
-from vitserve.service.http_worker.inference.classes import Classes
-from vitserve.service.http_worker.inference.heads import Heads, ServedHead
 from vitserve.service.http_worker.metric_buffer import MetricBuffer
 from vitserve.service.ipc.model_info import ModelInfo
 

@@ -14,7 +14,7 @@ from prometheus_client import Metric
 from vitserve import __version__
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
-from vitserve.service.http_worker.open_inference.infer import OUTPUTS
+from vitserve.service.http_worker.open_inference.infer import output_names
 from vitserve.service.ipc.model_info import ModelInfo
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
@@ -113,4 +113,4 @@ def statistics(dispatcher: Dispatcher, metrics: Iterable[Metric]) -> dict[str, A
 def _sizes(dispatcher: Dispatcher) -> list[tuple[str, int]]:
     shape = dispatcher.slot_table.shape
     sizes = {"probabilities": shape.classes, "logits": shape.classes, "embedding": shape.embedding}
-    return [(name, sizes[name]) for name in OUTPUTS]
+    return [(name, sizes[name]) for name in output_names(dispatcher.model_info)]

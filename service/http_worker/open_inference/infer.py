@@ -10,10 +10,10 @@ import numpy as np
 from pydantic_core import from_json, to_json
 
 from vitserve.service import errors
+from vitserve.service.http_worker.classifiers.classes import most_probable
 from vitserve.service.http_worker.dispatch.decoding import PixelImage
 from vitserve.service.http_worker.dispatch.image_job import ImageResult
 from vitserve.service.http_worker.inference import request_parsing
-from vitserve.service.http_worker.inference.classes import most_probable
 from vitserve.service.http_worker.inference.content_coding import decoded
 from vitserve.service.http_worker.inference.json_body import too_many_images
 from vitserve.service.http_worker.inference.options import flag, whole_number
@@ -84,7 +84,7 @@ class Infer:
         request = _parsed(body, json_bytes)
         parameters = members(request.get("parameters", {}), "parameters", PARAMETERS)
         images = images_of(_inputs(request, memoryview(body)[json_bytes:]), settings, encoder.model_info)
-        requested = requested_outputs(request, parameters)
+        requested = requested_outputs(request, parameters, encoder.model_info)
         return ImageRequest(
             images,
             timeout_of(parameters) or settings.timeout_ms,
@@ -185,14 +185,22 @@ def checked_input(name: Any, shape: Any) -> tuple[str, tuple[int, ...]]:
     return name, tuple(sizes)
 
 
-def requested_outputs(request: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[Requested]:
+def output_names(model_info: ModelInfo) -> tuple[str, ...]:
+    """A network without classifier has only embeddings."""
+    return OUTPUTS if model_info.labels else ("embedding",)
+
+
+def requested_outputs(
+    request: Mapping[str, Any], parameters: Mapping[str, Any], model_info: ModelInfo
+) -> list[Requested]:
     """All outputs unless the request names some."""
+    allowed = output_names(model_info)
     binary = flag("binary_data_output", parameters.get("binary_data_output", False))
     requested = []
     for member in _objects(request, "outputs", ("name", "parameters")):
         name = short_text(member.get("name"), "the name of an output")
-        if name not in OUTPUTS:
-            raise errors.BadRequestError(f"unknown output {name[:100]!r}; allowed: {', '.join(OUTPUTS)}")
+        if name not in allowed:
+            raise errors.BadRequestError(f"unknown output {name[:100]!r}; allowed: {', '.join(allowed)}")
         options = members(
             member.get("parameters", {}), f"parameters of output {name!r}", ("binary_data", "classification")
         )
@@ -200,7 +208,7 @@ def requested_outputs(request: Mapping[str, Any], parameters: Mapping[str, Any])
         if classes and name == "embedding":
             raise errors.BadRequestError("the embedding is not a classification")
         requested.append(Requested(name, flag("binary_data", options.get("binary_data", binary)), classes))
-    return requested or [Requested(name, binary, 0) for name in OUTPUTS]
+    return requested or [Requested(name, binary, 0) for name in allowed]
 
 
 def timeout_of(parameters: Mapping[str, Any]) -> int | None:

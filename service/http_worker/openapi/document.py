@@ -81,7 +81,7 @@ def document(root_path: str, max_images: int, classes: int | None) -> bytes:
 
 def _operations(classes: int | None) -> dict[tuple[str, str], Json]:
     top_k = _parameter("top_k", "Predictions per image.", minimum=1, default=min(5, classes or 5))
-    if classes is not None:
+    if classes:
         top_k["schema"]["maximum"] = classes
     embedding = _parameter(
         "embedding", "Whether results have embeddings too. The options of embeddings need it.", type="boolean"

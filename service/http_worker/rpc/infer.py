@@ -68,7 +68,7 @@ class Infer:
         check_model(encoder.model_info, message.model_name, message.model_version)
         parameters = members(_values(message.parameters), "parameters", PARAMETERS)
         outputs = [{"name": output.name, "parameters": _values(output.parameters)} for output in message.outputs]
-        requested = requested_outputs({"outputs": outputs}, parameters)
+        requested = requested_outputs({"outputs": outputs}, parameters, encoder.model_info)
         images = images_of(_inputs(message), settings, encoder.model_info)
         timeout = timeout_of(parameters)
         return ImageRequest(

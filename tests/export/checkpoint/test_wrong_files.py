@@ -149,23 +149,6 @@ def save_vit(transformers: ModuleType, directory: Path, network: str = "ViTForIm
     save_with_transformers(transformers, directory, "ViTConfig", network, arguments)
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers' own
-@pytest.mark.parametrize(
-    ("config", "network"), [("ViTConfig", "ViTModel"), ("Dinov2Config", "Dinov2Model"), ("DeiTConfig", "DeiTModel")]
-)
-def test_a_base_model_is_named_as_such(config: str, network: str, transformers: ModuleType, tmp_path: Path) -> None:
-    save_with_transformers(transformers, tmp_path, config, network, SMALL_TRANSFORMERS)
-    with pytest.raises(CheckpointError, match=r"no classification head .* it is a base model"):
-        load_checkpoint(tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_timm_network_without_a_head_is_named_as_such(timm: ModuleType, tmp_path: Path) -> None:
-    save_with_timm(timm, tmp_path, "vit_tiny_patch16_224", {"depth": 1, "num_classes": 0})
-    with pytest.raises(CheckpointError, match=r"no classification head .* it is a base model"):
-        load_checkpoint(tmp_path)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_damaged_weights_are_named(value: str, transformers: ModuleType, tmp_path: Path) -> None:

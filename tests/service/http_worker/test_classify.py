@@ -27,7 +27,7 @@ from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.bundle.preprocess import Decoder
 from vitserve.service.engines.engine import EngineOptions
 from vitserve.service.engines.selection import open_engine
-from vitserve.service.http_worker.inference.classes import most_probable
+from vitserve.service.http_worker.classifiers.classes import most_probable
 
 IMAGE = encoded(random_image())
 GRAY_16_BIT = np.arange(0, 65536, 16).astype(np.uint16).reshape(64, 64)

@@ -11,7 +11,7 @@ from vitserve.model.bundle.bundle import HEADS
 from vitserve.model.bundle.head import Head, HeadError, backbone_of, check_fits, head_files, read_head
 from vitserve.service import errors
 from vitserve.service.credentials.watched_file import WatchedFiles
-from vitserve.service.http_worker.inference.classes import Classes
+from vitserve.service.http_worker.classifiers.classes import Classes
 from vitserve.service.http_worker.metric_buffer import MetricBuffer
 from vitserve.service.ipc.model_info import ModelInfo
 
