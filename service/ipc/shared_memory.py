@@ -131,6 +131,21 @@ class SlotTable:
     def read_offered_load(self, worker: int) -> tuple[float, ...]:
         return _OFFERED_LOAD.unpack_from(self._memory, self._offered_load_offset(worker))
 
+    def images_at_once(self, short_seconds: float, factor: float) -> int:
+        """The images that run if every stream runs a batch of the preferred size, or of a smaller one that is quick.
+
+        A batch is quick if it takes at most ``short_seconds``, or ``factor`` times as long as one image.
+        """
+        images = 0
+        for engine in range(self.shape.engines):
+            row = self._row.unpack_from(self._memory, self._row_offset(engine))
+            seconds = row[FREE_AT + self.shape.streams :][: int(row[PREFERRED_BATCH_SIZE])]
+            quick = [
+                size for size, duration in enumerate(seconds, 1) if duration <= max(short_seconds, factor * seconds[0])
+            ]
+            images += self.shape.streams * max(quick, default=0)
+        return images
+
     def image_seconds(self) -> float:
         """Measured stream seconds per image of a full batch, averaged over the engine workers. 0 if none has started.
 

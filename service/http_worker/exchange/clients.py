@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +14,43 @@ from vitserve.service.http_worker.dispatch.dispatcher import Dispatcher
 from vitserve.service.settings import Settings
 
 _BEARER = b"bearer "
+# A batch of another key delays an image little if it takes at most so many seconds, or times as long as one image.
+_QUICK = 0.005, 1.25
+_ACTIVE_SECONDS = 10.0  # after its latest request, a key counts as one that others must leave room for
 
 
 @dataclass(eq=False)
 class Client:
     name: str  # of its API key
     images: int = 0  # in flight
+    latest: float = -math.inf  # request, monotonic seconds
+
+
+@dataclass
+class Activity:
+    """Which keys have sent requests lately."""
+
+    newest: Client | None = None
+    before: Client | None = None  # the newest of the others
+
+    def record(self, client: Client, now: float) -> None:
+        client.latest = now
+        if client is not self.newest:
+            self.newest, self.before = client, self.newest
+
+    def has_others(self, client: Client, now: float) -> bool:
+        """Whether another key was active in the last seconds."""
+        other = self.before if client is self.newest else self.newest
+        return other is not None and now - other.latest < _ACTIVE_SECONDS
 
 
 class Allowance:
     """The images of one request. Without API keys, there is no limit."""
 
-    __slots__ = ("_client", "_images", "_share")
+    __slots__ = ("_activity", "_client", "_images", "_share")
 
-    def __init__(self, client: Client | None = None, share: float = 1.0) -> None:
-        self._client, self._share, self._images = client, share, 0
+    def __init__(self, client: Client | None = None, share: float = 1.0, activity: Activity | None = None) -> None:
+        self._client, self._share, self._activity, self._images = client, share, activity, 0
 
     @property
     def fields(self) -> dict[str, object]:
@@ -34,15 +58,22 @@ class Allowance:
         return {} if self._client is None else {"key": self._client.name}
 
     def rejection(self, images: int, dispatcher: Dispatcher) -> errors.OverloadedError | None:
-        """If the client would have more than its share of the slots. A request alone is never too large."""
+        """If the client would have more than its share. A request alone is never too large.
+
+        A key that is alone may take its share of the slots. While other keys are active, it may only keep the engines
+        busy, so that an image of another key waits for the batches that run, and not for a queue of images.
+        """
         client = self._client
         if client is None or not client.images:
             return None
-        limit = max(1, int(self._share * dispatcher.slot_table.shape.slots_per_worker))
+        table = dispatcher.slot_table
+        limit = max(1, int(self._share * table.shape.slots_per_worker))
+        if self._activity is not None and self._activity.has_others(client, time.monotonic()):
+            limit = min(limit, max(1, math.ceil(table.images_at_once(*_QUICK) / table.shape.workers)))
         if client.images + images <= limit:
             return None
         detail = f"the API key {client.name!r} has {client.images} images in flight; the limit is {limit}"
-        return errors.OverloadedError(detail, "key", dispatcher.slot_table.image_seconds() * limit)
+        return errors.OverloadedError(detail, "key", table.image_seconds() * limit)
 
     def take(self, images: int) -> None:
         if self._client is not None:
@@ -63,6 +94,7 @@ class Clients:
         self._file = ApiKeyFile(Path(settings.api_keys)) if settings.api_keys else None
         self._share = settings.key_share
         self._clients: dict[str, Client] = {}
+        self._activity = Activity()
 
     def allowance(self, headers: Iterable[tuple[bytes, bytes]]) -> Allowance:
         """Of a client with a key in ``Authorization: Bearer`` or ``X-API-Key``. Raises UnauthorizedError."""
@@ -74,7 +106,9 @@ class Clients:
         name = self._file.name_of(key)
         if name is None:
             raise errors.UnauthorizedError("the API key is not known", invalid=True)
-        return Allowance(self._clients.setdefault(name, Client(name)), self._share)
+        client = self._clients.setdefault(name, Client(name))
+        self._activity.record(client, time.monotonic())
+        return Allowance(client, self._share, self._activity)
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """As allowance(), for requests without images."""

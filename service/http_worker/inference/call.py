@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from vitserve.service.http_worker.dispatch.image_job import Outcome as JobOutcom
 from vitserve.service.http_worker.exchange import request_id
 from vitserve.service.http_worker.exchange.clients import UNLIMITED
 from vitserve.service.http_worker.inference.body_memory import memory_of
-from vitserve.service.http_worker.inference.counting import count_images, count_rejected
+from vitserve.service.http_worker.inference.counting import count_images, count_rejected, rejected_for_memory
 from vitserve.service.http_worker.inference.finished_call import FinishedCall
 from vitserve.service.http_worker.inference.operations import Operation
 from vitserve.service.http_worker.inference.request_parsing import (
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Until a request beyond the share of its key is answered. At random, so that the next requests do not come together.
+_REJECTION_SECONDS = 0.1, 0.4
+
 
 class InferenceCall:
     """begin() → receive() … → end(). Then ``respond`` is called once, unless cancel() is called first.
@@ -42,13 +46,11 @@ class InferenceCall:
 
     def __init__(self, state: State, operation: Operation, respond: Callable[[Response], None]) -> None:
         self._state, self._operation, self._respond = state, operation, respond
-        self._began = time.monotonic()
-        self._arrived = self._began
+        self._began = self._arrived = time.monotonic()
         self._read_seconds = 0.0
         self._head: RequestHead | None = None
         self._chunks: list[bytes] = []
-        self._length = 0
-        self._reserved = 0  # bytes of memory
+        self._length = self._reserved = 0  # bytes that have arrived, and of memory
         self._dispatcher: Dispatcher | None = None
         self._request: ImageRequest | None = None
         self._allowance = UNLIMITED
@@ -56,9 +58,9 @@ class InferenceCall:
         self._outcomes: list[JobOutcome | None] = []
         self._missing = 0  # outcomes that have not arrived
         self._client: tuple[str, int] | None = None
-        self._request_id = b""
+        self._rejected = False  # the answer comes later
         self._parent: Context | None = None  # of its span
-        self._cors_headers: list[tuple[bytes, bytes]] = []
+        self._request_id, self._cors_headers = b"", list[tuple[bytes, bytes]]()
         self.finished = False
 
     def begin(
@@ -110,6 +112,8 @@ class InferenceCall:
         self._length += len(chunk)
         with _Errors(self):
             check_length(self._length, self._state.settings)
+            if self._rejected:
+                return
             assert self._head is not None
             assert self._dispatcher is not None
             self._reserve(self._dispatcher, self._head, memory_of(self._head.media_type, len(chunk)))
@@ -122,17 +126,14 @@ class InferenceCall:
 
     def _check_memory(self, dispatcher: Dispatcher, head: RequestHead, more: int) -> None:
         """Raises OverloadedError or BodyTooLargeError if ``more`` bytes of memory are not free."""
-        if self._state.body_memory.fits(self._reserved, more):
-            return
-        error = errors.OverloadedError("other request bodies take all of the memory for them", "memory", 1.0)
-        images = self._expected_images(head)
-        dispatcher.admission.record_rejected(head.priority, images)
-        count_rejected(self._state.metrics, error, images)
-        raise error
+        if not self._state.body_memory.fits(self._reserved, more):
+            raise rejected_for_memory(self._state.metrics, dispatcher, head.priority, self._expected_images(head))
 
     def end(self, arrived: float) -> None:
         """The body is complete. ``arrived``: the time from which the deadline counts, see BodyClock."""
         self._arrived = arrived
+        if self._rejected:
+            return
         assert self._head is not None
         assert self._dispatcher is not None
         chunks, self._chunks = self._chunks, []
@@ -240,7 +241,10 @@ class InferenceCall:
         self._chunks, self._request, self._jobs, self._outcomes = [], None, [], []
 
     def fail(self, error: BaseException) -> None:
-        """Responds with a problem, unless the response has been sent."""
+        """Responds with a problem, unless the response has been sent.
+
+        A client that is beyond its share gets it later, so that its next request does not come at once.
+        """
         if self.finished:
             if not isinstance(error, errors.ServiceError):
                 log.error("unexpected error after a response", exc_info=error)
@@ -248,6 +252,10 @@ class InferenceCall:
         if not isinstance(error, errors.ServiceError):
             log.error("request %s failed", self._request_id.decode(), exc_info=error)
             error = errors.internal(self._request_id.decode())
+        if isinstance(error, errors.OverloadedError) and error.reason == "key" and not self._rejected:
+            self._rejected = True
+            asyncio.get_running_loop().call_later(random.uniform(*_REJECTION_SECONDS), self.fail, error)
+            return
         self._send(self._operation.problem(error), error.code)
 
 
