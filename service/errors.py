@@ -188,6 +188,10 @@ class EngineFailedError(ServiceError):
     status, code, title = 500, "engine_failed", "The engine failed"
 
 
+class NotExplainableError(ServiceError):
+    status, code, title = 501, "not_explainable", "This model has no such explanation"
+
+
 class NotReadyError(ServiceError):
     status, code, title = 503, "not_ready", "The service is not ready"
 

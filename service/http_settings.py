@@ -99,6 +99,10 @@ class HttpSettings:
         "Memory for results of images that are sent again, of all HTTP workers together. Identical images in flight "
         "then run once. A reload empties it. 0: no cache.",
     )
+    explanations: bool = setting(
+        True, "Answer POST /v1/explain. The first image starts a process, which exits after a minute without images."
+    )
+    page: bool = setting(True, "Serve the page at /.")
     cors_origins: str = setting(
         "",
         "Origins of web pages that may use the API, separated by commas, for example https://app.example. *: all. "

@@ -18,12 +18,14 @@ from vitserve import __version__
 from vitserve.service import errors
 from vitserve.service.http_worker.admin_key import AdminKey
 from vitserve.service.http_worker.exchange.middleware import exchange_of, observed
+from vitserve.service.http_worker.explain.route import ROUTE, explain
 from vitserve.service.http_worker.gauges import gauges
 from vitserve.service.http_worker.inference.asgi import respond
 from vitserve.service.http_worker.inference.operations import CLASSIFY, EMBED
 from vitserve.service.http_worker.inference.options import reject_unknown
 from vitserve.service.http_worker.open_inference.routes import PREFIX, OpenInference
 from vitserve.service.http_worker.openapi import pages
+from vitserve.service.http_worker.page import routes as page
 from vitserve.service.http_worker.state import State
 from vitserve.service.metrics import Exposition
 
@@ -55,6 +57,7 @@ def create_app(state: State) -> FastAPI:
     handlers: dict[tuple[str, str], Handler] = {
         ("POST", CLASSIFY.route): lambda request: respond(state, CLASSIFY, request),
         ("POST", EMBED.route): lambda request: respond(state, EMBED, request),
+        **_explanations(state),
         ("GET", "/v1/model"): lambda request: _model(state, request),
         ("POST", "/v1/admin/reload"): lambda request: _reload(state, key, request),
         ("GET", "/livez"): lambda request: _livez(),
@@ -69,11 +72,19 @@ def create_app(state: State) -> FastAPI:
         if (method, path) not in reserved
     ]
     app.router.routes += pages.routes(state)
+    if state.settings.page:
+        app.router.routes += page.routes()
     routes = frozenset(path for _, path in handlers)
     open_inference = OpenInference(state, exposition)
     router = _bypass(app.build_middleware_stack(), guarded, reserved, open_inference, state)
     app.middleware_stack = observed(router, state, routes)
     return app
+
+
+def _explanations(state: State) -> dict[tuple[str, str], Handler]:
+    if not state.settings.explanations:
+        return {}
+    return {("POST", ROUTE): lambda request: explain(state, state.explainer, request)}
 
 
 def _bypass(

@@ -25,6 +25,7 @@ from vitserve.service.http_worker.dispatch.result_cache import ResultCache
 from vitserve.service.http_worker.exchange.clients import Clients
 from vitserve.service.http_worker.exchange.cors import Cors
 from vitserve.service.http_worker.exchange.request_log import RequestLog
+from vitserve.service.http_worker.explain.explainer import Explainer
 from vitserve.service.http_worker.inference.body_memory import BodyMemory
 from vitserve.service.http_worker.inference.request_parsing import ImageBytes
 from vitserve.service.http_worker.inference.response import ResponseEncoder
@@ -69,6 +70,7 @@ class State:
         self.clients = Clients(self.settings)
         self.request_log = RequestLog(self.settings.request_log, self.settings.request_log_sample)
         self.tracing: Tracing | None = None
+        self.explainer = Explainer(self.settings)
 
     def begin(self) -> None:
         """Starts to handle the supervisor's messages and to send heartbeats, on the running event loop."""
@@ -91,6 +93,7 @@ class State:
 
     def end(self) -> None:
         self._decoders.close()
+        self.explainer.close()
         if self.tracing is not None:
             self.tracing.close()
         self.parsing_threads.shutdown()

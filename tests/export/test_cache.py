@@ -193,6 +193,7 @@ def test_a_damaged_cached_bundle_is_exported_again(cache: Path, tmp_path: Path) 
     assert len(open_bundle(bundle).labels) == 7
 
 
+@pytest.mark.slow
 def test_a_source_is_served_and_exported_once(transformers: ModuleType, tmp_path: Path, cache: Path) -> None:
     arguments = SMALL_TRANSFORMERS | {"intermediate_size": 96, "id2label": dict(enumerate("abcde"))}
     source = save_with_transformers(

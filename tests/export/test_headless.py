@@ -72,7 +72,9 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, transformers: Modu
     assert_equal_embeddings(bundle, pooled(network))
 
 
-@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "convnext_atto"])
+@pytest.mark.parametrize(
+    "architecture", ["vit_tiny_patch16_224", pytest.param("convnext_atto", marks=pytest.mark.slow)]
+)
 def test_embeddings_are_those_of_timm(tmp_path: Path, timm: ModuleType, architecture: str) -> None:
     arguments: dict[str, Any] = {"num_classes": 0}
     if architecture.startswith("vit"):

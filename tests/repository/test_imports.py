@@ -75,6 +75,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "service.scheduler",
         "service.settings",
     },
+    "service/explain_worker": {
+        "model.arrays",
+        "model.bundle",
+        "service.explain_worker",
+        "service.ipc.frames",
+        "service.log_format",
+    },
     "service/engine_worker": {
         "model.arrays",
         "model.bundle",

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from vitserve import __version__
 from vitserve.service import errors
 from vitserve.service.errors import ServiceError
+from vitserve.service.http_worker.explain.options import FORMATS, METHODS
 from vitserve.service.http_worker.inference.request_parsing import DEFAULT_PRIORITY, PRIORITY_HEADER
 from vitserve.service.http_worker.inference.response import ENCODINGS, TYPES
 from vitserve.service.http_worker.openapi import examples, models
@@ -47,7 +48,19 @@ _ANY_ERRORS = (
     errors.HeadersTooLargeError,
     errors.TooManyConnectionsError,
 )
-_ELSEWHERE = (*_ADMIN_ERRORS, errors.NotFoundError, errors.MethodNotAllowedError)  # errors of other paths and methods
+_NOT_OF_EXPLANATIONS = (
+    *_ADMIN_ERRORS,
+    errors.NotFoundError,
+    errors.MethodNotAllowedError,
+    errors.UnsupportedMediaTypeError,
+    errors.UnsupportedCodingError,
+)
+_ELSEWHERE = (
+    *_ADMIN_ERRORS,
+    errors.NotFoundError,
+    errors.MethodNotAllowedError,
+    errors.NotExplainableError,
+)  # errors of other paths and methods
 
 
 @lru_cache(maxsize=2)
@@ -106,6 +119,7 @@ def _operations(classes: int | None) -> dict[tuple[str, str], Json]:
             (models.EmbedJson, models.EmbedForm),
             _success(models.EmbedResponse, examples.EMBED_RESPONSE, "Server-Timing"),
         ),
+        ("post", "/v1/explain"): _explain(),
         ("get", "/v1/model"): _operation(
             "get_model",
             "model",
@@ -186,6 +200,27 @@ def _on_images(
                 "application/octet-stream": _content({"type": "string", "format": "binary"}),
             },
         },
+    }
+
+
+def _explain() -> Json:
+    body = {"type": "string", "format": "binary"}
+    answer = _success(models.Explanation, examples.EXPLANATION)
+    answer["200"]["content"]["image/png"] = _content(body)
+    kinds = (kind for kind in errors.error_types() if kind not in _NOT_OF_EXPLANATIONS)
+    return _operation("explain", "images", "Explain a prediction", answer | _failures(kinds)) | {
+        "description": "A map of the image: which patches the network attends to, or which parts of the image change "
+        "the probability. It is computed at the lowest priority. A raw image may have any type `image/*` too.",
+        "parameters": [
+            _parameter(
+                "method", "auto: rollout, or occlusion if it has no meaning.", type="string", enum=list(METHODS)
+            ),
+            _parameter("format", "heatmap and overlay are PNG.", type="string", enum=list(FORMATS)),
+            _parameter("layer", "Of rollout (up to it) and attention. Default: the last.", minimum=1),
+            _parameter("head_index", "Of attention. Default: the mean of all heads.", minimum=1),
+            _parameter("class", "Of occlusion: index. Default: the most probable class.", minimum=0),
+        ],
+        "requestBody": {"required": True, "content": {"application/octet-stream": _content(body)}},
     }
 
 

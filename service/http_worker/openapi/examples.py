@@ -17,6 +17,15 @@ EMBED_RESPONSE: dict[str, Any] = {
     "version": "bc4c12228f34",
     "results": [{"embedding": [0.0721, -1.2034, 0.4463]}],
 }
+EXPLANATION = {
+    "model": "compact-hybrid-cifar10",
+    "version": "bc4c12228f34",
+    "method": "rollout",
+    "layer": 3,
+    "layers": 3,
+    "heads": 3,
+    "grid": [[0.25, 0.5], [1.0, 0.75]],
+}
 MODEL_INFO: dict[str, Any] = {
     "name": "compact-hybrid-cifar10",
     "version": "bc4c12228f34",
@@ -72,6 +81,7 @@ DETAILS: dict[type[ServiceError], str] = {
     errors.TooManyAttemptsError: "too many wrong admin keys; SIGHUP also reloads the bundle",
     errors.HeadersTooLargeError: "the request header has more than 65,536 bytes",
     errors.EngineFailedError: "the engine failed",
+    errors.NotExplainableError: "the layers of the network attend to different tokens, for example in windows",
     errors.NotReadyError: "starting: loading, verifying and warming up the engine",
     errors.TooManyConnectionsError: "there are too many connections",
     errors.DeadlineExceededError: "the image was not finished within its deadline",

@@ -71,6 +71,18 @@ class EmbedResponse(BaseModel):
     results: list[Embedding | ImageError] = Field(description="One result per image, in the order of the request.")
 
 
+class Explanation(BaseModel):
+    model: str
+    version: str
+    method: str
+    layer: int = _optional(description="Of rollout and attention.")
+    layers: int = _optional(description="Of the network.")
+    heads: int = _optional(description="Of the layer.")
+    class_: int = _optional(alias="class", description="Of occlusion: index.")
+    label: str = _optional(description="Of occlusion.")
+    grid: list[list[float]] = Field(description="Rows of the map, from 0 to 1.")
+
+
 class _Options(BaseModel):
     """As in the query."""
 
@@ -190,6 +202,7 @@ _RESPONSES: tuple[type[BaseModel], ...] = (
     Problem,
     ClassifyResponse,
     EmbedResponse,
+    Explanation,
     ModelInfo,
     ReloadedModel,
     Liveness,

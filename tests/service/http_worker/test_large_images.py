@@ -54,9 +54,10 @@ def process() -> Iterator[DecodeProcess]:
 
 def waiting_bytes(process: DecodeProcess) -> int:
     """Bytes that were sent to the process and not read by it (ioctl SIOCOUTQ, unix(7))."""
-    assert process._connection is not None
+    connection = process.process.connection
+    assert connection is not None
     size = bytearray(4)
-    fcntl.ioctl(process._connection.fileno(), termios.TIOCOUTQ, size)
+    fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, size)
     return int.from_bytes(size, sys.byteorder)
 
 

@@ -86,7 +86,7 @@ BODIES: dict[str, Case] = {
         "bad_request",
         "the part 'image' has the Content-Transfer-Encoding 'quoted-printable'",
     ),
-    "too many parts": ((PART + b"\r\nx\r\n") * 71 + b"--B--", FORM, "", 400, "bad_request", "more than 70 parts"),
+    "too many parts": ((PART + b"\r\nx\r\n") * 72 + b"--B--", FORM, "", 400, "bad_request", "more than 71 parts"),
     "too many numbers": (
         b'{"images": [' + b"1," * 99 + b"1]}",
         JSON,

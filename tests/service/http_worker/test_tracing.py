@@ -156,6 +156,7 @@ def test_the_service_is_named(traced: Traced) -> None:
     assert {"service.name": "vitserve", "deployment.environment.name": "test"}.items() <= values(resource).items()
 
 
+@pytest.mark.slow
 def test_requests_are_answered_without_a_collector(bundle: Bundle) -> None:
     running = start_server("--bundle", str(bundle.path), "--otlp-endpoint", "http://127.0.0.1:9")
     with httpx.Client(base_url=running.url, timeout=60) as client:

@@ -53,6 +53,7 @@ def test_killing_the_engine_worker_under_load_loses_nothing(times: int, bundle: 
         assert running.stop() == 0
 
 
+@pytest.mark.slow
 def test_one_of_two_engine_workers_keeps_serving(bundle: Bundle, expected: Expected) -> None:
     with serving("--bundle", str(bundle.path), *LONG_TIMEOUT, "--engines", "2", "--threads", "1") as running:
         wait_for_lines(running, READY, 2)

@@ -43,4 +43,6 @@ def channel(rpc: RpcService) -> Iterator[grpc.Channel]:
 def model(bundle: Bundle) -> SimpleNamespace:
     """The part of the description of a model that parsing reads."""
     manifest = bundle.manifest
-    return SimpleNamespace(name=manifest.name, version=manifest.version, preprocessing=manifest.preprocessing)
+    return SimpleNamespace(
+        name=manifest.name, version=manifest.version, preprocessing=manifest.preprocessing, labels=bundle.labels
+    )

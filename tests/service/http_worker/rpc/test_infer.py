@@ -18,6 +18,7 @@ from tritonclient.utils import InferenceServerException
 from tests.support.http import classify, metric
 from tests.support.images import encoded, random_image
 from tests.support.rpc import INFER, NAME, RpcService, image_input, method, rejection
+from tests.support.waiting import eventually
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.model.bundle.preprocess import Decoder
 
@@ -217,5 +218,5 @@ def test_requests_are_counted_and_logged(rpc: RpcService, http: httpx.Client, ch
     before = metric(http, "vitserve_requests_total", **labels)
     failure = rejection(channel, INFER, b"\xff", metadata=[("x-request-id", "my-id-7")])
     assert failure.trailers["x-request-id"] == "my-id-7"
-    assert metric(http, "vitserve_requests_total", **labels) == before + 1
+    eventually(lambda: metric(http, "vitserve_requests_total", **labels) == before + 1, "the request is counted")
     rpc.running.wait_for(rf'id=my-id-7 client=127\.0\.0\.1 method=POST path="{INFER}" status=400 code=bad_request')
