@@ -22,6 +22,7 @@ ServiceError 500 internal                    an unexpected failure; the log has 
 ├── TooManyAttemptsError 429                 too many wrong admin keys; Retry-After says when to try again
 ├── HeadersTooLargeError 431                 more header fields or bytes than the limit
 ├── EngineFailedError 500                    the engine raised an exception, or crashed twice with this image
+├── NotExplainableError 501                  the network has no such explanation
 ├── NotReadyError 503                        starting, or no engine is running
 ├── TooManyConnectionsError 503              the HTTP worker has no connection left for this request
 └── DeadlineExceededError 504                admitted, but not finished in time

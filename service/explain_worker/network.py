@@ -6,11 +6,10 @@ import math
 from typing import Any
 
 import numpy as np
-import openvino
-import openvino.opset13 as operators
 
 from vitserve.model.arrays import Activation, Floats, Pixels, to_probabilities
 from vitserve.model.bundle.bundle import GRAPH, Bundle
+from vitserve.service.engines.telemetry import disable_telemetry
 from vitserve.service.explain_worker.attention import NotExplainableError
 
 _OCCLUSIONS = 7  # cells per side that are covered, one after the other
@@ -21,6 +20,9 @@ class ExplainableNetwork:
     """On one thread, in float32."""
 
     def __init__(self, bundle: Bundle) -> None:
+        disable_telemetry()
+        import openvino
+
         core = openvino.Core()
         model = core.read_model(str(bundle.path / GRAPH))
         options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
@@ -75,6 +77,9 @@ class ExplainableNetwork:
 
 def _add_attention(model: Any) -> int:
     """Adds softmax(Q Kᵀ · scale + mask) of each fused attention, in the order of the layers. Returns their number."""
+    disable_telemetry()
+    import openvino.opset13 as operators
+
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == "ScaledDotProductAttention"]
     results = []
     for node in found:

@@ -145,6 +145,7 @@ def test_page_is_served_and_its_requests_are_forwarded(server: Server, directory
         assert httpx.post(f"{url}/v1/admin/reload").status_code == 404
 
 
+@pytest.mark.slow
 def test_own_checkpoint_is_exported_and_served(directory: Path, transformers: ModuleType) -> None:
     config = transformers.ViTConfig(
         image_size=32, patch_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2

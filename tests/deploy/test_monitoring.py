@@ -16,6 +16,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 
 from tests.support.manifests import settings_env
 from tests.support.paths import ROOT
@@ -30,6 +31,7 @@ from tests.support.promql import (
     rules,
     selectors,
 )
+from vitserve.service.metrics import Metrics
 
 ALERTS = {rule["alert"]: rule for rule in rules("alert")}
 CASES = sorted(Path(__file__).parent.glob("*.test.yml"))
@@ -228,3 +230,15 @@ def test_scrape_job_has_the_same_name_everywhere() -> None:
     assert job["static_configs"] == [{"targets": [f"vitserve:{settings_env()['VITSERVE_ADMIN_PORT']}"]}]
     assert monitor["podMetricsEndpoints"][0]["port"] == "admin"
     assert read_yaml(CONFIGURATION)["global"]["scrape_interval"] == monitor["podMetricsEndpoints"][0]["interval"]
+
+
+def test_every_stored_metric_is_in_a_rule_or_a_panel() -> None:
+    """Metrics without a use are not collected. tests/service/http_worker/test_saturation.py checks the gauges too."""
+    texts = [rule["expr"] for kind in ("alert", "record") for rule in rules(kind)]
+    texts += [panel.query for panel in panels()]
+    used = {name for text in texts for name, _ in selectors(text)}
+    registry = CollectorRegistry()
+    Metrics(registry)
+    for family in registry.collect():
+        names = {f"{family.name}{suffix}" for suffix in ("", "_total", "_bucket", "_sum", "_count")}
+        assert names & used, family.name

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
+import pytest
+
 from tests.support.load import Load, expectations
 from tests.support.server import Server, start_server
 from vitserve.model.bundle.bundle import Bundle
@@ -82,6 +84,7 @@ def two_services(*arguments: str) -> Iterator[list[Server]]:
             service.process.wait()
 
 
+@pytest.mark.slow
 def test_rolling_update_fails_no_request(bundle: Bundle) -> None:
     arguments = ("--bundle", str(bundle.path), "--timeout-ms", "60000")
     expected = expectations(bundle)

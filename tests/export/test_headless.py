@@ -64,7 +64,9 @@ def assert_equal_embeddings(bundle: Bundle, embed: Callable[[Tensor], Tensor]) -
     np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("ViT", "DINOv2") else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+)
 def test_embeddings_are_those_of_transformers(tmp_path: Path, transformers: ModuleType, name: str) -> None:
     network = saved(name, tmp_path / "checkpoint", transformers)
     bundle = build_bundle(load_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", name="headless", precisions=[])

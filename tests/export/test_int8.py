@@ -180,6 +180,7 @@ def test_layers_that_lose_most_stay_in_float32(tmp_path: Path) -> None:
     assert 0 < partial.quantization.layers < partial.quantization.of
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nncf")
 def test_int8_without_smoothquant_is_used_if_smoothquant_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     another = network(SMALL)

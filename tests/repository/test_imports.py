@@ -78,6 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service/explain_worker": {
         "model.arrays",
         "model.bundle",
+        "service.engines.telemetry",
         "service.explain_worker",
         "service.ipc.frames",
         "service.log_format",
@@ -108,7 +109,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "service.scheduler",
         "service.settings",
     },
-    "vitserve": {"bench", "cli", "export", "model", "service"},
+    "vitserve": {"bench", "cli", "export", "model", "predict", "service"},
+    "vitserve/predict": {"model", "predict", "service.engines.engine", "service.machine"},
     "vitserve/client": {"client"},
     "benchmarks": {"bench", "export", "model", "service"},
 }

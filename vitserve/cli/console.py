@@ -28,6 +28,7 @@ _EXTRAS = {
     "matplotlib": ("bench",),
     "onnxruntime": ("onnxruntime",),
     "sklearn": ("heads",),
+    "pyarrow": ("predict",),
 }
 
 

@@ -16,7 +16,7 @@ from vitserve.service.http_worker.inference.request_parsing import check_length
 from vitserve.service.http_worker.state import State
 
 ROUTE = "/v1/explain"
-_LEAST_SIDE = 256  # pixels of a picture: those of the network may be 32
+_LEAST_SIDE = 256  # pixels of a PNG: those of the network may be 32
 # From dark blue to yellow, readable with color blindness: https://bids.github.io/colormap/
 _COLORS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], np.float32)
 
@@ -33,12 +33,12 @@ async def explain(state: State, explainer: Explainer, request: Request) -> Respo
         chunks.append(chunk)
     explanation = await explainer.explain(b"".join(chunks), options, model_info.identity)
     if form != "json":
-        return Response(picture(explanation, form), media_type="image/png")
+        return Response(rendered(explanation, form), media_type="image/png")
     about = {"model": model_info.name, "version": model_info.version, **explanation.description}
     return JSONResponse(about | {"grid": explanation.grid.round(6).tolist()})
 
 
-def picture(explanation: Explanation, form: Format) -> bytes:
+def rendered(explanation: Explanation, form: Format) -> bytes:
     """PNG: the map in colors, alone or over the pixels that the network sees."""
     pixels = explanation.pixels
     shades = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

@@ -89,6 +89,7 @@ def test_a_lost_device_loses_no_image(bundle: Bundle, tmp_path: Path, environmen
         server.wait_for(r"(?s)(vitserve.http_worker: ready.*){2}")
 
 
+@pytest.mark.slow
 def test_the_next_engine_serves_while_a_plan_is_built(
     bundle: Bundle, tmp_path: Path, environment: dict[str, str], gate: Path
 ) -> None:

@@ -72,11 +72,11 @@ def test_layers_and_heads_differ(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("form", ["heatmap", "overlay"])
-def test_pictures_are_png(client: httpx.Client, form: str) -> None:
+def test_heat_maps_are_png(client: httpx.Client, form: str) -> None:
     response = client.post("/v1/explain", params={"format": form}, content=IMAGE)
     assert response.headers["content-type"] == "image/png"
-    picture = Image.open(io.BytesIO(response.content))
-    assert min(picture.size) >= 256
+    shown = Image.open(io.BytesIO(response.content))
+    assert min(shown.size) >= 256
 
 
 @pytest.mark.parametrize(

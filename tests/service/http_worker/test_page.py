@@ -95,15 +95,13 @@ def test_a_text_gets_an_error_in_words(page: Any, tmp_path: Path) -> None:
 def test_a_dropped_image_is_classified(page: Any) -> None:
     page.evaluate(
         """async () => {
-            const canvas = document.createElement("canvas");
-            canvas.width = canvas.height = 40;
-            const blob = await new Promise((resolve) => canvas.toBlob(resolve));
+            const blob = await (await fetch("page/samples/dog.jpg")).blob();
             const transfer = new DataTransfer();
-            transfer.items.add(new File([blob], "dropped.png", { type: "image/png" }));
+            transfer.items.add(new File([blob], "dropped.jpg", { type: "image/jpeg" }));
             document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer }));
         }"""
     )
-    sync_api.expect(page.get_by_role("heading", name="dropped.png")).to_be_visible()
+    sync_api.expect(page.get_by_role("heading", name="dropped.jpg")).to_be_visible()
     sync_api.expect(page.locator("article .bars li").first).to_be_visible()
 
 

@@ -38,6 +38,8 @@ OVERLOADED = 2.0
 OVERLOADED_SCRAPED = 1.5  # as Prometheus must see it at one of its scrapes
 TARGET_LABELS = {"job", "instance", "namespace", "pod"}  # added by Prometheus
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Observation:

@@ -45,6 +45,7 @@ def check(url: str, directory: Path, *options: str) -> None:
     assert "No issues found" in result.stdout
 
 
+@pytest.mark.slow
 def test_generated_requests_get_the_documented_responses(server: Server, tmp_path: Path) -> None:
     check(server.url, tmp_path, "--phases", "fuzzing", "--max-examples", "10", "--seed", "1")
 

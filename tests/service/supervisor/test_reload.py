@@ -32,7 +32,7 @@ from vitserve.model.bundle.bundle import Bundle
 Expected = dict[tuple[str, str], np.ndarray]
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_reloads_under_load_lose_nothing(
     times: int, tmp_path: Path, bundle: Bundle, other: Bundle, expected: Expected
 ) -> None:
@@ -185,6 +185,7 @@ def test_a_restart_during_a_reload_does_not_return_to_the_old_model(
         assert running.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_bundle_that_changed_before_a_crash_is_reloaded(
     tmp_path: Path, bundle: Bundle, other: Bundle, expected: Expected
 ) -> None:

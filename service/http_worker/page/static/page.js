@@ -109,11 +109,11 @@ async function overlay(article, file, query) {
   const url = new URL(`v1/explain?${new URLSearchParams({ format: "overlay", ...query })}`, base);
   const response = await fetch(url, { method: "POST", body: file, headers: headers(BYTES) });
   if (!response.ok) throw new Error(await problemOf(response));
-  const picture = article.querySelector(".overlay");
-  URL.revokeObjectURL(picture.src);
-  picture.src = URL.createObjectURL(await response.blob());
-  picture.hidden = false;
-  return picture;
+  const shown = article.querySelector(".overlay");
+  URL.revokeObjectURL(shown.src);
+  shown.src = URL.createObjectURL(await response.blob());
+  shown.hidden = false;
+  return shown;
 }
 
 async function explain(article, file) {
@@ -125,13 +125,13 @@ async function explain(article, file) {
     return;
   }
   const { method, layers } = await response.json();
-  const picture = await overlay(article, file, {});
+  const shown = await overlay(article, file, {});
   if (method === "occlusion") {
-    picture.alt = "Parts of the image whose covering lowers the probability";
+    shown.alt = "Parts of the image whose covering lowers the probability";
     note.textContent = "Bright: covering this part lowers the probability (occlusion).";
     return;
   }
-  picture.alt = "Attention over the image";
+  shown.alt = "Attention over the image";
   const attention = article.querySelector(".attention"), slider = attention.querySelector("input");
   const caption = attention.querySelector(".caption");
   slider.max = slider.value = String(layers);

@@ -1,6 +1,6 @@
-"""Measures the latency of classify requests at half load, alone and while another client asks for explanations.
+"""Measures the latency of classify requests at half load, alone and beside explanations for another client.
 
-    python -m benchmarks.explanations [--bundle BUNDLE] [--rounds 5] [--seconds 10]
+    python -m benchmarks.contention.explanations [--bundle BUNDLE] [--rounds 5] [--seconds 10]
 
 The order alternates from round to round. Sends to 127.0.0.1 only.
 """

@@ -1,6 +1,6 @@
 """Measures the latency of a client with its own API key while another key floods the server.
 
-    python -m benchmarks.fairness --bundle BUNDLE
+    python -m benchmarks.contention.fairness --bundle BUNDLE
 
 A client sends one image after the other, with pauses: alone, and while 64 connections with another key send images as
 fast as they are answered. Prints the latencies of the first client. Sends to 127.0.0.1 only.

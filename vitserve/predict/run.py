@@ -1,0 +1,130 @@
+"""Images through decoder and engine, as fast as the machine allows, and rows in the order of the images."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitserve.model.arrays import Floats, Outputs, Pixels, to_probabilities
+from vitserve.model.bundle.bundle import Bundle
+from vitserve.model.bundle.head import Head
+from vitserve.model.bundle.preprocess import Decoder, ImageError
+from vitserve.predict.items import Item
+from vitserve.predict.output import Embeddings, Output, OutputError, Row
+from vitserve.service import machine
+from vitserve.service.engines.engine import Engine
+
+_BATCHES_AHEAD = 4  # decoded or being decoded, for each stream
+
+
+@dataclass(frozen=True)
+class Decoded:
+    item: Item
+    pixels: Pixels | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    bundle: Bundle
+    engine: Engine
+    top_k: int = 5
+    head: Head | None = None
+
+    def run(
+        self, items: Sequence[Item], output: Output, embeddings: Embeddings | None, progress: Callable[[int], None]
+    ) -> None:
+        """Goes on after the rows that ``output`` has. ``progress`` receives the number of new rows.
+
+        Raises OutputError if these rows are of other images.
+        """
+        done = len(output.rows)
+        if [row.path for row in output.rows] != [item.name.replace("\n", " ") for item in items[:done]]:
+            raise OutputError("the output has rows of other images, or in another order; choose another file")
+        threads = machine.cores()
+        with (
+            ThreadPoolExecutor(threads, "decode") as decoders,
+            ThreadPoolExecutor(self.engine.streams, "run") as runners,
+        ):
+            streams = deque(range(self.engine.streams))
+            pending = deque[tuple[list[Decoded], Future[Outputs], int]]()
+            for batch in self._batches(items[done:], decoders):
+                if not streams:
+                    done += self._write(pending.popleft(), done, output, embeddings, streams, progress)
+                stream = streams.popleft()
+                pixels = [each.pixels for each in batch if each.pixels is not None]
+                stacked = np.stack(pixels) if pixels else None
+                pending.append((batch, runners.submit(self._run, stream, stacked), stream))
+            while pending:
+                done += self._write(pending.popleft(), done, output, embeddings, streams, progress)
+
+    def _run(self, stream: int, pixels: Pixels | None) -> Outputs:
+        if pixels is None:  # none of them can be decoded
+            return Outputs(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
+        return self.engine.run(stream, pixels)
+
+    def _batches(self, items: Sequence[Item], decoders: ThreadPoolExecutor) -> Iterator[list[Decoded]]:
+        decoder = Decoder(self.bundle.manifest.preprocessing)
+        ahead = deque[Future[Decoded]]()
+        waiting, size = iter(items), self.engine.max_batch
+        most = _BATCHES_AHEAD * size * max(1, self.engine.streams)
+        batch = list[Decoded]()
+        while True:
+            while len(ahead) < most and (item := next(waiting, None)) is not None:
+                ahead.append(decoders.submit(_decode, decoder, item))
+            if not ahead:
+                break
+            batch.append(ahead.popleft().result())
+            if len(batch) == size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _write(
+        self,
+        finished: tuple[list[Decoded], Future[Outputs], int],
+        index: int,
+        output: Output,
+        embeddings: Embeddings | None,
+        streams: deque[int],
+        progress: Callable[[int], None],
+    ) -> int:
+        batch, future, stream = finished
+        outputs = future.result()
+        streams.append(stream)
+        rows, position = list[Row](), 0
+        for offset, each in enumerate(batch):
+            if each.pixels is None:
+                rows.append(Row(each.item.name, error=each.error))
+                continue
+            if embeddings is not None:
+                embeddings.write(index + offset, outputs.embedding[position])
+            rows.append(self._row(each.item.name, outputs.logits[position], outputs.embedding[position]))
+            position += 1
+        output.append(rows)
+        progress(len(rows))
+        return len(rows)
+
+    def _row(self, name: str, logits: Floats, embedding: Floats) -> Row:
+        labels = self.bundle.labels if self.head is None else self.head.labels
+        if not labels:
+            return Row(name)
+        if self.head is None:
+            probabilities = to_probabilities(logits, self.bundle.manifest.activation)
+        else:
+            probabilities = self.head.probabilities(embedding)
+        order = (-probabilities).argsort(kind="stable")[: self.top_k]
+        best = [(labels[index], float(probabilities[index])) for index in order]
+        return Row(name, best[0][0], best[0][1], best)
+
+
+def _decode(decoder: Decoder, item: Item) -> Decoded:
+    try:
+        return Decoded(item, decoder.decode(item.read()))
+    except (ImageError, OSError) as error:
+        return Decoded(item, None, f"{type(error).__name__.removesuffix('Error')}: {error}")
