@@ -6,6 +6,7 @@ import socket
 
 import httpx
 import numpy as np
+import pytest
 
 from tests.support.http import classify, metric
 from tests.support.images import encoded, random_image
@@ -54,6 +55,7 @@ def test_a_killed_http_worker_breaks_only_its_own_connections(
         assert running.stop() == 0
 
 
+@pytest.mark.slow
 def test_clients_that_disconnect_free_their_slots(slow: Bundle) -> None:
     with (
         serving("--bundle", str(slow.path), "--max-batch", "1", *LONG_TIMEOUT) as running,

@@ -32,7 +32,7 @@ from vitserve.model.bundle.bundle import Bundle
 Expected = dict[tuple[str, str], np.ndarray]
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_reloads_under_load_lose_nothing(
     times: int, tmp_path: Path, bundle: Bundle, other: Bundle, expected: Expected
 ) -> None:

@@ -18,6 +18,7 @@ from tests.support.processes import ENGINE_WORKER, HTTP_WORKER, serving
 from vitserve.model.bundle.bundle import Bundle
 
 
+@pytest.mark.slow
 def test_an_engine_that_crashes_its_process_is_skipped(tmp_path: Path, bundle: Bundle) -> None:
     """As a faulty driver would. A module of the library's name ends the process that imports it."""
     (tmp_path / "openvino.py").write_text("import os\nos._exit(3)\n")

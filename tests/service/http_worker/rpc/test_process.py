@@ -117,6 +117,7 @@ def test_the_number_of_connections_is_bounded(slow: RpcService) -> None:
     eventually(connects_again, "a connection is free")
 
 
+@pytest.mark.slow
 def test_a_stop_answers_admitted_requests_and_ends_idle_connections(slow: RpcService, waiting: Any) -> None:
     """The last test of this server."""
     with triton.InferenceServerClient(slow.address) as idle:
