@@ -32,18 +32,21 @@ class CertificateFiles:
         self._chain, self._key = chain, key
         self._files = WatchedFiles(chain, key)
         self._files.changed()
-        self.context = self._read()  # for servers: later handshakes use the new certificate
+        self.context = self._read()  # for the next connection
+        # For servers that keep it. They go on with a certificate of another kind of key as long as clients accept it.
+        self.first_context = self.context
 
     def refresh(self) -> bool:
         """Whether there is a new certificate. Call it about once a second."""
         if not self._files.changed():
             return False
         try:
-            self._read()
-            self.context.load_cert_chain(self._chain, self._key, password=_no_password)
+            context = self._read()
+            self.first_context.load_cert_chain(self._chain, self._key, password=_no_password)
         except (CertificateError, OSError) as error:
             log.error("the certificate stays as it is: %s", error)
             return False
+        self.context = context
         log.info("the certificate has been read again from %s", self._chain)
         return True
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from vitserve.model.arrays import Floats, Pixels
 from vitserve.model.bundle import preprocess
-from vitserve.model.bundle.bundle import Bundle, open_bundle
+from vitserve.model.bundle.bundle import MANIFEST, Bundle, open_bundle, sha256
 from vitserve.service.explain_worker.attention import NotExplainableError, attention_of, grid_of, on_grid, rollout
 from vitserve.service.explain_worker.network import ExplainableNetwork
 from vitserve.service.ipc import frames
@@ -57,6 +57,7 @@ def main() -> None:
 class Explainer:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle, self._network = bundle, ExplainableNetwork(bundle)
+        self._identity = sha256(bundle.path / MANIFEST)
 
     def answer(self, options: dict[str, Any], encoded: bytes) -> list[bytes]:
         """A description in JSON, the map in float32, and the pixels. If it fails, the kind of the error and its text.
@@ -64,6 +65,8 @@ class Explainer:
         ``options``: see options.py of the HTTP worker.
         """
         try:
+            if options.get("identity", self._identity) != self._identity:
+                raise NotExplainableError("the bundle has changed since the model was loaded; reload it first")
             image = preprocess.Decoder(self._bundle.manifest.preprocessing).open(encoded)
             if image.peak_bytes > MOST_DECODE_BYTES:
                 raise preprocess.TooManyPixelsError(f"decoding the image takes up to {image.peak_bytes:,} bytes")

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable
 
+from vitserve.service.http_worker.connections.limits import LINGER_SECONDS
 from vitserve.service.http_worker.connections.listener import drop_new_connections
 from vitserve.service.http_worker.connections.tls import Tls
 from vitserve.service.http_worker.turn import Turns
@@ -103,7 +104,9 @@ class Acceptor:
             self._open(connection)
         self._listener.close()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            _, unfinished = await asyncio.wait(list(self._tasks), timeout=LINGER_SECONDS)
+            for task in unfinished:  # handshakes
+                task.cancel()
 
     def reject_new_connections(self) -> None:
         """For all HTTP workers: clients that begin to connect get no response, and an error once the socket is closed.
@@ -142,7 +145,8 @@ class Acceptor:
     def _accept(self) -> None:
         if self._slot_table is None:
             for _ in range(_REGISTRATIONS):
-                self._accept_one()
+                if not self._accept_one():
+                    return
             return
         connections = self._slot_table.connections
         if connections[self._worker] > min(connections):
@@ -157,12 +161,14 @@ class Acceptor:
             self._loop.add_reader(self._listener, self._accept)
             self._accept_one()
 
-    def _accept_one(self) -> None:
+    def _accept_one(self) -> bool:
+        """Whether there was one."""
         connection = self._next()
         if connection is not None:
             if self._slot_table is not None:
                 self._slot_table.connections[self._worker] += 1
             self._open(connection)
+        return connection is not None
 
     def _open(self, connection: socket.socket) -> None:
         if self._tls is None:

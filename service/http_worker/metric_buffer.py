@@ -17,6 +17,7 @@ class MetricBuffer:
     def __init__(self, metrics: Metrics, turns: Turns) -> None:
         self.all = metrics
         self._turns = turns
+        self.counted_labels: dict[str, set[str]] = {}  # that have a series, by head; for the life of this worker
         self._counts: dict[Counter, float] = {}
         self._values: dict[Histogram, list[float]] = {}
 

@@ -81,7 +81,7 @@ class InferenceProtocol(TimedProtocol):
             exchange.call.fail(errors.TooManyConnectionsError("there are too many connections"))
             return
         exchange.call.begin(query, self.headers, self._arrived, self.client, self.expect_100_continue)
-        if self.expect_100_continue and not exchange.call.finished:
+        if self.expect_100_continue and not exchange.call.decided:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:

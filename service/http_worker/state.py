@@ -166,6 +166,7 @@ class State:
                         self._reloads[message.id].set_result(message)
                 case Drain():
                     self.draining.set()
+                    self.explainer.stop()
 
     def _connect(self, message: ConnectEngine, slot_table: int, connection: int) -> None:
         """Connects to an engine worker. One of a newer generation replaces the model that is served."""

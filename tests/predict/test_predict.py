@@ -137,6 +137,21 @@ def test_an_output_of_other_images_is_not_continued(images: Path, bundle: Bundle
     assert output.read_bytes() == before
 
 
+def test_an_output_of_another_model_or_options_is_not_continued(images: Path, bundle: Bundle, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(images / "a", "-o", output, "--bundle", bundle.path)
+    before = output.read_bytes()
+    for more, message in (
+        (["--top-k", "1", "--bundle", str(bundle.path)], "predictions of another model or other options"),
+        ([], "predictions of another model or other options"),
+        (["--embeddings", str(tmp_path / "e.npy"), "--bundle", str(bundle.path)], "rows without embeddings"),
+    ):
+        result = CliRunner().invoke(app, ["predict", str(images / "a"), "-o", str(output), *more])
+        assert result.exit_code == 2
+        assert message in result.output
+    assert output.read_bytes() == before
+
+
 def test_wrong_sources_and_outputs_are_named(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("id\n1\n")
     with pytest.raises(SourceError, match="needs one of the columns path, file, filename, image; it has id"):
@@ -144,10 +159,10 @@ def test_wrong_sources_and_outputs_are_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="has no images"):
         items_of(str(tmp_path / "*.png"))
     with pytest.raises(OutputError, match=r"must end with .csv, .jsonl, or .parquet"):
-        Output(tmp_path / "out.txt")
+        Output(tmp_path / "out.txt", "x")
     (tmp_path / "other.csv").write_text("something else\n")
     with pytest.raises(OutputError, match="is not an output of"):
-        Output(tmp_path / "other.csv")
+        Output(tmp_path / "other.csv", "x")
     assert (tmp_path / "other.csv").read_text() == "something else\n"
 
 

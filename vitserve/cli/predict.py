@@ -43,7 +43,7 @@ def predict(
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from vitserve.model.bundle.bundle import open_bundle
+        from vitserve.model.bundle.bundle import MANIFEST, open_bundle, sha256
         from vitserve.model.bundle.head import HeadError, backbone_of, check_fits, head_files, read_head
         from vitserve.model.bundle.preprocess import prepare_pillow
         from vitserve.predict.items import items_of
@@ -66,18 +66,18 @@ def predict(
                 raise HeadError(f"the bundle has no head {head!r}; it has: {known}")
             chosen = read_head(head_files(opened.path)[head])
             check_fits(chosen, backbone_of(opened.manifest.files), opened.golden().reference.embedding.shape[1])
-        written = Output(output)
-        console, done = Console(stderr=True), len(written.rows)
-        if done:
-            console.print(f"{done} of {len(items)} images were predicted by an earlier run")
-        options = EngineOptions(engine, precision, max_batch=max_batch, plan_dir=str(machine.plan_dir()))
-        used = open_engine(opened, for_small_network(opened, options, machine.cores())).engine
-        console.print(f"{opened.manifest.name} on {used.name} in {used.precision}")
-        width = opened.golden().reference.embedding.shape[1]
-        array = None if embeddings is None else Embeddings(embeddings, len(items), width)
-        columns = TextColumn("{task.fields[rate]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        complete = False
+        model = sha256(opened.path / MANIFEST)
+        written = Output(output, f"{model} {'' if chosen is None else chosen.version} {top_k}")
+        console, done, complete = Console(stderr=True), len(written.rows), False
         try:
+            if done:
+                console.print(f"{done} of {len(items)} images were predicted by an earlier run")
+            width = opened.golden().reference.embedding.shape[1]
+            array = None if embeddings is None else Embeddings(embeddings, len(items), width, done)
+            options = EngineOptions(engine, precision, max_batch=max_batch, plan_dir=str(machine.plan_dir()))
+            used = open_engine(opened, for_small_network(opened, options, machine.cores())).engine
+            console.print(f"{opened.manifest.name} on {used.name} in {used.precision}")
+            columns = TextColumn("{task.fields[rate]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             with Progress(*columns, console=console) as bar:
                 task = bar.add_task("", total=len(items), completed=done, rate="")
 
@@ -85,10 +85,10 @@ def predict(
                     bar.update(task, advance=rows, rate=f"{bar.tasks[0].speed or 0:.0f} images/s")
 
                 Predictor(opened, used, top_k, chosen).run(items, written, array, progress)
+            used.close()
             complete = True
         finally:
             written.close(complete)
-            used.close()
         failed = sum(bool(row.error) for row in written.rows)
         typer.echo(f"{output}: images: {len(written.rows)}, without prediction: {failed}")
         report = report_of(written.rows, opened.labels if chosen is None else chosen.labels)

@@ -6,7 +6,7 @@ import csv
 import glob
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,12 @@ def items_of(source: str) -> list[Item]:
         found = [_of_file(Path(match)) for match in sorted(glob.glob(source, recursive=True)) if Path(match).is_file()]
     if not found:
         raise SourceError(f"{source} has no images")
-    return found
+    return [replace(item, name=_in_one_line(item.name)) for item in found]
+
+
+def _in_one_line(name: str) -> str:
+    """As every output can have it: names of files may have any bytes."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\n", " ").replace("\r", " ")
 
 
 def _of_file(path: Path) -> Item:

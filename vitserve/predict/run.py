@@ -43,7 +43,7 @@ class Predictor:
         Raises OutputError if these rows are of other images.
         """
         done = len(output.rows)
-        if [row.path for row in output.rows] != [item.name.replace("\n", " ") for item in items[:done]]:
+        if [row.path for row in output.rows] != [item.name for item in items[:done]]:
             raise OutputError("the output has rows of other images, or in another order; choose another file")
         threads = machine.cores()
         with (

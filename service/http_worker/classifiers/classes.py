@@ -47,7 +47,10 @@ class Classes:
             return
         counter = self._counters.get(index)
         if counter is None:
-            label = self.labels[index] if len(self._counters) < _COUNTED_LABELS else _OTHER_LABELS
+            known = self._metrics.counted_labels.setdefault(self._head, set())
+            if len(known) < _COUNTED_LABELS:
+                known.add(self.labels[index])
+            label = self.labels[index] if self.labels[index] in known else _OTHER_LABELS
             counter = self._metrics.all.predictions.labels(self._head, label)
             self._counters[index] = counter
         assert self._confidence is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Heads:
         self._backbone = backbone_of(model_info.details.get("files", {}))
         self._directory = WatchedFiles(bundle / HEADS)
         self._heads: dict[str, ServedHead] = {}
+        self._lock = threading.Lock()
+        self._refresh()
 
     def find(self, name: str) -> ServedHead:
         """Raises BadRequestError."""
@@ -60,8 +63,11 @@ class Heads:
 
     def _refresh(self) -> None:
         """A file is replaced by renaming, which changes the directory."""
-        if not self._directory.changed():
-            return
+        with self._lock:
+            if self._directory.changed():
+                self._read()
+
+    def _read(self) -> None:
         heads = dict[str, ServedHead]()
         for name, path in head_files(self._bundle).items():
             try:

@@ -120,8 +120,10 @@ class ClosingProtocol(HttpToolsProtocol):
             self._release_head()
             self._since, self._dropped_bytes = self.limits.next_tick, 0
             self.flow.resume_reading()
-            if self.transport.can_write_eof():  # TLS cannot close one direction; its client reads "connection: close"
+            if self.transport.can_write_eof():
                 self.transport.write_eof()
+            elif not self._unfinished:  # TLS cannot close one direction only
+                self.transport.close()
 
     def _drop(self, data: bytes) -> None:
         self._dropped_bytes += len(data)

@@ -34,6 +34,8 @@ class ConnectionLimits:
         room = open_files - RESERVED_DESCRIPTORS - EXTRA_CONNECTIONS
         if settings.grpc_port:
             room //= 2  # gRPC may have as many connections
+        if settings.tls_certificate:
+            room = room * 4 // 5  # a fifth for handshakes, see tls.py
         self.connections = max(1, min(settings.max_connections, room))
         self.first_request_seconds = settings.first_request_seconds
         self.header_seconds = settings.header_seconds

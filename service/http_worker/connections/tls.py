@@ -19,9 +19,8 @@ class Tls:
     def __init__(self, settings: Settings, limits: ConnectionLimits) -> None:
         self.certificate = CertificateFiles(Path(settings.tls_certificate), Path(settings.tls_key))
         self.most_handshakes = max(1, limits.connections // _HANDSHAKE_SHARE)
-        # For connect_accepted_socket() and create_server()
-        self.options: dict[str, Any] = {
-            "ssl": self.certificate.context,
+        self.options: dict[str, Any] = {  # for create_server()
+            "ssl": self.certificate.first_context,
             "ssl_handshake_timeout": limits.first_request_seconds,
             "ssl_shutdown_timeout": LINGER_SECONDS,
         }
@@ -33,4 +32,5 @@ class Tls:
         connection: socket.socket,
     ) -> None:
         """Ends after the handshake. The connection is closed if it fails, takes too long, or is cancelled."""
-        await loop.connect_accepted_socket(create_protocol, connection, **self.options)
+        options = {**self.options, "ssl": self.certificate.context}
+        await loop.connect_accepted_socket(create_protocol, connection, **options)

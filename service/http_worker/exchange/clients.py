@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,11 @@ _BEARER = b"bearer "
 # A batch of another key delays an image little if it takes at most so many seconds, or times as long as one image.
 _QUICK = 0.005, 1.25
 _ACTIVE_SECONDS = 10.0  # after its latest request, a key counts as one that others must leave room for
+
+
+# Until a rejection because of the key is answered. At random, so that the next requests do not come together.
+_REJECTION_SECONDS = 0.1, 0.4
+_MOST_DELAYED = 64  # such rejections at a time: connections that wait cannot be closed for others
 
 
 @dataclass(eq=False)
@@ -95,6 +102,7 @@ class Clients:
         self._share = settings.key_share
         self._clients: dict[str, Client] = {}
         self._activity = Activity()
+        self._delayed = 0
 
     def allowance(self, headers: Iterable[tuple[bytes, bytes]]) -> Allowance:
         """Of a client with a key in ``Authorization: Bearer`` or ``X-API-Key``. Raises UnauthorizedError."""
@@ -109,6 +117,22 @@ class Clients:
         client = self._clients.setdefault(name, Client(name))
         self._activity.record(client, time.monotonic())
         return Allowance(client, self._share, self._activity)
+
+    def delay(self, answer: Callable[[], None]) -> bool:
+        """Calls ``answer`` in a moment, so that a client's next request does not come at once.
+
+        False if too many others wait. Then the answer must be given now.
+        """
+        if self._delayed >= _MOST_DELAYED:
+            return False
+        self._delayed += 1
+
+        def end() -> None:
+            self._delayed -= 1
+            answer()
+
+        asyncio.get_running_loop().call_later(random.uniform(*_REJECTION_SECONDS), end)
+        return True
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """As allowance(), for requests without images."""

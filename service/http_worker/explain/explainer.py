@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import os
+import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -56,11 +59,18 @@ class Explainer:
         self._process = FramedProcess(self._start, _START_SECONDS)
         self._thread = ThreadPoolExecutor(1, "explain")
         self._waiting = 0
+        self._stopped = False
+
+    def check_room(self) -> None:
+        """Raises OverloadedError, and NotReadyError after stop()."""
+        if self._stopped:
+            raise errors.NotReadyError("the service is stopping")
+        if self._waiting >= MOST_WAITING:
+            raise errors.OverloadedError("other images wait for their explanation", "full", 5.0)
 
     async def explain(self, encoded: bytes, options: dict[str, Any], identity: str) -> Explanation:
         """``identity``: of the bundle that is served. Raises ServiceError."""
-        if self._waiting >= MOST_WAITING:
-            raise errors.OverloadedError("other images wait for their explanation", "full", 5.0)
+        self.check_room()
         self._waiting += 1
         try:
             work = asyncio.get_running_loop().run_in_executor(self._thread, self._run, encoded, options, identity)
@@ -68,19 +78,33 @@ class Explainer:
         finally:
             self._waiting -= 1
 
+    def stop(self) -> None:
+        """Ends the image that is being explained, and rejects those that wait: they do not hold up the drain."""
+        self._stopped = True
+        pid = self._process.pid
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def close(self) -> None:
+        self.stop()
+        self._thread.shutdown(cancel_futures=True)
         self._process.close()
-        self._thread.shutdown(wait=False)
 
     def _run(self, encoded: bytes, options: dict[str, Any], identity: str) -> Explanation:
+        if self._stopped:
+            raise errors.NotReadyError("the service is stopping")
         if identity != self._identity:
             self._process.close()
             self._identity = identity
+        options = options | {"identity": identity}
         try:
             received = self._process.exchange([json.dumps(options).encode(), encoded], time.monotonic() + _SECONDS)
         except ProcessTimeoutError:
             raise errors.DeadlineExceededError(f"the explanation takes more than {_SECONDS:g} s") from None
         except (ProcessStartError, ProcessEndedError) as error:
+            if self._stopped:
+                raise errors.NotReadyError("the service is stopping") from None
             log.error("the process for explanations failed: %s", error)
             raise errors.NotExplainableError("the process for explanations failed; the log has the reason") from None
         if len(received) == 2:

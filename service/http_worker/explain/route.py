@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 
 import numpy as np
@@ -10,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vitserve.model.arrays import Floats
+from vitserve.service import errors
 from vitserve.service.http_worker.explain.explainer import Explainer, Explanation
 from vitserve.service.http_worker.explain.options import Format, read_options
 from vitserve.service.http_worker.inference.request_parsing import check_length
@@ -26,16 +28,30 @@ async def explain(state: State, explainer: Explainer, request: Request) -> Respo
     state.clients.check(request.headers.raw)
     options, form = read_options(dict(request.query_params))
     model_info = state.serving().model_info
-    chunks, length = list[bytes](), 0
-    async for chunk in request.stream():
-        length += len(chunk)
-        check_length(length, state.settings)
-        chunks.append(chunk)
-    explanation = await explainer.explain(b"".join(chunks), options, model_info.identity)
+    explainer.check_room()
+    encoded = await _body(state, request)
+    explanation = await explainer.explain(encoded, options, model_info.identity)
     if form != "json":
-        return Response(rendered(explanation, form), media_type="image/png")
+        png = await asyncio.to_thread(rendered, explanation, form)
+        return Response(png, media_type="image/png")
     about = {"model": model_info.name, "version": model_info.version, **explanation.description}
     return JSONResponse(about | {"grid": explanation.grid.round(6).tolist()})
+
+
+async def _body(state: State, request: Request) -> bytes:
+    """Within the memory for bodies. Raises ServiceError."""
+    memory, chunks, length = state.body_memory, list[bytes](), 0
+    try:
+        async for chunk in request.stream():
+            check_length(length + len(chunk), state.settings)
+            if not memory.fits(length, len(chunk)):
+                raise errors.OverloadedError("other request bodies take all of the memory for them", "memory", 1.0)
+            memory.used += len(chunk)
+            length += len(chunk)
+            chunks.append(chunk)
+        return b"".join(chunks)
+    finally:
+        memory.used -= length
 
 
 def rendered(explanation: Explanation, form: Format) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Until a request beyond the share of its key is answered. At random, so that the next requests do not come together.
-_REJECTION_SECONDS = 0.1, 0.4
-
 
 class InferenceCall:
     """begin() → receive() … → end(). Then ``respond`` is called once, unless cancel() is called first.
@@ -58,10 +54,9 @@ class InferenceCall:
         self._outcomes: list[JobOutcome | None] = []
         self._missing = 0  # outcomes that have not arrived
         self._client: tuple[str, int] | None = None
-        self._rejected = False  # the answer comes later
         self._parent: Context | None = None  # of its span
         self._request_id, self._cors_headers = b"", list[tuple[bytes, bytes]]()
-        self.finished = False
+        self.finished = self.decided = False  # decided: the response does not depend on the rest of the body
 
     def begin(
         self,
@@ -112,7 +107,7 @@ class InferenceCall:
         self._length += len(chunk)
         with _Errors(self):
             check_length(self._length, self._state.settings)
-            if self._rejected:
+            if self.decided:
                 return
             assert self._head is not None
             assert self._dispatcher is not None
@@ -132,7 +127,7 @@ class InferenceCall:
     def end(self, arrived: float) -> None:
         """The body is complete. ``arrived``: the time from which the deadline counts, see BodyClock."""
         self._arrived = arrived
-        if self._rejected:
+        if self.decided:
             return
         assert self._head is not None
         assert self._dispatcher is not None
@@ -226,25 +221,23 @@ class InferenceCall:
         self._respond(response)
 
     def _finish(self, status: int, code: str = "", outcomes: Sequence[Outcome] = ()) -> None:
-        self.finished = True
-        self._state.body_memory.used -= self._reserved
+        self.finished = self.decided = True
         self._allowance.give_back()
         about = self._operation.route, self._request_id, self._client, self._began, self._read_seconds
-        finished = FinishedCall(*about, len(self._outcomes), self._allowance.fields, self._parent)
-        finished.record(self._state, status, code, outcomes)
+        call = FinishedCall(*about, len(self._outcomes), self._allowance.fields, self._parent)
+        call.record(self._state, status, code, outcomes)
 
     def _release(self) -> None:
         """Withdraws images that are not finished, and frees memory: the connection keeps its latest call."""
+        self._state.body_memory.used -= self._reserved
+        self._reserved = 0
         if self._dispatcher is not None and self._missing:
             for job in self._jobs:
                 self._dispatcher.images.abandon(job)
         self._chunks, self._request, self._jobs, self._outcomes = [], None, [], []
 
     def fail(self, error: BaseException) -> None:
-        """Responds with a problem, unless the response has been sent.
-
-        A client that is beyond its share gets it later, so that its next request does not come at once.
-        """
+        """Responds with a problem, unless the response has been sent. For rejected API keys, see Clients.delay()."""
         if self.finished:
             if not isinstance(error, errors.ServiceError):
                 log.error("unexpected error after a response", exc_info=error)
@@ -252,10 +245,11 @@ class InferenceCall:
         if not isinstance(error, errors.ServiceError):
             log.error("request %s failed", self._request_id.decode(), exc_info=error)
             error = errors.internal(self._request_id.decode())
-        if isinstance(error, errors.OverloadedError) and error.reason == "key" and not self._rejected:
-            self._rejected = True
-            asyncio.get_running_loop().call_later(random.uniform(*_REJECTION_SECONDS), self.fail, error)
-            return
+        if isinstance(error, errors.OverloadedError) and error.reason == "key" and not self.decided:
+            self.decided = self._state.clients.delay(partial(self.fail, error))
+            if self.decided:
+                self._release()
+                return
         self._send(self._operation.problem(error), error.code)
 
 

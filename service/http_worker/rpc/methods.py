@@ -32,7 +32,7 @@ from vitserve.service.metrics import Exposition
 log = logging.getLogger(__name__)
 
 # Of the client's metadata, all that has a meaning here.
-_HEADERS = ("authorization", "vitserve-priority", "x-api-key", "x-request-id")
+_HEADERS = ("authorization", "traceparent", "tracestate", "vitserve-priority", "x-api-key", "x-request-id")
 _OPEN = ("ServerLive", "ServerReady", "Check")  # without an API key: probes have none
 _SERVING, _NOT_SERVING = 1, 2
 
@@ -94,13 +94,18 @@ class Methods:
     async def _infer(self, _: Any, context: Any) -> bytes:
         state = self.state
         result: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        call = InferenceCall(state, INFER, result.set_result)
+
+        def respond(response: Response) -> None:
+            if not result.done():  # the client may have cancelled it in this turn
+                result.set_result(response)
+
+        call = InferenceCall(state, INFER, respond)
         headers, remaining, arrived = headers_of(context), context.time_remaining(), state.turns.arrived()
         if remaining is not None:
             headers.append((DEADLINE_HEADER, b"%d" % (remaining * 1000)))
         try:
             call.begin(b"", headers, arrived, client_of(context) if state.request_log.on else None)
-            if not call.finished:
+            if not call.decided:
                 await self._receive(call, context, arrived if remaining is not None else None)
             response = await result
         except asyncio.CancelledError:

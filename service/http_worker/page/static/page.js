@@ -95,7 +95,12 @@ async function classify(file) {
   showStages(article.querySelector(".stages"), response.headers.get("Server-Timing"));
   note.textContent = "";
   element("message").textContent = "";
-  if (attentionWorks) await explain(article, file);
+  if (!attentionWorks) return;
+  try {
+    await explain(article, file);
+  } catch (error) {
+    note.textContent = error.message;
+  }
 }
 
 function fail(article, note, text) {
@@ -156,7 +161,14 @@ async function send(files) {
 // -- the model and the metrics
 
 async function showModel() {
-  const response = await fetch(new URL("v1/model", base), { headers: headers() });
+  let response;
+  try {
+    response = await fetch(new URL("v1/model", base), { headers: headers() });
+  } catch {
+    element("model").textContent = "The service does not answer.";
+    setTimeout(showModel, METRICS_MS);
+    return;
+  }
   if (response.status === 401) {
     element("key-label").hidden = false;
     element("model").textContent = "The service needs an API key.";
