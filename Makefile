@@ -23,7 +23,7 @@ serve: $(VENV)/serve.stamp
 
 # Two processes: half of the tests wait for servers of their own.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Full-size checkpoints, thousands of connections, hundreds of large images, the cpu image: more than half an hour.
 test-slow: $(VENV)/dev.stamp
@@ -31,7 +31,7 @@ test-slow: $(VENV)/dev.stamp
 
 # Line coverage of service, model and export, the workers' processes included. Fails below the floor in pyproject.toml.
 coverage: $(VENV)/dev.stamp
-	$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile
+	$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 

@@ -17,7 +17,7 @@ import httpx
 import hypothesis
 import pytest
 
-from tests.support.paths import PHOTOS
+from tests.support.paths import PHOTOS, ROOT
 from tests.support.server import Server, start_server
 from vitserve.model.bundle.bundle import Bundle
 
@@ -28,6 +28,20 @@ hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("any machine")
+
+
+LONGEST_FIRST = ("service/supervisor", "service/http_worker", "deploy", "service", "export")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first. At the end, two processes then share short ones, and neither waits long."""
+
+    def place(item: pytest.Item) -> int:
+        directory = item.path.relative_to(ROOT / "tests").as_posix()
+        ranks = [rank for rank, name in enumerate(LONGEST_FIRST) if directory.startswith(f"{name}/")]
+        return ranks[0] if ranks else len(LONGEST_FIRST)
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
