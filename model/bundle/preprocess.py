@@ -21,6 +21,7 @@ from vitserve.model.bundle.images.errors import (
     TooComplexError,
     TooManyPixelsError,
     UnsupportedImageError,
+    named_error,
 )
 from vitserve.model.bundle.images.formats.jpeg import JpegImage
 from vitserve.model.bundle.images.header import allowed_formats, read_header
@@ -40,6 +41,7 @@ __all__ = [
     "TooManyPixelsError",
     "UnsupportedImageError",
     "allowed_formats",
+    "named_error",
     "prepare_pillow",
 ]
 

@@ -8,13 +8,8 @@ It has the lowest priority, so that it delays no inference (see __main__.py), an
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import os
-import select
-import signal
-import socket
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,37 +21,37 @@ from vitserve.model.bundle import preprocess
 from vitserve.model.bundle.bundle import MANIFEST, Bundle, open_bundle, sha256
 from vitserve.service.explain_worker.attention import NotExplainableError, attention_of, grid_of, on_grid, rollout
 from vitserve.service.explain_worker.network import ExplainableNetwork
-from vitserve.service.ipc import frames
+from vitserve.service.ipc.framed_worker import answer_messages, give_way
 from vitserve.service.log_format import set_up_logging
+
+log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 60.0  # afterwards the process exits, so that its memory is free
 MOST_DECODE_BYTES = 256 * 2**20  # that decoding an image may take
-_DIE_WITH_PARENT = 1  # prctl(2): PR_SET_PDEATHSIG
 
 
 def main() -> None:
     bundle, process, log_level, log_format = sys.argv[2:6]
     set_up_logging(process, log_level, log_format)
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    with contextlib.suppress(OSError):  # the kernel kills this process before those that serve
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    parent = give_way()
     preprocess.prepare_pillow()
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
-        explainer = Explainer(open_bundle(Path(bundle)))
-        frames.send(connection, [])  # ready
-        # An HTTP worker that was killed before prctl() sends no signal.
-        while os.getppid() == parent and select.select([connection], [], [], IDLE_SECONDS)[0]:
-            try:
-                options, encoded = frames.receive(connection)
-            except EOFError:
-                return
-            frames.send(connection, explainer.answer(json.loads(options), encoded))
+    explainer = Explainer(open_bundle(Path(bundle)))
+    answer_messages(
+        int(sys.argv[1]), parent, IDLE_SECONDS, lambda message: explainer.answer(json.loads(message[0]), message[1])
+    )
+
+
+Map = tuple[dict[str, Any], Floats]  # method and what belongs to it, and the values, [rows, columns]
 
 
 class Explainer:
     def __init__(self, bundle: Bundle) -> None:
-        self._bundle, self._network = bundle, ExplainableNetwork(bundle)
+        self._bundle = bundle
+        self._network: ExplainableNetwork | None = None
+        try:
+            self._network = ExplainableNetwork(bundle)
+        except RuntimeError as error:  # of OpenVINO
+            log.error("OpenVINO cannot run the graph: %s", error)
         self._identity = sha256(bundle.path / MANIFEST)
 
     def answer(self, options: dict[str, Any], encoded: bytes) -> list[bytes]:
@@ -71,22 +66,26 @@ class Explainer:
             if image.peak_bytes > MOST_DECODE_BYTES:
                 raise preprocess.TooManyPixelsError(f"decoding the image takes up to {image.peak_bytes:,} bytes")
             pixels = image.pixels()
-            description, grid = self._explain(options, pixels)
+            if self._network is None:
+                raise NotExplainableError("OpenVINO cannot run the graph of the network")
+            description, grid = self._explain(self._network, options, pixels)
         except (preprocess.ImageError, NotExplainableError, IndexError) as error:
             return [type(error).__name__.encode(), str(error).encode()]
         description |= {"rows": grid.shape[0], "columns": grid.shape[1], "shape": pixels.shape}
         return [json.dumps(description).encode(), grid.astype(np.float32).tobytes(), pixels.tobytes()]
 
-    def _explain(self, options: dict[str, Any], pixels: Pixels) -> tuple[dict[str, Any], Floats]:
+    def _explain(
+        self, network: ExplainableNetwork, options: dict[str, Any], pixels: Pixels
+    ) -> tuple[dict[str, Any], Floats]:
         method, layer, head = options["method"], options["layer"], options["head"]
         if method == "auto":
             try:
-                return self._explain(options | {"method": "rollout"}, pixels)
+                return self._explain(network, options | {"method": "rollout"}, pixels)
             except NotExplainableError:
-                return self._explain(options | {"method": "occlusion"}, pixels)
+                return self._explain(network, options | {"method": "occlusion"}, pixels)
         if method == "occlusion":
-            return self._occlusion(pixels, options["class"])
-        attentions = self._network.attentions(pixels)
+            return self._occlusion(network, pixels, options["class"])
+        attentions = network.attentions(pixels)
         grid = grid_of(pixels.shape[0], pixels.shape[1], attentions[0].shape[-1])
         layers, heads = len(attentions), len(attentions[0])
         layer = layers if layer is None else layer
@@ -100,13 +99,14 @@ class Explainer:
             row = attention_of(attentions[layer - 1], None if head is None else head - 1, grid[2])
         return {"method": method, "layer": layer, "layers": layers, "heads": heads}, on_grid(row, grid)
 
-    def _occlusion(self, pixels: Pixels, index: int | None) -> tuple[dict[str, Any], Floats]:
+    def _occlusion(
+        self, network: ExplainableNetwork, pixels: Pixels, index: int | None
+    ) -> tuple[dict[str, Any], Floats]:
         labels = self._bundle.labels
         if not labels:
             raise NotExplainableError("the network has no classes, so covering a part of the image changes none")
-        chosen = int(self._network.probabilities(pixels).argmax()) if index is None else index
+        chosen = int(network.probabilities(pixels).argmax()) if index is None else index
         if not 0 <= chosen < len(labels):
             raise IndexError(f"class is {chosen}; the model has classes 0 to {len(labels) - 1}")
-        return {"method": "occlusion", "class": chosen, "label": labels[chosen]}, self._network.occlusion(
-            pixels, chosen
-        )
+        description = {"method": "occlusion", "class": chosen, "label": labels[chosen]}
+        return description, network.occlusion(pixels, chosen)

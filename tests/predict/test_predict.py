@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from typer.testing import CliRunner
 
@@ -93,6 +95,23 @@ def test_archives_tables_and_patterns_are_sources(images: Path, bundle: Bundle, 
         found.append([(Path(row["path"]).name, row["label"]) for row in rows_of(output)])
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == len(files)
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes"])
+def test_parquet_is_a_source_and_an_output(images: Path, bundle: Bundle, tmp_path: Path, kind: str) -> None:
+    """Bytes as datasets of Hugging Face have them: a structure with bytes and path."""
+    files = sorted((images / "b").iterdir())
+    column: list[Any] = [str(file) for file in files]
+    if kind == "bytes":
+        column = [{"bytes": file.read_bytes(), "path": str(file)} for file in files]
+    parquet.write_table(pyarrow.table({"image": column}), tmp_path / "images.parquet")
+    arguments = "--bundle", bundle.path, "--precision", "fp32"
+    run(tmp_path / "images.parquet", "-o", tmp_path / "out.parquet", *arguments)
+    run(images / "b", "-o", tmp_path / "out.jsonl", *arguments)
+    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    expected = rows_of(tmp_path / "out.jsonl")
+    assert [(row["path"], row["label"]) for row in rows] == [(row["path"], row["label"]) for row in expected]
+    assert not (tmp_path / "out.parquet.partial.jsonl").exists()
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])

@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model.bundle",
         "service.engines.telemetry",
         "service.explain_worker",
-        "service.ipc.frames",
+        "service.ipc.framed_worker",
         "service.log_format",
     },
     "service/engine_worker": {

@@ -33,3 +33,14 @@ class TooManyPixelsError(ImageError):
 
 class TooComplexError(ImageError):
     pass
+
+
+_KINDS = {
+    kind.__name__: kind
+    for kind in (NotAnImageError, UnsupportedImageError, DamagedImageError, TooManyPixelsError, TooComplexError)
+}
+
+
+def named_error(name: str, text: str) -> ImageError | None:
+    """The error of a class that another process has named. None if it is no ImageError."""
+    return _KINDS[name](text) if name in _KINDS else None

@@ -23,16 +23,6 @@ from vitserve.service.python_process import python_command, python_environment
 log = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
-_IMAGE_ERRORS = {
-    kind.__name__: kind
-    for kind in (
-        preprocess.DamagedImageError,
-        preprocess.NotAnImageError,
-        preprocess.TooComplexError,
-        preprocess.TooManyPixelsError,
-        preprocess.UnsupportedImageError,
-    )
-}
 
 
 class DecodeTimeoutError(Exception):
@@ -70,7 +60,9 @@ class DecodeProcess:
             log.error("the decode process ended with %s", error)
             raise preprocess.DamagedImageError(f"the image cannot be decoded: its decoder ended with {error}") from None
         if len(received) == 2:
-            raise _IMAGE_ERRORS[received[0].decode()](received[1].decode())
+            failure = preprocess.named_error(received[0].decode(), received[1].decode())
+            assert failure is not None
+            raise failure
         return np.frombuffer(received[0], np.uint8).reshape(decoder.preprocessing.shape)
 
     def close(self) -> None:

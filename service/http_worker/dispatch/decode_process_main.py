@@ -8,45 +8,28 @@ It may be killed at any time: nothing is shared with it.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import resource
-import select
-import signal
-import socket
 import sys
 from pathlib import Path
 
 from vitserve.model.bundle import preprocess
-from vitserve.service.ipc import frames
+from vitserve.service.ipc.framed_worker import answer_messages, give_way
 from vitserve.service.log_format import set_up_logging
 
 IDLE_SECONDS = 30.0  # afterwards the process exits, so that its memory is free
 NICENESS = 5  # small images of other clients go first
 _SLACK_BYTES = 128 * 2**20  # address space beyond the estimate: the encoded image, the allocator's reserves
-_DIE_WITH_PARENT = 1  # prctl(2): PR_SET_PDEATHSIG
 
 
 def main() -> None:
     process, log_level, log_format = sys.argv[2:5]
     set_up_logging(process, log_level, log_format)
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    parent = give_way()
     os.nice(NICENESS)
-    with contextlib.suppress(OSError):  # the kernel kills this process before those that serve
-        Path("/proc/self/oom_score_adj").write_text("1000")
     preprocess.prepare_pillow()
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
-        frames.send(connection, [])  # ready
-        # An HTTP worker that was killed before prctl() sends no signal.
-        while os.getppid() == parent and select.select([connection], [], [], IDLE_SECONDS)[0]:
-            try:
-                description, encoded = frames.receive(connection)
-            except EOFError:
-                return
-            frames.send(connection, decode(json.loads(description), encoded))
+    answer_messages(int(sys.argv[1]), parent, IDLE_SECONDS, lambda message: decode(json.loads(message[0]), message[1]))
 
 
 def decode(description: dict[str, object], encoded: bytes) -> list[bytes]:

@@ -32,16 +32,6 @@ log = logging.getLogger(__name__)
 
 MOST_WAITING = 4  # images that wait for the process; further ones are rejected
 _SECONDS, _START_SECONDS = 60.0, 60.0
-_IMAGE_ERRORS = {
-    kind.__name__: kind
-    for kind in (
-        preprocess.DamagedImageError,
-        preprocess.NotAnImageError,
-        preprocess.TooComplexError,
-        preprocess.TooManyPixelsError,
-        preprocess.UnsupportedImageError,
-    )
-}
 
 
 class Explanation(NamedTuple):
@@ -106,7 +96,7 @@ class Explainer:
             if self._stopped:
                 raise errors.NotReadyError("the service is stopping") from None
             log.error("the process for explanations failed: %s", error)
-            raise errors.NotExplainableError("the process for explanations failed; the log has the reason") from None
+            raise errors.EngineFailedError("the process for explanations failed; the log has the reason") from None
         if len(received) == 2:
             raise _error(received[0].decode(), received[1].decode())
         description = json.loads(received[0])
@@ -126,6 +116,7 @@ class Explainer:
 
 
 def _error(kind: str, text: str) -> errors.ServiceError:
-    if kind in _IMAGE_ERRORS:
-        return errors.from_image_error(_IMAGE_ERRORS[kind](text))
+    of_image = preprocess.named_error(kind, text)
+    if of_image is not None:
+        return errors.from_image_error(of_image)
     return errors.BadRequestError(text) if kind == "IndexError" else errors.NotExplainableError(text)

@@ -16,7 +16,7 @@ from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.load import load_checkpoint, random_checkpoint
 from vitserve.export.graph.reference import ReferenceNetwork
 from vitserve.model.arrays import Floats, Pixels
-from vitserve.model.bundle.bundle import Bundle
+from vitserve.model.bundle.bundle import Bundle, sha256
 from vitserve.service.explain_worker.attention import NotExplainableError, grid_of, on_grid, rollout
 from vitserve.service.explain_worker.main import Explainer
 from vitserve.service.explain_worker.network import ExplainableNetwork
@@ -93,6 +93,16 @@ def test_the_largest_value_of_a_map_is_one() -> None:
 
 def options(**values: object) -> dict[str, object]:
     return {"method": "auto", "layer": None, "head": None, "class": None} | values
+
+
+def test_a_bundle_that_has_changed_is_not_explained(bundle: Bundle) -> None:
+    """It would explain another model than the one that is served."""
+    explainer, image = Explainer(bundle), encoded(random_image(64, 64))
+    identity = sha256(bundle.path / "bundle.json")
+    assert len(explainer.answer(options(identity=identity), image)) == 3
+    kind, text = explainer.answer(options(identity="0" * 64), image)
+    assert kind == b"NotExplainableError"
+    assert b"the bundle has changed since the model was loaded" in text
 
 
 def test_a_network_with_windows_is_explained_by_occlusion(

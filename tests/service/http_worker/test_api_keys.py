@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +22,11 @@ from tests.support.http import metric
 from tests.support.images import encoded, random_image
 from tests.support.rpc import INFER, method, rejection
 from tests.support.server import Server, start_server
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, eventually_async
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.service.credentials.api_keys import ApiKeysError, read_api_keys
-from vitserve.service.http_worker.exchange.clients import Activity, Allowance, Client
+from vitserve.service.http_worker.exchange.clients import Activity, Allowance, Client, Clients
+from vitserve.service.settings import Settings
 
 IMAGE = encoded(random_image())
 MOBILE, BATCH = "mobile-0123456789abcdef", "batch-0123456789abcdef"
@@ -182,6 +185,21 @@ def test_a_key_leaves_room_while_another_is_active() -> None:
     activity.record(one, now)
     other.latest = now - 11  # seconds
     assert Allowance(one, 0.25, activity).rejection(1, dispatcher) is None
+
+
+def test_few_rejections_are_delayed_at_a_time() -> None:
+    """Connections that wait cannot be closed for those of others."""
+
+    async def count() -> tuple[int, list[int]]:
+        clients, answered = Clients(Settings()), list[int]()
+        delayed = sum(clients.delay(partial(answered.append, number)) for number in range(100))
+        await eventually_async(lambda: len(answered) == delayed, "all are answered")
+        assert clients.delay(lambda: None)
+        return delayed, answered
+
+    delayed, answered = asyncio.run(count())
+    assert delayed == 64
+    assert sorted(answered) == list(range(64))
 
 
 def test_a_request_with_more_images_than_the_share_is_not_rejected_alone(client: httpx.Client) -> None:

@@ -6,6 +6,7 @@ import socket
 from contextlib import ExitStack
 
 import httpx
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,19 +41,20 @@ def test_the_capacity_is_never_exceeded(chunks: list[tuple[int, int]]) -> None:
         assert large <= 0.75 * memory.capacity
 
 
-def begin(server: Server, length: int) -> socket.socket:
+def begin(server: Server, length: int, path: str) -> socket.socket:
     """Sends the headers and all of the body but the last byte."""
     connection = connect(server)
-    head = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"
     connection.sendall(head.encode() + bytes(length - 1))
     return connection
 
 
-def test_unfinished_bodies_fill_their_share_only() -> None:
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/explain"])
+def test_unfinished_bodies_fill_their_share_only(path: str) -> None:
     """40 MiB for bodies: 30 MiB for large ones."""
     with serving("--image-memory-bytes", str(160 * MIB)) as server, ExitStack() as stack:
         client = stack.enter_context(httpx.Client(base_url=server.url, timeout=60))
-        held = [stack.enter_context(begin(server, 14 * MIB)) for _ in range(2)]
+        held = [stack.enter_context(begin(server, 14 * MIB, path)) for _ in range(2)]
         body = bytes(14 * MIB)
 
         def is_full() -> bool:  # the server may still be reading the first two bodies

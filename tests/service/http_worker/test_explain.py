@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import httpx
@@ -19,6 +19,7 @@ from tests.support.processes import HTTP_WORKER, has_exited, kill, serving
 from tests.support.server import Server
 from tests.support.waiting import eventually
 from vitserve.model.bundle.bundle import Bundle
+from vitserve.service.http_worker.explain.explainer import MOST_WAITING
 
 IMAGE = encoded(random_image(60, 50), "JPEG")
 EXPLAIN_WORKER = "vitserve.service.explain_worker"
@@ -111,15 +112,41 @@ def test_a_process_that_was_killed_is_replaced(server: Server, client: httpx.Cli
     assert client.post("/v1/classify", content=IMAGE).status_code == 200
 
 
-def test_further_images_are_rejected_while_others_wait(server: Server) -> None:
-    def send(_: int) -> int:
-        parameters = {"method": "occlusion"}
-        return httpx.post(f"{server.url}/v1/explain", params=parameters, content=IMAGE, timeout=60).status_code
+def send(server: Server) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/explain", content=IMAGE, timeout=60)
 
-    with ThreadPoolExecutor(24) as pool:
-        statuses = set(pool.map(send, range(24)))
-    assert statuses <= {200, 429}
-    assert 200 in statuses
+
+def fill(server: Server, pool: ThreadPoolExecutor) -> list[Future[httpx.Response]]:
+    """Sends one image more than may wait, and returns the others once it has been rejected."""
+    sent = [pool.submit(send, server) for _ in range(MOST_WAITING + 1)]
+    rejected = next(as_completed(sent))
+    assert rejected.result().status_code == 429
+    return [each for each in sent if each is not rejected]
+
+
+def test_further_images_are_rejected_while_others_wait(server: Server, client: httpx.Client) -> None:
+    explained(client)
+    [child] = explain_workers(server)
+    with ThreadPoolExecutor(MOST_WAITING + 1) as pool:
+        child.suspend()
+        waiting = fill(server, pool)
+        child.resume()
+        assert [each.result().status_code for each in waiting] == [200] * MOST_WAITING
+    assert explained(client)
+
+
+def test_explanations_do_not_hold_up_a_stop(bundle: Bundle) -> None:
+    with (
+        serving("--bundle", str(bundle.path), "--precision", "fp32") as running,
+        ThreadPoolExecutor(MOST_WAITING + 1) as pool,
+    ):
+        assert send(running).status_code == 200
+        [child] = explain_workers(running)
+        child.suspend()  # the image that is being explained never ends
+        waiting = fill(running, pool)
+        assert running.stop() == 0
+        assert [each.result().status_code for each in waiting] == [503] * MOST_WAITING
+        assert "forced shutdown" not in "".join(running.log)
 
 
 def test_the_route_and_the_page_can_be_disabled(bundle: Bundle) -> None:

@@ -141,6 +141,14 @@ def test_a_new_certificate_is_used_and_a_damaged_one_is_not(service: Service) ->
     assert "PRIVATE KEY" not in "".join(log)
 
 
+def test_a_handshake_that_does_not_end_does_not_hold_up_a_stop(bundle: Bundle, tmp_path: Path) -> None:
+    write_certificate(trustme.CA(), tmp_path)
+    running = start_server("--bundle", str(bundle.path), *options(tmp_path), "--drain-seconds", "10")
+    with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))):
+        assert running.stop() == 0
+    assert "forced shutdown" not in "".join(running.log)
+
+
 def test_files_that_cannot_be_used_are_named_at_the_start(tmp_path: Path) -> None:
     authority = trustme.CA()
     write_certificate(authority, tmp_path)

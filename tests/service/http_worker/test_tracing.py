@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
+import grpc
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from benchmarks.processes import free_port
 from tests.support.http import metric
 from tests.support.images import encoded, random_image
+from tests.support.rpc import INFER, rejection
 from tests.support.server import Server, start_server
 from tests.support.waiting import eventually
 from vitserve.model.bundle.bundle import Bundle
@@ -63,16 +66,17 @@ class Collector:
 class Traced(NamedTuple):
     running: Server
     collector: Collector
+    grpc_address: str
 
 
 @pytest.fixture(scope="module")
 def traced(slow_bundle: Bundle) -> Iterator[Traced]:
     """Traces only requests whose parent is traced."""
-    collector = Collector()
-    options = "--otlp-endpoint", collector.url, "--trace-share", "0"
+    collector, port = Collector(), free_port()
+    options = "--otlp-endpoint", collector.url, "--trace-share", "0", "--grpc-port", str(port)
     environment = {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test"}
     running = start_server("--bundle", str(slow_bundle.path), *options, environment=environment)
-    yield Traced(running, collector)
+    yield Traced(running, collector, f"127.0.0.1:{port}")
     assert running.stop() == 0
     collector.server.shutdown()
     collector.server.server_close()
@@ -126,6 +130,16 @@ def test_each_image_has_its_stages(traced: Traced) -> None:
     _, children = spans_of(traced, trace_id)
     inferences = [values(span)["vitserve.image"] for span in children if span.name == "inference"]
     assert sorted(inferences) == [0, 1, 2]
+
+
+def test_a_request_of_grpc_belongs_to_the_trace_of_its_client(traced: Traced) -> None:
+    trace_id = "4" * 32
+    with grpc.insecure_channel(traced.grpc_address) as channel:
+        metadata = tuple((name.lower(), value) for name, value in request_of(trace_id).items())
+        assert rejection(channel, INFER, b"", metadata=metadata).code == "NOT_FOUND"
+    request, _ = spans_of(traced, trace_id)
+    assert request.parent_span_id.hex() == PARENT
+    assert values(request)["http.route"] == INFER
 
 
 def test_a_failed_request_names_its_error(traced: Traced) -> None:
