@@ -85,9 +85,8 @@ class ResultCache:
         waiting = Waiting(image, deadline, priority, on_done, admitted, (hashlib.sha256(image).digest(), embedding))
         entry = self._entries.get(waiting.key)
         if entry is None:
-            counter = self._metrics.all.cache_shared if waiting.key in self._runs else self._metrics.all.cache_misses
-            self._metrics.inc(counter)
-            self._join_or_run(waiting)
+            joined = self._join_or_run(waiting)
+            self._metrics.inc(self._metrics.all.cache_shared if joined else self._metrics.all.cache_misses)
         else:
             self._metrics.inc(self._metrics.all.cache_hits)
             self._entries.move_to_end(waiting.key)
@@ -108,18 +107,20 @@ class ResultCache:
             self._forget(waiting.key, run)
             self._dispatcher.abandon(job)
 
-    def _join_or_run(self, waiting: Waiting) -> None:
+    def _join_or_run(self, waiting: Waiting) -> bool:
+        """Whether the image is in flight for another client already."""
         run = self._runs.get(waiting.key)
         if run is not None and run.suits(waiting):
             waiting.run = run
             run.waiting.append(waiting)
-            return
+            return True
         run = waiting.run = self._runs[waiting.key] = _Run(waiting.deadline, waiting.priority, waiting.admitted)
         run.waiting.append(waiting)
         options = waiting.priority, partial(self._done, waiting.key, run), waiting.admitted, waiting.key[1]
         job = self._dispatcher.submit(waiting.image, waiting.deadline, *options)
         if run.waiting:  # else it was rejected at once
             run.job = job
+        return False
 
     def _done(self, key: Key, run: _Run, outcome: Outcome) -> None:
         ticket = None if run.job is None else run.job.ticket
