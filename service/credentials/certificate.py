@@ -33,7 +33,7 @@ class CertificateFiles:
         self._files = WatchedFiles(chain, key)
         self._files.changed()
         self.context = self._read()  # for the next connection
-        # For servers that keep it. They go on with a certificate of another kind of key as long as clients accept it.
+        # For servers that keep it. Beside a new certificate, they keep the old one of another type of key.
         self.first_context = self.context
 
     def refresh(self) -> bool:

@@ -50,7 +50,7 @@ def rollout(attentions: Sequence[Floats], others: int) -> Floats:
 
 
 def attention_of(attention: Floats, head: int | None, others: int) -> Floats:
-    """What one layer attends to, [tokens], of one head or the mean of all.
+    """The attention of one layer to each token, [tokens], of one head or the mean of all.
 
     Of the class token, or the mean over all tokens if there are no ``others``.
     """

@@ -36,8 +36,8 @@ def predict(
 ) -> None:
     """Predict all images of a directory, an archive, or a table.
 
-    A run that was ended goes on where it stopped: give the same source and output. Images that cannot be read have the
-    reason in the column error.
+    A run that was ended continues where it stopped: give the same source and output. Images that cannot be read
+    have the reason in the column error.
     """
     with one_line_errors("bench"):
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""Rows of predictions in a file that grows, so that a run that was killed can go on."""
+"""Rows of predictions in a file that grows, so that a run that was killed can continue."""
 
 from __future__ import annotations
 

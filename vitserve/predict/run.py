@@ -38,7 +38,7 @@ class Predictor:
     def run(
         self, items: Sequence[Item], output: Output, embeddings: Embeddings | None, progress: Callable[[int], None]
     ) -> None:
-        """Goes on after the rows that ``output`` has. ``progress`` receives the number of new rows.
+        """Continues after the rows that ``output`` has. ``progress`` receives the number of new rows.
 
         Raises OutputError if these rows are of other images.
         """

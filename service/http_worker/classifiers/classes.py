@@ -1,4 +1,4 @@
-"""The classes of a model or of one of its heads: their JSON, which is encoded once, and counts of what is predicted."""
+"""The classes of a model or of one of its heads: their JSON, which is encoded once, and counts of their predictions."""
 
 from __future__ import annotations
 

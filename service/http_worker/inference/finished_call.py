@@ -1,4 +1,4 @@
-"""What is recorded of a request with images when it has ended: metrics, the request log, and its spans."""
+"""Records a request with images when it has ended: in metrics, the request log, and spans."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from vitserve.service.metrics import Exposition
 
 log = logging.getLogger(__name__)
 
-# Of the client's metadata, all that has a meaning here.
+# The metadata of clients that is read.
 _HEADERS = ("authorization", "traceparent", "tracestate", "vitserve-priority", "x-api-key", "x-request-id")
 _OPEN = ("ServerLive", "ServerReady", "Check")  # without an API key: probes have none
 _SERVING, _NOT_SERVING = 1, 2

@@ -20,7 +20,7 @@ from vitserve.service.http_worker.state import State
 from vitserve.service.metrics import Exposition
 from vitserve.service.settings import Settings
 
-MOST_STREAMS = 256  # of a connection at a time; a client keeps further requests back
+MOST_STREAMS = 256  # of a connection at a time; a client waits before it sends more
 _LEAST_PING_MS = 10_000  # clients that ping more often are disconnected
 _PING_TIMEOUT_MS = 20_000
 
