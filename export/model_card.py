@@ -23,14 +23,16 @@ def model_card(
     ``training`` is the content of training.json, which `vitserve train` writes.
     """
     labels, recipe = training["labels"], training["recipe"]
-    command = f"vitserve train DATA --output RUN --variant {variant} --epochs {recipe['epochs']}"
+    network = f"--from {training['source']}" if training.get("source") else f"--variant {variant}"
+    command = f"vitserve train DATA --output RUN {network} --epochs {recipe['epochs']}"
+    validation_images = training.get("validation_images", recipe["validation_images"])  # a limit in earlier records
     return f"""# {name}
 
 Test accuracy **{training["test_accuracy"]:.2%}** on {training["test_images"]:,} images.
 The test images were used once, after the last epoch, with the weights as they are stored (rounded to half precision).
 
 - **Model**: {_architecture(training["config"])}.
-- **Data**: {training["training_images"]:,} training images and {recipe["validation_images"]:,} validation images.
+- **Data**: {training["training_images"]:,} training images and {validation_images:,} validation images.
 - **Training**: `{command}`, {training["seconds"]:,} seconds on {training["machine"]}.
 - **Limits**: the model knows only the {len(labels)} classes below, from small, centered images.
   It assigns one of these classes to every image, whatever the image shows.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,17 +29,20 @@ class Recipe:
     mixup_alpha: float = 0.2
     cutmix_share: float = 0.0  # of the mixed steps: CutMix instead of mixup
     mixup_share: float = 0.75  # of all steps: mixed; the last steps see unmixed images
-    shift_pixels: int = 3
+    shift: float = 3 / 32  # of the side: images are shifted by up to this share
     warp: float = 0.0  # radians, and share of the side
     recolor: float = 0.0
     ema_decay: float = 0.997
-    validation_images: int = 2500  # held out of the training set
+    validation_images: int = 2500  # held out of the training set, at most
     seed: int = 0
     share: float = 1.0  # of the training set: used for training, chosen by the seed
+    # Each block learns more slowly than the next one, by this factor: fine-tuning keeps what early blocks have learned
+    # (BEiT, arXiv:2106.08254, appendix H). 1: all learn equally fast.
+    layer_decay: float = 1.0
+    frozen: bool = False  # only the head learns
+    patience: int = 0  # epochs without a better validation accuracy after which the training ends; 0: all epochs
     bf16: bool = field(default_factory=_cpu_multiplies_bf16)
     optimizer: Literal["muon", "adamw"] = field(default_factory=lambda: "muon" if _cpu_multiplies_bf16() else "adamw")
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 QUICK = Recipe()
@@ -52,10 +55,15 @@ LONG = Recipe(
     mixup_alpha=0.4,
     cutmix_share=0.5,
     mixup_share=0.95,
-    shift_pixels=4,
+    shift=4 / 32,
     warp=0.15,
     recolor=0.3,
     ema_decay=0.999,
     bf16=True,
     optimizer="muon",
 )
+
+
+def fine_tuning(recipe: Recipe) -> Recipe:
+    """For weights that are trained already: smaller steps, most of all in the early blocks."""
+    return replace(recipe, learning_rate=recipe.learning_rate / 4, layer_decay=0.75)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitserve.model.config import ResNetConfig, ViTConfig
-from vitserve.model.network.build import Network, network_of
+from vitserve.model.bundle.preprocess import Preprocessing
+from vitserve.model.network.build import Network
 from vitserve.model.training.device import CPU
 from vitserve.model.training.recipe import Recipe
+from vitserve.model.training.start import Start
+
+
+class ResumeError(ValueError):
+    """The saved state is not of this training."""
 
 
 @dataclass
@@ -24,13 +31,31 @@ class TrainingState:
     optimizers: list[torch.optim.Optimizer]
     schedules: list[torch.optim.lr_scheduler.LRScheduler]
     generator: torch.Generator
+    preprocessing: Preprocessing
+    settings: Mapping[str, str]  # a run that is resumed must have the same
     epoch: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, torch.Tensor] | None = None  # the average of the best epoch, if the recipe has patience
+
+    def record_epoch(self, loss: float, accuracy: float, patience: int) -> None:
+        """Keeps the weights if they are the best so far."""
+        if patience and accuracy > max((row["validation_accuracy"] for row in self.history), default=-1.0):
+            self.best = {name: tensor.clone() for name, tensor in self.average.state_dict().items()}
+        row = {"epoch": self.epoch, "loss": loss, "validation_accuracy": accuracy, "seconds": self.seconds}
+        self.history.append(row)
+
+    def is_finished(self, recipe: Recipe) -> bool:
+        """After all epochs, or after so many without a better validation accuracy as the recipe allows."""
+        accuracies = [row["validation_accuracy"] for row in self.history]
+        since_best = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
+        return self.epoch >= recipe.epochs or bool(recipe.patience and since_best >= recipe.patience)
 
     def save(self, path: Path) -> None:
         """Replaces the file atomically, so that an interrupted save leaves the previous state."""
         state = {
+            "settings": dict(self.settings),
+            "best": self.best,
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -44,7 +69,20 @@ class TrainingState:
         path.with_suffix(".new").replace(path)
 
     def restore(self, path: Path) -> None:
+        """Raises ResumeError naming the settings that differ from those of the saved state."""
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        saved: dict[str, str] = state.get("settings", {})
+        differences = [
+            f"{name} was {saved.get(name, 'not recorded')} and is {value}"
+            for name, value in self.settings.items()
+            if saved.get(name) != value
+        ]
+        if differences:
+            raise ResumeError(
+                f"{path.parent} has a training with other settings: {'; '.join(differences)}."
+                " Give the same settings to resume it, or another --output"
+            )
+        self.best = state["best"]
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -56,11 +94,11 @@ class TrainingState:
 
 
 def initial_state(
-    config: ViTConfig | ResNetConfig, recipe: Recipe, steps: int, device: torch.device = CPU
+    start: Start, recipe: Recipe, steps: int, device: torch.device = CPU, settings: Mapping[str, str] | None = None
 ) -> TrainingState:
-    """A new network and its optimizers, for a run of ``steps`` optimizer steps."""
+    """A network and its optimizers, for a run of ``steps`` optimizer steps."""
     torch.manual_seed(recipe.seed)
-    network = network_of(config).to(device)
+    network = start.network().to(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     optimizers = _optimizers(network, recipe)
     warm_up_steps = recipe.warm_up_share * steps
@@ -72,21 +110,44 @@ def initial_state(
         torch.optim.lr_scheduler.LambdaLR(optimizer, rate_share) for optimizer in optimizers
     ]
     generator = torch.Generator().manual_seed(recipe.seed)
-    return TrainingState(network, copy.deepcopy(network), optimizers, schedules, generator)
+    average = copy.deepcopy(network)
+    return TrainingState(network, average, optimizers, schedules, generator, start.preprocessing, settings or {})
 
 
 def _optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the transformer blocks, if the recipe has it, and AdamW for all other parameters."""
-    matrices: list[torch.nn.Parameter] = []
-    remaining: list[torch.nn.Parameter] = []
-    for name, parameter in network.named_parameters():
+    matrices: dict[float, list[torch.nn.Parameter]] = {}  # by the share of the learning rate
+    remaining: dict[float, list[torch.nn.Parameter]] = {}
+    named = list(network.named_parameters())
+    layers = 1 + max(_layer(name) for name, _ in named if not _follows_blocks(name))
+    for name, parameter in named:
+        if recipe.frozen and not name.startswith("head"):
+            parameter.requires_grad = False
+            continue
+        layer = layers if _follows_blocks(name) else _layer(name)
         for_muon = recipe.optimizer == "muon" and name.startswith("blocks.") and parameter.ndim == 2
-        (matrices if for_muon else remaining).append(parameter)
+        share = recipe.layer_decay ** (layers - layer)
+        (matrices if for_muon else remaining).setdefault(share, []).append(parameter)
     rate, decay = recipe.learning_rate, recipe.weight_decay
-    adamw = torch.optim.AdamW(remaining, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+
+    def groups(by_share: dict[float, list[torch.nn.Parameter]]) -> list[dict[str, Any]]:
+        return [{"params": parameters, "lr": rate * share} for share, parameters in by_share.items()]
+
+    adamw = torch.optim.AdamW(groups(remaining), lr=rate, betas=(0.9, 0.99), weight_decay=decay)
     if not matrices:  # AdamW only, or a ResNet
         return [adamw]
-    return [torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw]
+    muon = torch.optim.Muon(groups(matrices), lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
+
+
+def _layer(name: str) -> int:
+    """0 for what precedes the first block of a ViT or the first stage of a ResNet, then 1, 2, …"""
+    found = re.match(r"(?:blocks|stages)\.(\d+)\.", name)
+    return 1 + int(found[1]) if found else 0
+
+
+def _follows_blocks(name: str) -> bool:
+    return name.startswith(("norm.", "fc_norm.", "pre_logits.", "head"))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model/arrays.py": set(),
     "model/bundle": {"model.arrays", "model.config", "model.bundle"},
     "model/network": {"model.config", "model.network"},
-    "model/training": {"model.arrays", "model.config", "model.bundle.preprocess", "model.network", "model.training"},
+    "model/training": {"model.arrays", "model.config", "model.bundle", "model.network", "model.training"},
     "service/errors.py": {"model.bundle.preprocess"},
     "service/cgroup.py": set(),
     "service/cache_directory.py": set(),

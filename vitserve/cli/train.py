@@ -1,9 +1,11 @@
-"""``vitserve train``: a compact ViT, trained from scratch."""
+"""``vitserve train``: a network for the classes of a directory, from scratch or from trained weights."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,10 +14,32 @@ from vitserve.cli.console import one_line_errors
 
 def train(
     data: Annotated[
-        Path, typer.Argument(help="Archive (.npz) of encoded images: {train,test}_{jpeg,offsets,labels} and classes.")
+        Path,
+        typer.Argument(
+            help="Directory with a directory of images for each class, or with such directories in train/, val/ and "
+            "test/; or an archive (.npz) of encoded images: {train,test}_{jpeg,offsets,labels} and classes."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the run. An existing run is resumed.")],
-    variant: Annotated[str, typer.Option(help="Name of the network, from model/config.py.")] = "compact-hybrid/4",
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from", help="Fine-tune this checkpoint: any source of `vitserve export` that is a plain ViT or BiT."
+        ),
+    ] = "",
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Name of the network, from model/config.py. Default: compact-hybrid/4.", show_default=False),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pixels, side of the input. Position embeddings of --from are interpolated. Default: the network's.",
+            show_default=False,
+        ),
+    ] = None,
+    freeze: Annotated[bool, typer.Option("--freeze", help="Train only the head.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto, which takes a GPU if torch finds one.")] = "auto",
     epochs: Annotated[
         int | None,
@@ -23,7 +47,32 @@ def train(
             min=1, help="Passes over the training set. Default: 6 on a CPU, 100 on a GPU.", show_default=False
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the initial weights, the order, and the augmentation.")] = 0,
+    patience: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="End after so many epochs without a better validation accuracy, and keep the best weights. 0: all "
+            "epochs.",
+        ),
+    ] = 0,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-8,
+            help="Greatest learning rate. Default: 0.002 on a CPU, 0.003 on a GPU; a quarter with --from.",
+            show_default=False,
+        ),
+    ] = None,
+    layer_decay: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="Learning rate of a block ÷ that of the next one. Default: 1, and 0.75 with --from.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the initial weights, and the augmentation.")] = 0,
     share: Annotated[
         float,
         typer.Option(
@@ -38,23 +87,51 @@ def train(
         bool, typer.Option("--compile", help="Compile the network with torch.compile first. Pays on a GPU.")
     ] = False,
 ) -> None:
-    """Train a compact ViT on labeled images.
+    """Train a network on labeled images, from scratch or from a checkpoint.
 
-    Takes less than an hour on two CPU cores. On a GPU it trains for more epochs.
+    Images may have any size, and there may be any number of classes. Writes weights.safetensors for `vitserve export`,
+    training.json, a model card, and the curves as a picture if matplotlib is installed.
     """
     with one_line_errors("train"):
         from dataclasses import replace
 
-        from vitserve.model.config import any_variant
         from vitserve.model.training.device import select_device
-        from vitserve.model.training.recipe import LONG, QUICK
+        from vitserve.model.training.recipe import LONG, QUICK, fine_tuning
+        from vitserve.model.training.report import draw_curves, write_card
+        from vitserve.model.training.samples import read_data_set
+        from vitserve.model.training.start import from_scratch
         from vitserve.model.training.train import train as run
 
+        if source and variant is not None:
+            raise ValueError("--variant has no effect with --from: the network is that of the checkpoint")
+        if freeze and not source:
+            raise ValueError("--freeze needs --from: without trained weights, the other layers must learn too")
         place = select_device(device)
         recipe = LONG if place.type == "cuda" else QUICK
-        recipe = replace(
-            recipe, epochs=epochs or recipe.epochs, seed=seed, share=share, batch_size=batch_size or recipe.batch_size
-        )
-        report = run(any_variant(variant), recipe, data, output, place, compiled)
+        recipe = fine_tuning(recipe) if source else recipe
+        stated: dict[str, Any] = {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "layer_decay": layer_decay,
+            "seed": seed,
+            "share": share,
+            "patience": patience,
+            "frozen": freeze,
+        }
+        recipe = replace(recipe, **{name: value for name, value in stated.items() if value is not None})
+        data_set = read_data_set(data, recipe.validation_images, recipe.share, recipe.seed)
+        if source:
+            from vitserve.export.checkpoint.fine_tuning import start_from
+
+            start = start_from(source, data_set.labels, image_size)
+        else:
+            start = from_scratch(variant or "compact-hybrid/4", len(data_set.labels), image_size)
+        report = run(start, recipe, data_set, output, place, compiled)
+        write_card(report, shlex.join(["vitserve", *sys.argv[1:]]), output / "MODEL_CARD.md")
+        try:
+            draw_curves(report, output / "curves.svg")
+        except ImportError:
+            typer.echo("no curves.svg: matplotlib is not installed (pip install 'vitserve[bench]')", err=True)
     weights = output / "weights.safetensors"
     typer.echo(f"test accuracy {report['test_accuracy']:.2%} after {report['seconds']} s → {weights}")

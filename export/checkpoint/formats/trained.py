@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pydantic
 from safetensors import SafetensorError, safe_open
 
 from vitserve.export.checkpoint.configuration import Configuration
@@ -29,11 +31,25 @@ def read(path: Path) -> Source | None:
         config = _config(fields["config"])
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the metadata of {path} is not that of `vitserve train`: {error}") from error
-    normalization = Configuration(f"the metadata of {path}", fields)
-    mean, std = normalization.numbers("mean", None), normalization.numbers("std", None)
     labels = labels_of(fields["labels"], config.classes, f"the metadata of {path}")
     tensors = Tensors(read_tensors(path).groups[""])
-    return Source(config, tensors.take_all(), Preprocessing(config.image_size, mean=mean, std=std), labels)
+    return Source(config, tensors.take_all(), _preprocessing(path, metadata, fields, config), labels)
+
+
+def _preprocessing(
+    path: Path, metadata: dict[str, str], fields: dict[str, Any], config: ViTConfig | ResNetConfig
+) -> Preprocessing:
+    """Files of earlier versions have mean and std only."""
+    of_file = f"the metadata of {path}"
+    try:
+        stated = json.loads(metadata.get("preprocessing", "{}"))
+        keys = stated | {name: Configuration(of_file, fields).numbers(name, None) for name in ("mean", "std")}
+        default = asdict(Preprocessing(config.image_size))
+        if unknown := sorted(keys.keys() - default.keys()):
+            raise ValueError(f"unknown preprocessing: {', '.join(unknown)}")
+        return pydantic.TypeAdapter(Preprocessing).validate_python(default | keys)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{of_file} is not that of `vitserve train`: {error}") from error
 
 
 def _metadata(path: Path) -> dict[str, str]:
