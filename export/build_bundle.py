@@ -19,6 +19,7 @@ from vitserve.export.artifacts import (
     remove_unused_files,
     with_limit,
 )
+from vitserve.export.calibrate_probabilities import calibrated, check_labeled
 from vitserve.export.checkpoint.labels import checked_labels
 from vitserve.export.golden_images import make_golden
 from vitserve.export.graph.onnxruntime_attention import write_onnxruntime_graph
@@ -59,6 +60,7 @@ def build_bundle(
     evaluation_images: Images | None = None,
     max_loss: float = MAX_LOSS,
     plans: PlanRequest | None = None,
+    labeled_images: Images | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
     """Exports the checkpoint, verifies every artifact and writes the bundle to ``path``.
@@ -68,6 +70,7 @@ def build_bundle(
     accuracy on the ``evaluation_images``, or on the golden images if there are none. Without labels, half of the
     changed predictions count as lost.
     ``plans`` adds TensorRT plans, built without a GPU.
+    ``labeled_images`` calibrate the probabilities.
     ``golden_images`` of the evaluation images become golden images too, so that the bundle contains them.
 
     Raises ExportError if float32, a required precision or a plan fails, BundleError if a bundle cannot be written to
@@ -76,6 +79,7 @@ def build_bundle(
     check_destination(path)
     check_precisions(precisions or (), calibration_images)
     check_plan_request(plans)
+    check_labeled(labeled_images, checkpoint.activation)
     checked_labels(checkpoint.labels, checkpoint.classes, "the checkpoint")
     progress("building the source network")
     source = checkpoint.source_model(progress)
@@ -101,10 +105,11 @@ def build_bundle(
 
         progress("writing the bundle")
         golden = replace(golden, recorded=recorded_outputs(workspace, artifacts))
+        calibration = calibrated(source, labeled_images, progress)
         save_golden(directory / "golden.npz", golden)
         labels = write_labels(directory, checkpoint.labels)
         if training is not None:
-            card = model_card(name, source.architecture, training, artifacts, processor)
+            card = model_card(name, source.architecture, training, artifacts, processor, calibration)
             (directory / "MODEL_CARD.md").write_text(card, encoding="utf-8")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -119,6 +124,7 @@ def build_bundle(
             labels=labels,
             reference=source.reference,
             processor=processor,
+            probability_calibration=calibration,
         )
         return write_bundle(path, manifest, directory)
 

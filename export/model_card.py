@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from vitserve.model.bundle.bundle import Artifact
+from vitserve.model.bundle.calibration import ProbabilityCalibration
 from vitserve.model.bundle.processor import ProcessorComparison
 from vitserve.model.config import ResNetConfig, ViTConfig
 
@@ -17,6 +18,7 @@ def model_card(
     training: dict[str, Any],
     artifacts: Iterable[Artifact] = (),
     processor: ProcessorComparison | None = None,
+    calibration: ProbabilityCalibration | None = None,
 ) -> str:
     """Markdown with accuracy, data, training command, artifacts, confusion matrix, history and recipe.
 
@@ -36,6 +38,7 @@ The test images were used once, after the last epoch, with the weights as they a
 - **Training**: `{command}`, {training["seconds"]:,} seconds on {training["machine"]}.
 - **Limits**: the model knows only the {len(labels)} classes below, from small, centered images.
   It assigns one of these classes to every image, whatever the image shows.
+- **Probabilities**: {"not calibrated" if calibration is None else calibration}.
 {"" if processor is None else f"- **Preprocessing**: {processor}.{chr(10)}"}
 ## Artifacts
 

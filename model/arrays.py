@@ -41,10 +41,15 @@ def sigmoid(logits: Floats) -> Floats:
     return probabilities
 
 
-def to_probabilities(logits: Floats, activation: Activation) -> Floats:
-    """Logits [n, classes] → probabilities [n, classes]. They add up to 1 only with softmax. Zeros without classes."""
+def to_probabilities(logits: Floats, activation: Activation, temperature: float = 1.0) -> Floats:
+    """Logits [n, classes] → probabilities [n, classes]. They add up to 1 only with softmax. Zeros without classes.
+
+    ``temperature`` divides the logits, see model/bundle/calibration.py.
+    """
     if activation == "none":
         return np.zeros_like(logits)
+    if temperature != 1.0:
+        logits = logits * np.float32(1 / temperature)
     return softmax(logits) if activation == "softmax" else sigmoid(logits)
 
 

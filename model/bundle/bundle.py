@@ -25,6 +25,7 @@ import pydantic
 from pydantic.dataclasses import dataclass as validated
 
 from vitserve.model.arrays import Activation, Outputs, Pixels, Precision
+from vitserve.model.bundle.calibration import ProbabilityCalibration
 from vitserve.model.bundle.labels import LABELS, read_labels
 from vitserve.model.bundle.parity import Parity
 from vitserve.model.bundle.plan import PlanReport
@@ -126,6 +127,7 @@ class Manifest:
     labels: tuple[str, ...] | None = None  # only if labels.txt cannot hold them
     reference: str = ""  # whose network the golden outputs are from: the library and its version, or vitserve
     processor: ProcessorComparison | None = None  # with the image processor that the checkpoint names, if it does
+    probability_calibration: ProbabilityCalibration | None = None  # None: probabilities are as the network has them
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from vitserve.model.bundle.bundle import GRAPH, MANIFEST, WEIGHTS, Bundle, BundleError, open_bundle, sha256
+from vitserve.model.bundle.calibration import temperature_of
 from vitserve.service import cache_directory, machine
 from vitserve.service.cache_directory import CacheError
 from vitserve.service.engine_worker.tuning_cache import TuningResult, load_tuning_result
@@ -259,6 +260,7 @@ def describe(bundle: Bundle, opened: Opened, threads: int) -> ModelInfo:
         engine.precision,
         bundle.summary() | {"serving": serving},
         manifest.activation,
+        temperature_of(manifest.probability_calibration),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from vitserve.model.arrays import Activation, Floats, Pixels, to_probabilities
 from vitserve.model.bundle.bundle import GRAPH, Bundle
+from vitserve.model.bundle.calibration import temperature_of
 from vitserve.service.engines.telemetry import disable_telemetry
 from vitserve.service.explain_worker.attention import NotExplainableError
 
@@ -30,6 +31,7 @@ class ExplainableNetwork:
         self.layers = _add_attention(model)
         self._with_attention = core.compile_model(model, "CPU", options) if self.layers else self._compiled
         self._activation: Activation = bundle.manifest.activation
+        self._temperature = temperature_of(bundle.manifest.probability_calibration)
         self._mean = np.array(bundle.manifest.preprocessing.mean) * 255
 
     def attentions(self, pixels: Pixels) -> list[Floats]:
@@ -49,7 +51,7 @@ class ExplainableNetwork:
 
     def probabilities(self, pixels: Pixels) -> Floats:
         """[classes]."""
-        probabilities: Floats = to_probabilities(self._logits(pixels[None]), self._activation)[0]
+        probabilities: Floats = to_probabilities(self._logits(pixels[None]), self._activation, self._temperature)[0]
         return probabilities
 
     def occlusion(self, pixels: Pixels, index: int) -> Floats:
@@ -64,7 +66,7 @@ class ExplainableNetwork:
             row, column = divmod(number, _OCCLUSIONS)
             covered[number, rows[row] : rows[row + 1], columns[column] : columns[column + 1]] = self._mean
         logits = [self._logits(covered[start : start + _BATCH]) for start in range(0, len(covered), _BATCH)]
-        probabilities = to_probabilities(np.concatenate(logits), self._activation)[:, index]
+        probabilities = to_probabilities(np.concatenate(logits), self._activation, self._temperature)[:, index]
         fall = np.maximum(self.probabilities(pixels)[index] - probabilities, 0)
         grid: Floats = (fall / max(float(fall.max()), 1e-12)).reshape(_OCCLUSIONS, _OCCLUSIONS)
         return grid

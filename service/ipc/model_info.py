@@ -22,6 +22,7 @@ class ModelInfo:
     precision: str
     details: dict[str, Any]  # for GET /v1/model: the bundle's summary, with the engine under "serving"
     activation: Activation = "softmax"  # of the logits; model.arrays.to_probabilities applies it
+    temperature: float = 1.0  # divides the logits first
 
     def to_json(self) -> bytes:
         return _ADAPTER.dump_json(self)

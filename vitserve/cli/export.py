@@ -190,6 +190,13 @@ def export(
             "that change count as lost."
         ),
     ] = 0.5,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Calibrate the probabilities with these labeled images: directories named after the labels, or an "
+            "archive for `vitserve train`. The predicted classes stay the same."
+        ),
+    ] = None,
     plan: Annotated[
         str,
         typer.Option(
@@ -215,7 +222,7 @@ def export(
         from vitserve.export.checkpoint.overrides import Overrides, channel_values, model_arguments
         from vitserve.export.load_source import load_source
         from vitserve.export.tensorrt.bundle_plans import plan_request
-        from vitserve.model.bundle.evaluation import read_images
+        from vitserve.model.bundle.evaluation import read_images, read_labeled_images
 
         def progress(step: str) -> None:
             status.update(step)
@@ -255,6 +262,10 @@ def export(
             calibration, evaluation = read_images(
                 images, checkpoint.preprocessing, checkpoint.labels, calibration_images, evaluation_images, note
             )
+        labeled = None
+        if calibrate is not None:
+            progress(f"reading images from {calibrate}")
+            labeled = read_labeled_images(calibrate, checkpoint.preprocessing, checkpoint.labels, note)
         bundle = build_bundle(
             checkpoint,
             output,
@@ -267,9 +278,12 @@ def export(
             evaluation_images=evaluation,
             max_loss=max_loss,
             plans=plans,
+            labeled_images=labeled,
             progress=progress,
         )
     print_artifacts(bundle)
+    if bundle.manifest.probability_calibration is not None:
+        typer.echo(f"probabilities: {bundle.manifest.probability_calibration}")
     typer.echo(f"{bundle.manifest.name} {bundle.manifest.version} → {output}")
 
 

@@ -41,6 +41,8 @@ def inspect(
         console.print(f"{title}: {shape}", highlight=False)
         if manifest.processor is not None:
             console.print(f"preprocessing: {manifest.processor}", highlight=False, soft_wrap=True)
+        calibration = manifest.probability_calibration
+        console.print(f"probabilities: {calibration or 'not calibrated'}", highlight=False, soft_wrap=True)
         print_artifacts(opened)
         for plan in plans_of(machine.plan_dir(), opened):
             if (report := report_beside(plan)) is not None:

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from vitserve.model.bundle.calibration import calibration_error, reliability
 from vitserve.predict.output import Row
-
-_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,8 @@ class Report:
 
     @property
     def calibration_error(self) -> float:
-        """Guo et al., "On Calibration of Modern Neural Networks", 2017 (arXiv:1706.04599), section 2: ECE, 15 bins."""
-        counts, probability, accuracy = self.calibration.T
-        return float((counts * np.abs(probability - accuracy)).sum() / max(counts.sum(), 1))
+        """The expected calibration error."""
+        return calibration_error(self.calibration)
 
 
 def report_of(rows: Sequence[Row], labels: Sequence[str]) -> Report | None:
@@ -47,14 +45,7 @@ def report_of(rows: Sequence[Row], labels: Sequence[str]) -> Report | None:
     np.add.at(confusion, (actual, predicted), 1)
     probabilities = np.array([row.probability for row in judged])
     right = np.array(actual) == np.array(predicted)
-    bins = np.minimum((probabilities * _BINS).astype(int), _BINS - 1)
-    calibration = np.array(
-        [
-            (members.sum(), probabilities[members].mean(), right[members].mean()) if members.any() else (0, 0, 0)
-            for members in (bins == number for number in range(_BINS))
-        ]
-    )
-    return Report(tuple(labels), confusion, calibration)
+    return Report(tuple(labels), confusion, reliability(probabilities, right))
 
 
 def plot(report: Report, path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from vitserve.model.arrays import Floats, Outputs, Pixels, to_probabilities
 from vitserve.model.bundle.bundle import Bundle
+from vitserve.model.bundle.calibration import temperature_of
 from vitserve.model.bundle.head import Head
 from vitserve.model.bundle.preprocess import Decoder, ImageError
 from vitserve.predict.items import Item
@@ -115,7 +116,9 @@ class Predictor:
         if not labels:
             return Row(name)
         if self.head is None:
-            probabilities = to_probabilities(logits, self.bundle.manifest.activation)
+            manifest = self.bundle.manifest
+            temperature = temperature_of(manifest.probability_calibration)
+            probabilities = to_probabilities(logits, manifest.activation, temperature)
         else:
             probabilities = self.head.probabilities(embedding)
         order = (-probabilities).argsort(kind="stable")[: self.top_k]

@@ -250,7 +250,7 @@ class Dispatcher:
                     log.error("dropped a stale completion of image %d in slot %d", completion.sequence, completion.slot)
                     continue
                 job = self._jobs.pop(ticket.sequence)
-                done.append((job, job.outcome(completion, self.slot_table, self.model_info.activation)))
+                done.append((job, job.outcome(completion, self.slot_table, self.model_info)))
         for job, outcome in done:
             self._deliver(job, outcome)
         if done and isinstance(done[-1][1], ImageResult):

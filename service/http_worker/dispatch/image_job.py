@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vitserve.model.arrays import Activation, Floats, to_probabilities
+from vitserve.model.arrays import Floats, to_probabilities
 from vitserve.service import errors
 from vitserve.service.http_worker.dispatch.decoding import OpenedImage
 from vitserve.service.ipc import wire_format
+from vitserve.service.ipc.model_info import ModelInfo
 from vitserve.service.ipc.shared_memory import SlotTable
 from vitserve.service.ipc.slots import MAX_CRASHES, Ticket
 from vitserve.service.scheduler import Rejection, RejectionReason
@@ -99,7 +100,7 @@ class ImageJob:
             return wire_format.SUBMIT
         return wire_format.RETRY_ALONE if self.slot.crashes else wire_format.RETRY
 
-    def outcome(self, completion: wire_format.Completion, table: SlotTable, activation: Activation) -> Outcome:
+    def outcome(self, completion: wire_format.Completion, table: SlotTable, model_info: ModelInfo) -> Outcome:
         """Copies the results from the slot, which no other image can have yet: the dispatcher's lock is held."""
         if completion.outcome == wire_format.DONE:
             logits = table.logits[completion.slot].copy()
@@ -107,7 +108,8 @@ class ImageJob:
             queue_seconds = max(0.0, completion.started - self.received - self.decode_seconds)
             times = self.decode_seconds, queue_seconds, completion.seconds
             moments = Moments(self.received, self.decode_began or self.received, completion.started)
-            return ImageResult(to_probabilities(logits, activation), logits, embedding, *times, moments)
+            probabilities = to_probabilities(logits, model_info.activation, model_info.temperature)
+            return ImageResult(probabilities, logits, embedding, *times, moments)
         if completion.outcome == wire_format.REJECTED_DEADLINE:
             return overloaded(Rejection("deadline", completion.retry_after_seconds))
         if completion.outcome == wire_format.REJECTED_FULL:
