@@ -15,7 +15,7 @@ from vitserve import __version__
 from vitserve.cli.console import one_line_errors
 from vitserve.cli.main import app
 
-COMMANDS = ("serve", "export", "inspect", "tune", "bench", "verify", "train")
+COMMANDS = ("serve", "export", "inspect", "tune", "bench", "verify", "train", "predict", "image")
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from vitserve.cli.main import app; app()"
 
 

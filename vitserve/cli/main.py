@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vitserve import __version__
-from vitserve.cli import bench, export, head, inspect, predict, serve, train, tune, verify
+from vitserve.cli import bench, export, head, image, inspect, predict, serve, train, tune, verify
 
 # Without rich markup: it would swallow brackets in help texts, such as those of vitserve[export].
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -18,6 +18,7 @@ app.command("predict")(predict.predict)
 app.command("inspect")(inspect.inspect)
 app.command("tune")(tune.tune)
 app.command("bench")(bench.bench)
+app.command("image")(image.image)
 app.command("verify")(verify.verify)
 app.command("train")(train.train)
 app.add_typer(head.app, name="head", help="Further classifiers on the embeddings of a bundle.")

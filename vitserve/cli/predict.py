@@ -43,29 +43,18 @@ def predict(
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from vitserve.model.bundle.bundle import MANIFEST, open_bundle, sha256
-        from vitserve.model.bundle.head import HeadError, backbone_of, check_fits, head_files, read_head
-        from vitserve.model.bundle.preprocess import prepare_pillow
+        from vitserve.model.bundle.bundle import MANIFEST, sha256
         from vitserve.predict.items import items_of
+        from vitserve.predict.opening import open_predictor
         from vitserve.predict.output import Embeddings, Output
         from vitserve.predict.report import plot as draw
         from vitserve.predict.report import report_of
-        from vitserve.predict.run import Predictor
-        from vitserve.service import machine
-        from vitserve.service.engine_worker.startup import for_small_network
-        from vitserve.service.engines.engine import EngineOptions
-        from vitserve.service.engines.selection import open_engine
-        from vitserve.service.settings import DEFAULT_BUNDLE
 
-        prepare_pillow()
-        opened, items = open_bundle(bundle or DEFAULT_BUNDLE), items_of(source)
-        chosen = None
-        if head:
-            if head not in head_files(opened.path):
-                known = ", ".join(head_files(opened.path)) or "none"
-                raise HeadError(f"the bundle has no head {head!r}; it has: {known}")
-            chosen = read_head(head_files(opened.path)[head])
-            check_fits(chosen, backbone_of(opened.manifest.files), opened.golden().reference.embedding.shape[1])
+        items = items_of(source)
+        predictor = open_predictor(
+            bundle, head=head, top_k=top_k, engine=engine, precision=precision, max_batch=max_batch
+        )
+        opened, used, chosen = predictor.bundle, predictor.engine, predictor.head
         model = sha256(opened.path / MANIFEST)
         written = Output(output, f"{model} {'' if chosen is None else chosen.version} {top_k}")
         console, done, complete = Console(stderr=True), len(written.rows), False
@@ -74,8 +63,6 @@ def predict(
                 console.print(f"{done} of {len(items)} images were predicted by an earlier run")
             width = opened.golden().reference.embedding.shape[1]
             array = None if embeddings is None else Embeddings(embeddings, len(items), width, done)
-            options = EngineOptions(engine, precision, max_batch=max_batch, plan_dir=str(machine.plan_dir()))
-            used = open_engine(opened, for_small_network(opened, options, machine.cores())).engine
             console.print(f"{opened.manifest.name} on {used.name} in {used.precision}")
             columns = TextColumn("{task.fields[rate]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             with Progress(*columns, console=console) as bar:
@@ -84,7 +71,7 @@ def predict(
                 def progress(rows: int) -> None:
                     bar.update(task, advance=rows, rate=f"{bar.tasks[0].speed or 0:.0f} images/s")
 
-                Predictor(opened, used, top_k, chosen).run(items, written, array, progress)
+                predictor.run(items, written, array, progress)
             used.close()
             complete = True
         finally:

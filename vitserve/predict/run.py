@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,12 +30,18 @@ class Decoded:
     error: str = ""
 
 
+class Result(NamedTuple):
+    row: Row
+    embedding: Floats | None  # None if there is no prediction
+
+
 @dataclass(frozen=True)
 class Predictor:
     bundle: Bundle
     engine: Engine
     top_k: int = 5
     head: Head | None = None
+    threads: int = field(default_factory=machine.cores)  # that decode
 
     def run(
         self, items: Sequence[Item], output: Output, embeddings: Embeddings | None, progress: Callable[[int], None]
@@ -46,29 +53,46 @@ class Predictor:
         done = len(output.rows)
         if [row.path for row in output.rows] != [item.name for item in items[:done]]:
             raise OutputError("the output has rows of other images, or in another order; choose another file")
-        threads = machine.cores()
+        for results in self.results(items[done:]):
+            if embeddings is not None:
+                for index, result in enumerate(results, start=done):
+                    if result.embedding is not None:
+                        embeddings.write(index, result.embedding)
+            output.append([result.row for result in results])
+            done += len(results)
+            progress(len(results))
+
+    def results(self, items: Iterable[Item]) -> Iterator[list[Result]]:
+        """The results in the order of the items, in batches."""
         with (
-            ThreadPoolExecutor(threads, "decode") as decoders,
+            ThreadPoolExecutor(self.threads, "decode") as decoders,
             ThreadPoolExecutor(self.engine.streams, "run") as runners,
         ):
             streams = deque(range(self.engine.streams))
             pending = deque[tuple[list[Decoded], Future[Outputs], int]]()
-            for batch in self._batches(items[done:], decoders):
+
+            def oldest() -> list[Result]:
+                batch, future, stream = pending.popleft()
+                outputs = future.result()
+                streams.append(stream)
+                return self._of_batch(batch, outputs)
+
+            for batch in self._batches(items, decoders):
                 if not streams:
-                    done += self._write(pending.popleft(), done, output, embeddings, streams, progress)
+                    yield oldest()
                 stream = streams.popleft()
                 pixels = [each.pixels for each in batch if each.pixels is not None]
                 stacked = np.stack(pixels) if pixels else None
                 pending.append((batch, runners.submit(self._run, stream, stacked), stream))
             while pending:
-                done += self._write(pending.popleft(), done, output, embeddings, streams, progress)
+                yield oldest()
 
     def _run(self, stream: int, pixels: Pixels | None) -> Outputs:
         if pixels is None:  # none of them can be decoded
             return Outputs(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
         return self.engine.run(stream, pixels)
 
-    def _batches(self, items: Sequence[Item], decoders: ThreadPoolExecutor) -> Iterator[list[Decoded]]:
+    def _batches(self, items: Iterable[Item], decoders: ThreadPoolExecutor) -> Iterator[list[Decoded]]:
         decoder = Decoder(self.bundle.manifest.preprocessing)
         ahead = deque[Future[Decoded]]()
         waiting, size = iter(items), self.engine.max_batch
@@ -86,30 +110,16 @@ class Predictor:
         if batch:
             yield batch
 
-    def _write(
-        self,
-        finished: tuple[list[Decoded], Future[Outputs], int],
-        index: int,
-        output: Output,
-        embeddings: Embeddings | None,
-        streams: deque[int],
-        progress: Callable[[int], None],
-    ) -> int:
-        batch, future, stream = finished
-        outputs = future.result()
-        streams.append(stream)
-        rows, position = list[Row](), 0
-        for offset, each in enumerate(batch):
+    def _of_batch(self, batch: Sequence[Decoded], outputs: Outputs) -> list[Result]:
+        results, position = list[Result](), 0
+        for each in batch:
             if each.pixels is None:
-                rows.append(Row(each.item.name, error=each.error))
+                results.append(Result(Row(each.item.name, error=each.error), None))
                 continue
-            if embeddings is not None:
-                embeddings.write(index + offset, outputs.embedding[position])
-            rows.append(self._row(each.item.name, outputs.logits[position], outputs.embedding[position]))
+            embedding = outputs.embedding[position]
+            results.append(Result(self._row(each.item.name, outputs.logits[position], embedding), embedding))
             position += 1
-        output.append(rows)
-        progress(len(rows))
-        return len(rows)
+        return results
 
     def _row(self, name: str, logits: Floats, embedding: Floats) -> Row:
         labels = self.bundle.labels if self.head is None else self.head.labels

@@ -48,6 +48,7 @@ MODEL_INFO: dict[str, Any] = {
         "seconds_per_batch_size": {"1": 0.0012, "16": 0.0061},
     },
     "limits": {"max_images": 64, "max_body_bytes": 33_554_432},
+    "probability_calibration": None,
 }
 RELOADED = {"model": "compact-hybrid-cifar10", "version": "bc4c12228f34"}
 LIVE = {"status": "live"}

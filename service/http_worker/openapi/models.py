@@ -12,6 +12,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaV
 from pydantic_core import core_schema
 
 from vitserve.model.arrays import Activation
+from vitserve.model.bundle.calibration import ProbabilityCalibration
 from vitserve.model.bundle.parity import Parity
 from vitserve.service.http_worker.inference.response import Encoding, Type
 
@@ -180,6 +181,9 @@ class ModelInfo(BaseModel):
     heads: list[Head] = Field(description="Further classifiers, for the option `head`.")
     serving: Serving
     limits: Limits
+    probability_calibration: ProbabilityCalibration | None = Field(
+        description="How the probabilities were calibrated at export. null: they are as the network has them."
+    )
 
 
 class ReloadedModel(BaseModel):
