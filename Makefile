@@ -26,7 +26,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Full-size checkpoints, thousands of connections, hundreds of large images, the cpu image: more than half an hour.
-test-slow: $(VENV)/dev.stamp
+test-slow: $(VENV)/slow.stamp
 	$(BIN)/python -m pytest -q -m slow
 
 # Line coverage of service, model and export, the workers' processes included. Fails below the floor in pyproject.toml.
@@ -142,6 +142,10 @@ $(VENV)/serve.stamp: pyproject.toml | $(VENV)/bin/python
 # torch is installed first, so that the packages after it do not choose another build of it.
 # The tests compare with timm and torchvision. They are installed without dependencies, which would replace torch.
 # TensorRT for RTX and Helm's library have wheels for x86-64 only.
+$(VENV)/slow.stamp: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install -q -e ".[ray]"
+	touch $@
+
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q "torch==2.13.0"
 	$(BIN)/python -m pip install -q -e ".[dev]"

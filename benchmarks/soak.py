@@ -1,6 +1,6 @@
 """Memory under a constant load: whether it grows.
 
-    python -m benchmarks.soak --photos FOLDER
+    python -m benchmarks.soak --photos DIRECTORY
 
 Starts `vitserve serve` with the default model, measures its capacity in a closed loop, and then sends a share of it, at
 random times, over connections that stay open. Prints the memory of each process (PSS) and its growth per minute, which

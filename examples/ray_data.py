@@ -1,4 +1,4 @@
-"""Predicts the images of a folder or a bucket on all machines of a Ray cluster, with the engine of `vitserve serve`.
+"""Predicts the images of a directory or a bucket on all machines of a Ray cluster, with the engine of `vitserve serve`.
 
     pip install "vitserve" "ray[data]"
     python examples/ray_data.py s3://bucket/photos predictions --bundle my-bundle --cores 4

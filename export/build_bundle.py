@@ -23,7 +23,7 @@ from vitserve.export.calibrate_probabilities import calibrated, check_labeled
 from vitserve.export.checkpoint.labels import checked_labels
 from vitserve.export.golden_images import make_golden
 from vitserve.export.graph.onnxruntime_attention import write_onnxruntime_graph
-from vitserve.export.model_card import model_card
+from vitserve.export.report.model_card import model_card
 from vitserve.export.source_model import Exportable, SourceModel
 from vitserve.export.tensorrt.bundle_plans import PlanRequest, check_plan_request, plan_artifacts
 from vitserve.export.workspace import ONNXRUNTIME_GRAPH, Workspace

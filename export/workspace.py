@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitserve.export.attention_report import attention_kernels
 from vitserve.export.quantize.coverage import quantization
+from vitserve.export.report.attention_report import attention_kernels
 from vitserve.export.source_model import SourceModel
 from vitserve.export.verify import AccuracyLimit, Candidate
 from vitserve.model.arrays import Activation, Precision

@@ -55,11 +55,11 @@ def calibrate(logits: Floats, classes: npt.NDArray[np.int64], seed: int = 0) -> 
     order = np.random.default_rng(seed).permutation(len(classes))
     fitted, held_out = order[: len(order) // 2], order[len(order) // 2 :]
     temperature = round(_fit(logits[fitted], classes[fitted]), 4)
-    others, truth = logits[held_out], classes[held_out]
+    test_logits, test_classes = logits[held_out], classes[held_out]
 
     def error(degree: float) -> float:
-        probabilities = to_probabilities(others, "softmax", degree).max(axis=1)
-        return calibration_error(reliability(probabilities, others.argmax(1) == truth))
+        probabilities = to_probabilities(test_logits, "softmax", degree).max(axis=1)
+        return calibration_error(reliability(probabilities, test_logits.argmax(1) == test_classes))
 
     before, after = error(1.0), error(temperature)
     return ProbabilityCalibration(temperature, len(fitted), len(held_out), round(before, 5), round(after, 5))

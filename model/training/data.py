@@ -49,7 +49,7 @@ class Decoded:
 
 
 def decode(samples: Sequence[Sample], decoder: Decoder, directory: Path) -> Decoded:
-    """Decodes the images on all cores, as the service decodes them. Those that cannot be decoded are left out.
+    """Decodes the images on all cores, as the service decodes them. Those that cannot be decoded are skipped.
 
     Many pixels are stored in ``directory``, in a file that has no name and disappears with the process.
     Raises TrainingDataError if no image can be decoded.
@@ -80,7 +80,7 @@ def decode(samples: Sequence[Sample], decoder: Decoder, directory: Path) -> Deco
 
 
 def describe_faults(faults: Sequence[str]) -> str:
-    return f"{len(faults)} images cannot be decoded and are left out: {_listed(faults)}"
+    return f"{len(faults)} images cannot be decoded and are skipped: {_listed(faults)}"
 
 
 def _listed(faults: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a training has shown: a model card, and its curves as a picture."""
+"""What a training has shown: a model card, and its curves as a plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ The test images were used once, after the last epoch, with the weights as they a
 
 - **Start**: {start}.
 - **Data**: {report["training_images"]:,} training images and {report["validation_images"]:,} validation images of \
-{len(labels)} classes. {f"{len(faults)} files could not be decoded and were left out." if faults else ""}
+{len(labels)} classes. {f"{len(faults)} files could not be decoded and were skipped." if faults else ""}
 - **Training**: `{command}`, {report["seconds"]:,} seconds on {report["machine"]}.
 - **Weights**: of epoch {used} of {len(report["history"])}, averaged over earlier steps.
 - **Limits**: the model knows only the {len(labels)} classes below.

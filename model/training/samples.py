@@ -95,13 +95,13 @@ def _of_directory(directory: Path, seed: int) -> _Splits:
         return labels, *_split_by_class(directory, labels, samples, seed)
     labels = _class_names(directory / "train")
     validation_name = next((name for name in _VALIDATION_NAMES if (directory / name).is_dir()), "")
-    others = {name: _samples(directory / name, labels) for name in (validation_name, "test") if name}
-    present = [name for name, samples in others.items() if samples]
+    splits = {name: _samples(directory / name, labels) for name in (validation_name, "test") if name}
+    present = [name for name, samples in splits.items() if samples]
     if not present:
         raise TrainingDataError(f"{directory} has train/, but no images in val/ or test/")
     # With one of them only, it is the test: it must not choose anything during the training.
-    validation = others[validation_name] if len(present) == 2 else []
-    return labels, _samples(directory / "train", labels), validation, others[present[-1]]
+    validation = splits[validation_name] if len(present) == 2 else []
+    return labels, _samples(directory / "train", labels), validation, splits[present[-1]]
 
 
 def _class_names(directory: Path) -> list[str]:

@@ -142,8 +142,8 @@ def _optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]
 
 def _layer(name: str) -> int:
     """0 for what precedes the first block of a ViT or the first stage of a ResNet, then 1, 2, …"""
-    found = re.match(r"(?:blocks|stages)\.(\d+)\.", name)
-    return 1 + int(found[1]) if found else 0
+    match = re.match(r"(?:blocks|stages)\.(\d+)\.", name)
+    return 1 + int(match[1]) if match else 0
 
 
 def _follows_blocks(name: str) -> bool:

@@ -46,9 +46,9 @@ def train(
     decoder, faults = Decoder(start.preprocessing), list[str]()
 
     def decoded(samples: Sequence[Sample]) -> Labeled:
-        found = decode(samples, decoder, run)
-        faults.extend(found.faults)
-        return found.images
+        result = decode(samples, decoder, run)
+        faults.extend(result.faults)
+        return result.images
 
     with _progress_bar() as progress:
         progress.console.print(data.description)

@@ -16,8 +16,8 @@ from tests.support.checkpoints import SMALL_TIMM, SMALL_TRANSFORMERS, save_with_
 from tests.support.images import encoded
 from tests.support.library_networks import SMALL
 from vitserve.cli.main import app
-from vitserve.export.checkpoint.fine_tuning import start_from
 from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
+from vitserve.export.fine_tuning import start_from
 from vitserve.model.network.vit import ViT
 
 TRAIN = ("--epochs", 3, "--learning-rate", 0.01, "--batch-size", 8, "--device", "cpu")

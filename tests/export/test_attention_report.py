@@ -10,7 +10,7 @@ import numpy as np
 import openvino
 
 from tests.support.networks import TINY
-from vitserve.export.attention_report import attention_kernels, of_openvino
+from vitserve.export.report.attention_report import attention_kernels, of_openvino
 from vitserve.model.bundle.bundle import Bundle
 from vitserve.service.engines.engine import Engine
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from tests.support.checkpoints import SMALL_TIMM, SMALL_TRANSFORMERS, save_with_timm, save_with_transformers
 from tests.support.images import encoded, random_image
-from vitserve.cli.export import training_record
 from vitserve.cli.main import app
+from vitserve.cli.sources import training_record
 from vitserve.model.bundle.bundle import open_bundle
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.networks import TINY
-from vitserve.export.model_card import model_card
+from vitserve.export.report.model_card import model_card
 from vitserve.model.bundle.bundle import Artifact, Evaluation, Quantization
 from vitserve.model.bundle.parity import Parity
 from vitserve.model.config import ResNetConfig

@@ -38,7 +38,7 @@ def write_images(directory: Path, label: str, count: int, seed: int = 0) -> None
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     for label in COLORS:
         write_images(tmp_path / "images" / label, label, 20)
     return tmp_path / "images"
@@ -52,8 +52,8 @@ def start() -> Start:
     return Start(CONFIG, Preprocessing(16))
 
 
-def test_a_directory_is_split_by_class_and_every_image_is_in_one_split(folder: Path) -> None:
-    data = read(folder)
+def test_a_directory_is_split_by_class_and_every_image_is_in_one_split(directory: Path) -> None:
+    data = read(directory)
     assert data.labels == COLORS
     parts = data.training, data.validation, data.test
     assert [len(part) for part in parts] == [48, 6, 6]
@@ -62,9 +62,9 @@ def test_a_directory_is_split_by_class_and_every_image_is_in_one_split(folder: P
     for part in parts:
         assert {sample.label for sample in part} == {0, 1, 2}
         assert all(sample.name.startswith(COLORS[sample.label]) for sample in part)
-    assert [sample.name for sample in read(folder).training] == names[:48]
-    assert {sample.name for sample in read(folder, seed=1).test} != set(names[54:])
-    assert {sample.label for sample in read(folder, share=0.3).training} == {0, 1, 2}
+    assert [sample.name for sample in read(directory).training] == names[:48]
+    assert {sample.name for sample in read(directory, seed=1).test} != set(names[54:])
+    assert {sample.label for sample in read(directory, share=0.3).training} == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_directory_may_have_its_own_splits(
     assert (len(data.training), len(data.validation), len(data.test)) == expected
 
 
-def test_unusable_directories_are_rejected_with_the_reason(folder: Path, tmp_path: Path) -> None:
+def test_unusable_directories_are_rejected_with_the_reason(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingDataError, match="missing does not exist"):
         read(tmp_path / "missing")
     one = tmp_path / "one"
@@ -108,10 +108,10 @@ def test_unusable_directories_are_rejected_with_the_reason(folder: Path, tmp_pat
         read(tmp_path / "notes.txt")
 
 
-def test_images_that_cannot_be_decoded_are_left_out_and_named(folder: Path, tmp_path: Path) -> None:
-    (folder / "red" / "0.jpg").write_bytes(b"no image")
-    samples = [sample for part in (read(folder).training, read(folder).test) for sample in part]
-    samples += read(folder).validation
+def test_images_that_cannot_be_decoded_are_skipped_and_named(directory: Path, tmp_path: Path) -> None:
+    (directory / "red" / "0.jpg").write_bytes(b"no image")
+    samples = [sample for part in (read(directory).training, read(directory).test) for sample in part]
+    samples += read(directory).validation
     decoded = decode(samples, Decoder(Preprocessing(16)), tmp_path)
     assert len(decoded.images) == 59
     assert decoded.images.pixels.shape == (59, 3, 16, 16)
@@ -127,33 +127,33 @@ def test_images_that_cannot_be_decoded_are_left_out_and_named(folder: Path, tmp_
         decode(damaged, Decoder(Preprocessing(16)), tmp_path)
 
 
-def test_many_pixels_are_in_a_file_and_train_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_memory = train(start(), RECIPE, read(folder), folder.parent / "in_memory")
+def test_many_pixels_are_in_a_file_and_train_alike(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_memory = train(start(), RECIPE, read(directory), directory.parent / "in_memory")
     monkeypatch.setattr(data_module, "MAPPED_BYTES", 0)
-    in_file = train(start(), RECIPE, read(folder), folder.parent / "in_file")
+    in_file = train(start(), RECIPE, read(directory), directory.parent / "in_file")
     assert [row["loss"] for row in in_file["history"]] == [row["loss"] for row in in_memory["history"]]
-    left = {path.name for path in (folder.parent / "in_file").iterdir()}
+    left = {path.name for path in (directory.parent / "in_file").iterdir()}
     assert left == {"state.pt", "training.json", "weights.safetensors"}, "the file disappears"
 
 
-def test_a_run_is_resumed_only_with_the_same_settings(folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed_only_with_the_same_settings(directory: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    report = train(start(), RECIPE, read(folder), run)
-    assert train(start(), RECIPE, read(folder), run)["history"] == report["history"], "nothing is left to do"
+    report = train(start(), RECIPE, read(directory), run)
+    assert train(start(), RECIPE, read(directory), run)["history"] == report["history"], "nothing is left to do"
     with pytest.raises(ResumeError, match="epochs was 4 and is 5; seed was 0 and is 1"):
-        train(start(), replace(RECIPE, epochs=5, seed=1), read(folder), run)
+        train(start(), replace(RECIPE, epochs=5, seed=1), read(directory), run)
     with pytest.raises(ResumeError, match="depth was 2 and is 3"):
-        train(replace(start(), config=replace(CONFIG, depth=3)), RECIPE, read(folder), run)
-    write_images(folder / "white", "red", 5)
-    data = read(folder)
+        train(replace(start(), config=replace(CONFIG, depth=3)), RECIPE, read(directory), run)
+    write_images(directory / "white", "red", 5)
+    data = read(directory)
     with pytest.raises(ResumeError, match=r"classes was 3 and is 4.*labels was blue, green, red and is"):
         train(replace(start(), config=replace(CONFIG, classes=4)), RECIPE, data, run)
 
 
-def test_training_ends_when_it_no_longer_improves_and_keeps_the_best_weights(folder: Path, tmp_path: Path) -> None:
+def test_training_ends_when_it_no_longer_improves_and_keeps_the_best_weights(directory: Path, tmp_path: Path) -> None:
     """With a rate of nearly zero nothing improves after the first epoch."""
     recipe = replace(RECIPE, epochs=50, learning_rate=1e-8, patience=2)
-    report = train(start(), recipe, read(folder), tmp_path / "run")
+    report = train(start(), recipe, read(directory), tmp_path / "run")
     assert [row["epoch"] for row in report["history"]] == [1, 2, 3]
     state = initial_state(start(), recipe, 10)
     for bias, accuracy in ((1.0, 0.5), (2.0, 0.4)):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from vitserve.cli.console import one_line_errors, print_artifacts
-from vitserve.cli.sources import print_sources
+from vitserve.cli.sources import name_of, print_sources, training_record
 
 
 class Activation(StrEnum):
@@ -269,7 +268,7 @@ def export(
         bundle = build_bundle(
             checkpoint,
             output,
-            name=name or _name_of(source),
+            name=name or name_of(source),
             version=version or None,
             training=training_record(source),
             golden_images=golden_images,
@@ -285,22 +284,3 @@ def export(
     if bundle.manifest.probability_calibration is not None:
         typer.echo(f"probabilities: {bundle.manifest.probability_calibration}")
     typer.echo(f"{bundle.manifest.name} {bundle.manifest.version} → {output}")
-
-
-def training_record(source: str) -> dict[str, Any] | None:
-    """That of `vitserve train`, which lies beside its weights."""
-    path = Path(source)
-    if path.name != "weights.safetensors" or not path.with_name("training.json").exists():
-        return None
-    record: dict[str, Any] = json.loads(path.with_name("training.json").read_text())
-    return record
-
-
-def _name_of(source: str) -> str:
-    """The source itself where it is no path; else the name of the directory, or of the file without its suffix."""
-    path = Path(source)
-    if not path.exists():
-        return source
-    if path.is_dir():
-        return path.resolve().name
-    return path.resolve().parent.name if path.name == "weights.safetensors" else path.stem

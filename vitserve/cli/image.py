@@ -102,11 +102,11 @@ def _installed() -> str:
 
 def _check(directory: Path) -> None:
     """Raises ValueError for a directory with other files, which must not get into an image."""
-    others = (
+    unexpected = (
         sorted({file.name for file in directory.iterdir()} - {"Dockerfile", "bundle"}) if directory.exists() else []
     )
-    if others:
-        raise ValueError(f"{directory} has other files ({', '.join(others[:3])}); choose another --context")
+    if unexpected:
+        raise ValueError(f"{directory} has other files ({', '.join(unexpected[:3])}); choose another --context")
 
 
 def _make_readable(directory: Path) -> None:

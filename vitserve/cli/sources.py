@@ -1,6 +1,10 @@
-"""The list of `vitserve export --list`: the sources that are known."""
+"""Sources of `vitserve export`: the list of those that are known, and the name and training record of one."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -45,3 +49,22 @@ def print_sources(wanted: bool) -> None:
     for source, networks, form in SOURCES:
         typer.echo(f"{source}\n    {networks}\n    → {form}")
     raise typer.Exit
+
+
+def training_record(source: str) -> dict[str, Any] | None:
+    """That of `vitserve train`, which lies beside its weights."""
+    path = Path(source)
+    if path.name != "weights.safetensors" or not path.with_name("training.json").exists():
+        return None
+    record: dict[str, Any] = json.loads(path.with_name("training.json").read_text())
+    return record
+
+
+def name_of(source: str) -> str:
+    """The source itself where it is no path; else the name of the directory, or of the file without its suffix."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    if path.is_dir():
+        return path.resolve().name
+    return path.resolve().parent.name if path.name == "weights.safetensors" else path.stem

@@ -90,7 +90,7 @@ def train(
     """Train a network on labeled images, from scratch or from a checkpoint.
 
     Images may have any size, and there may be any number of classes. Writes weights.safetensors for `vitserve export`,
-    training.json, a model card, and the curves as a picture if matplotlib is installed.
+    training.json, a model card, and the curves as a plot if matplotlib is installed.
     """
     with one_line_errors("train"):
         from dataclasses import replace
@@ -122,7 +122,7 @@ def train(
         recipe = replace(recipe, **{name: value for name, value in stated.items() if value is not None})
         data_set = read_data_set(data, recipe.validation_images, recipe.share, recipe.seed)
         if source:
-            from vitserve.export.checkpoint.fine_tuning import start_from
+            from vitserve.export.fine_tuning import start_from
 
             start = start_from(source, data_set.labels, image_size)
         else:

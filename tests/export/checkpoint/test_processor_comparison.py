@@ -18,7 +18,7 @@ from vitserve.cli.main import app
 from vitserve.export.build_bundle import build_bundle
 from vitserve.export.checkpoint.library.processor_comparison import compare_processor
 from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint
-from vitserve.export.model_card import model_card
+from vitserve.export.report.model_card import model_card
 from vitserve.model.bundle.preprocess import Decoder, Interpolation, Preprocessing
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
