@@ -18,12 +18,13 @@ import uvicorn
 
 from vitserve.service.http_worker.acceptor import Acceptor
 from vitserve.service.http_worker.app import create_app
+from vitserve.service.http_worker.connections.backlog_rejection import BacklogRejections
 from vitserve.service.http_worker.connections.capacity import Capacity
 from vitserve.service.http_worker.connections.limits import LINGER_SECONDS, ConnectionLimits, open_files_limit
 from vitserve.service.http_worker.connections.rejections import Rejections
 from vitserve.service.http_worker.connections.tls import Tls
 from vitserve.service.http_worker.dispatch.decoding import preload
-from vitserve.service.http_worker.protocol import InferenceProtocol, protocol_class
+from vitserve.service.http_worker.protocol import InferenceProtocol, operations_by_path, protocol_class
 from vitserve.service.http_worker.state import State
 from vitserve.service.ipc.child_runtime import start_child
 from vitserve.service.ipc.control_messages import StartHttpWorker
@@ -63,7 +64,10 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         """Uvicorn's own loop wakes ten times a second to check whether to stop."""
         tls = Tls(self._state.settings, self._limits) if self._state.settings.tls_certificate else None
-        acceptor = Acceptor(self._listener, self._state.worker, self._state.turns, self._create_protocol, tls)
+        operations, default_headers = operations_by_path(self._state), self.server_state.default_headers
+        rejections = BacklogRejections(self._state, self._limits, operations, default_headers)
+        state = self._state
+        acceptor = Acceptor(self._listener, state.worker, state.turns, self._create_protocol, rejections, tls)
         await acceptor.start()
         loop, options = asyncio.get_running_loop(), {} if tls is None else tls.options
         admin = [
@@ -105,7 +109,7 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(_DRAIN_INTERVAL_SECONDS)
         self._rejections.log()
 
-    def _create_protocol(self) -> asyncio.Protocol:
+    def _create_protocol(self) -> InferenceProtocol:
         return self._protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def _check_connections(self) -> None:

@@ -178,12 +178,14 @@ def protocol_class(
     state: State, limits: ConnectionLimits, capacity: Capacity, rejections: Rejections
 ) -> type[InferenceProtocol]:
     """The class of the connections of this HTTP worker."""
-    prefixes = ("", state.settings.root_path)
-    operations = {
+    shared = {"service": state, "limits": limits, "capacity": capacity, "rejections": rejections}
+    return type("Protocol", (InferenceProtocol,), {**shared, "operations": operations_by_path(state)})
+
+
+def operations_by_path(state: State) -> dict[bytes, Operation]:
+    return {
         f"{prefix}{operation.route}{slash}".encode(): operation
         for operation in (CLASSIFY, EMBED)
-        for prefix in prefixes
+        for prefix in ("", state.settings.root_path)
         for slash in ("", "/")
     }
-    shared = {"service": state, "limits": limits, "capacity": capacity, "rejections": rejections}
-    return type("Protocol", (InferenceProtocol,), {**shared, "operations": operations})

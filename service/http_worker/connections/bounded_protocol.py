@@ -27,6 +27,7 @@ MAX_PIPELINED = 64
 class BoundedProtocol(ClosingProtocol):
     __slots__ = (
         "_arrived",
+        "_backlog_arrival",
         "_body_clock",
         "_content_bytes",
         "_error",
@@ -40,6 +41,7 @@ class BoundedProtocol(ClosingProtocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._arrived = 0.0  # the earliest time at which the latest data can have arrived, monotonic seconds
+        self._backlog_arrival = 0.0  # of the first data, if it waited in the backlog with the connection
         # The request that arrives
         self._received_bytes = 0  # of it, before the latest read
         self._read_bytes = 0  # of the latest read, as far as they belong to it
@@ -55,8 +57,14 @@ class BoundedProtocol(ClosingProtocol):
         super().connection_made(transport)
         self._arrived = self.service.turns.arrived()
 
+    def waited(self, arrived: float) -> None:
+        """``arrived``: when the first data arrived, while the connection waited in the backlog; monotonic seconds."""
+        self._backlog_arrival = arrived
+
     def data_received(self, data: bytes) -> None:
         self._arrived = self.service.turns.arrived()
+        if self._backlog_arrival:
+            self._arrived, self._backlog_arrival = min(self._arrived, self._backlog_arrival), 0.0
         self._heard = self.limits.next_tick
         self._read_bytes = len(data)
         if self._lingers or self._error_after_response is not None or self.transport.is_closing():

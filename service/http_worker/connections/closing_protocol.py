@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from vitserve.service import errors
 from vitserve.service.http_worker.connections.capacity import Capacity
+from vitserve.service.http_worker.connections.head import Header
 from vitserve.service.http_worker.connections.limits import MAX_UNFINISHED_HEAD_BYTES, ConnectionLimits
 from vitserve.service.http_worker.connections.rejections import Rejections
 from vitserve.service.http_worker.exchange import request_id
@@ -17,6 +19,18 @@ from vitserve.service.http_worker.state import State
 # A client that sends more than this after its response is disconnected at once. Less is read and dropped: closing a
 # socket with unread data resets the connection, and the client may not see the response.
 MAX_DROPPED_BYTES = 8_388_608
+
+
+def response_bytes(response: Response, headers: Sequence[Header], keep_alive: bool) -> bytes:
+    """``headers``: of every response."""
+    content = [STATUS_LINE[response.status]]
+    for name, value in (*headers, *response.headers):
+        content += (name, b": ", value, b"\r\n")
+    if not keep_alive:
+        content.append(b"connection: close\r\n")
+    content.append(b"content-length: %d\r\n\r\n" % len(response.body))
+    content.append(response.body)
+    return b"".join(content)
 
 
 class ClosingProtocol(HttpToolsProtocol):
@@ -104,14 +118,7 @@ class ClosingProtocol(HttpToolsProtocol):
         self.linger()
 
     def _write_response(self, response: Response, keep_alive: bool) -> None:
-        content = [STATUS_LINE[response.status]]
-        for name, value in (*self.server_state.default_headers, *response.headers):
-            content += (name, b": ", value, b"\r\n")
-        if not keep_alive:
-            content.append(b"connection: close\r\n")
-        content.append(b"content-length: %d\r\n\r\n" % len(response.body))
-        content.append(response.body)
-        self.transport.write(b"".join(content))
+        self.transport.write(response_bytes(response, self.server_state.default_headers, keep_alive))
 
     def linger(self) -> None:
         """Sends the end of the stream, and closes the connection once the client has, or a moment later."""

@@ -29,6 +29,7 @@ class ConnectionLimits:
         """``open_files``: the limit of open files of this process."""
         self.clock = 0.0  # seconds, at the last tick
         self.draining = False
+        self.open_files = open_files
         self.unfinished_head_bytes = 0
         self.header_bytes, self.headers = settings.max_header_bytes, settings.max_headers
         room = open_files - RESERVED_DESCRIPTORS - EXTRA_CONNECTIONS

@@ -19,14 +19,17 @@ from vitserve.service.ipc.shared_memory import sort_key
 from vitserve.service.ipc.slots import Slots, Ticket
 from vitserve.service.scheduler import Rejection
 
-_VERDICT_SECONDS = 0.002
+# How long a verdict is remembered. A rejection also for a share of the timeout: the queue, which is as long as the
+# timeout then, changes little in that time.
+_VERDICT_SECONDS, _LONGEST_VERDICT_SECONDS = 0.002, 0.01
+_REJECTION_SHARE = 0.02
 _MAX_VERDICTS = 64  # that are remembered
 _SMALL_BODY_BYTES = 16_384
 
 
 class Verdict(NamedTuple):
     error: errors.OverloadedError | None
-    made: float  # monotonic seconds
+    ends: float  # monotonic seconds
 
 
 @dataclass
@@ -64,12 +67,12 @@ class Admission:
         """The error for a request whose body has not been read, if it cannot be admitted.
 
         ``images`` is the expected number of images. Under overload, rejections must cost little, so requests with the
-        same timeout and priority that arrive within two milliseconds get the same verdict. A small body is probably
+        same timeout and priority that arrive within a few milliseconds get the same verdict. A small body is probably
         there already, so that admit() decides a moment later at the same cost.
         """
         now = time.monotonic()
         verdict = self._verdicts.get((timeout_ms, priority))
-        if verdict is None or now - verdict.made > _VERDICT_SECONDS:
+        if verdict is None or now > verdict.ends:
             if body_bytes is not None and body_bytes <= _SMALL_BODY_BYTES:
                 return None
             with self.lock:
@@ -81,8 +84,11 @@ class Admission:
         return verdict.error
 
     def remember(self, timeout_ms: int, priority: int, error: errors.OverloadedError | None) -> Verdict:
-        """For the requests that arrive in the next two milliseconds. ``error``: None for one that was admitted."""
-        verdict = self._verdicts[timeout_ms, priority] = Verdict(error, time.monotonic())
+        """For the requests that arrive in the next milliseconds. ``error``: None for one that was admitted."""
+        seconds = _VERDICT_SECONDS
+        if error is not None:
+            seconds = max(seconds, min(_LONGEST_VERDICT_SECONDS, _REJECTION_SHARE * timeout_ms / 1000))
+        verdict = self._verdicts[timeout_ms, priority] = Verdict(error, time.monotonic() + seconds)
         if len(self._verdicts) > _MAX_VERDICTS:
             self._verdicts.pop(next(iter(self._verdicts)))
         return verdict
