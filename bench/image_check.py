@@ -15,6 +15,7 @@ from typing import Literal
 from vitserve.model.bundle.bundle import Artifact, Bundle, Evaluation
 from vitserve.model.bundle.evaluation import Images, evaluate, in_batches
 from vitserve.model.bundle.parity import CALIBRATED, TOLERANCE, Parity, compare
+from vitserve.model.config import merges_tokens
 from vitserve.service.engines.engine import Engine, EngineOptions
 from vitserve.service.engines.selection import open_engine
 
@@ -50,7 +51,8 @@ def check_images(bundle: Bundle, engine: Engine, artifact: Artifact, images: Ima
     evaluation = evaluate(lambda _: outputs, expected, images, activation)
     parity = compare(outputs, expected, activation)
     domain: Domain = "labels" if images.classes is not None else "stated" if in_domain else "unknown"
-    failures = [f"on the images, {failure}" for failure in [parity.failure(engine.precision)] if failure]
+    failure = parity.failure(engine.precision, merges_tokens(bundle.manifest.config))
+    failures = [] if failure is None else [f"on the images, {failure}"]
     if domain != "unknown" and engine.precision != "fp32":
         failures += _loss_failures(evaluation, artifact.evaluation)
     return ImageCheck(

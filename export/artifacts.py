@@ -38,7 +38,7 @@ def float32_artifacts(workspace: Workspace) -> list[Artifact]:
     artifacts, reasons = list[Artifact](), list[str]()
     foreign = isinstance(workspace.source.config, LibraryConfig)
     for search in float32_searches(workspace):
-        outcome = best_artifact(search, workspace.golden, None, workspace.progress, workspace.activation)
+        outcome = best_artifact(search, workspace.golden, workspace.limit, workspace.progress, workspace.activation)
         if isinstance(outcome, Artifact):
             artifacts.append(outcome)
         elif outcome.cause == "unavailable" or foreign:
@@ -55,6 +55,17 @@ def _other_network(workspace: Workspace) -> str:
     """For an error about our network: the library's may be within the tolerance, or run in one of the engines."""
     reference = workspace.source.reference
     return "" if reference == "vitserve" else f"; --network library exports the network as {reference} computes it"
+
+
+def with_merging_limit(workspace: Workspace, images: Images | None, max_loss: float) -> Workspace:
+    """For a network that merges tokens: all artifacts are compared with the network that does not."""
+    if images is None:
+        workspace.progress("note: without --images, the loss of accuracy by token merging is not measured")
+        return replace(workspace, limit=AccuracyLimit(max_loss))
+    workspace.progress(f"running the network without token merging on {len(images.pixels)} evaluation images")
+    outputs = workspace.source.run_unmerged(images.pixels)
+    assert outputs is not None
+    return replace(workspace, limit=AccuracyLimit(max_loss, EvaluationSet(images, outputs)))
 
 
 def with_limit(workspace: Workspace, float32: Artifact, images: Images | None, max_loss: float) -> Workspace:

@@ -18,6 +18,7 @@ from vitserve.export.artifacts import (
     reduced_artifacts,
     remove_unused_files,
     with_limit,
+    with_merging_limit,
 )
 from vitserve.export.calibrate_probabilities import calibrated, check_labeled
 from vitserve.export.checkpoint.labels import checked_labels
@@ -42,7 +43,7 @@ from vitserve.model.bundle.bundle import (
 from vitserve.model.bundle.evaluation import Images
 from vitserve.model.bundle.labels import write_labels
 from vitserve.model.bundle.processor import ProcessorComparison
-from vitserve.model.config import LibraryConfig, NetworkConfig
+from vitserve.model.config import LibraryConfig, NetworkConfig, merges_tokens
 
 MAX_LOSS = 0.5  # percentage points of accuracy
 
@@ -92,12 +93,16 @@ def build_bundle(
 
         progress("running the source network on golden images")
         domain = evaluation_images.pixels[:golden_images] if evaluation_images is not None else None
-        golden = make_golden(source.run, source.preprocessing.shape, domain)
+        golden, merges = make_golden(source.run, source.preprocessing.shape, domain), merges_tokens(source.config)
+        golden = replace(golden, judged_by_median=merges)
 
         processor = _compared_processor(checkpoint, source, progress)
         workspace = Workspace(directory, source, golden, calibration_images, None, progress, checkpoint.activation)
+        if merges:
+            workspace = with_merging_limit(workspace, evaluation_images, max_loss)
         float32 = float32_artifacts(workspace)
-        workspace = with_limit(workspace, float32[0], evaluation_images, max_loss)
+        if not merges:
+            workspace = with_limit(workspace, float32[0], evaluation_images, max_loss)
         artifacts = (*float32, *reduced_artifacts(workspace, precisions))
         if plans is not None:
             artifacts = (*artifacts, *plan_artifacts(workspace, artifacts, plans))

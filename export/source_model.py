@@ -32,6 +32,10 @@ class SourceModel(Protocol):
         """The outputs of the source itself, in float32."""
         ...
 
+    def run_unmerged(self, pixels: Pixels) -> Outputs | None:
+        """The same without token merging. None if the network merges no tokens."""
+        ...
+
     def run_bf16(self, pixels: Pixels) -> Outputs:
         """The same with the arithmetic of bf16, simulated."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from vitserve.model.bundle.parity import TOLERANCE, compare
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import NetworkConfig
 from vitserve.model.network.build import Network
+from vitserve.model.network.vit import ViT
 
 _BATCH = 16
 _COMPARED = 4  # images on which our network is compared with the library's
@@ -47,6 +48,10 @@ class TorchModel:
 
     def run(self, pixels: Pixels) -> Outputs:
         return _run(ReferenceNetwork(self.network, self.preprocessing, self.owner).eval(), pixels)
+
+    def run_unmerged(self, pixels: Pixels) -> Outputs | None:
+        network = unmerged(self.network)
+        return None if network is self.network else _run(ReferenceNetwork(network, self.preprocessing).eval(), pixels)
 
     def run_bf16(self, pixels: Pixels) -> Outputs:
         return _run(simulate_bf16(ReferenceNetwork(self.network, self.preprocessing)).eval(), pixels)
@@ -89,6 +94,11 @@ def torch_model(
     If they differ, the library's is exported, with a warning. Raises CheckpointError if ours was chosen, or if the
     library's was chosen and there is none.
     """
+    original = unmerged(network)
+    if original is not network:  # the library merges no tokens, so it is compared with the network before
+        if torch_model(original, preprocessing, architecture, owner, progress, choice).network is not original:
+            raise CheckpointError(f"--merge needs vitserve's form of {architecture}, and the library's is exported")
+        return TorchModel(network, preprocessing, architecture)
     if isinstance(network, LibraryNetwork):
         return TorchModel(network, preprocessing, architecture, reference=network.config.library)
     if owner is None:
@@ -115,6 +125,18 @@ def torch_model(
         raise CheckpointError(f"--network ours: {reason}; allowed is {TOLERANCE['fp32']:.0e}")
     progress(f"warning: {reason}; the library's network is exported instead, without our optimizations")
     return _of_library(library, preprocessing, architecture, owner)
+
+
+def unmerged(network: Network | LibraryNetwork) -> Network | LibraryNetwork:
+    """The network without token merging, with the same weights. Itself if it merges no tokens."""
+    return network if not isinstance(network, ViT) or not network.config.merge else merging(network, 0)
+
+
+def merging(network: ViT, merge: int) -> ViT:
+    """The network that merges so many tokens in each block, with the same weights. Raises ValueError."""
+    other = ViT(replace(network.config, merge=merge))
+    other.load_state_dict(network.state_dict())
+    return other.eval()
 
 
 def _of_library(library: nn.Module, preprocessing: Preprocessing, architecture: str, owner: Owner) -> TorchModel:

@@ -73,7 +73,7 @@ def verify(
         reason = f"{name} has none of its {candidate.quantization.of} layers with weights quantized"
         return Rejection(f"{reason}; --max-loss allows a larger loss of accuracy", "not_quantized")
     parity = compare(candidate.run(golden.pixels), golden.reference, activation, golden.domain_images)
-    failure = parity.failure(candidate.precision)
+    failure = parity.failure(candidate.precision, golden.judged_by_median)
     if failure is not None:
         return Rejection(f"{name} does not match the source network: {failure}", "parity")
     evaluation = None

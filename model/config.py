@@ -81,6 +81,7 @@ class ViTConfig:
     # Tokens before the patches attend to all tokens, and all tokens attend to them.
     attention: AttentionKind = "global"
     window: int = 0  # local attention: patches, side of the square; odd
+    merge: int = 0  # tokens that each block merges with similar ones: see network/token_merging.py
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -102,6 +103,8 @@ class ViTConfig:
                 f"attention is {self.attention!r} and window is {self.window};"
                 " local attention requires an odd window, other kinds require window 0"
             )
+        if self.merge < 0 or (self.merge and self.attention != "global"):
+            raise ValueError(f"merge is {self.merge}; it must be 0 or more, and 0 with {self.attention!r} attention")
         if self.norm_after_pool and self.pool != "mean":
             raise ValueError(f"norm_after_pool requires pool 'mean', not {self.pool!r}")
 
@@ -128,12 +131,25 @@ class ViTConfig:
         return self.prefix + self.grid**2
 
     @property
+    def tokens_of_blocks(self) -> list[int]:
+        """That the attention of each block has. Half of the patches, at most, are merged in a block."""
+        tokens = [self.tokens]
+        for _ in range(self.depth - 1):
+            tokens.append(tokens[-1] - min(self.merge, (tokens[-1] - self.prefix) // 2))
+        return tokens
+
+    @property
     def embedding_width(self) -> int:
         """Length of the embedding, before any representation layer."""
         return 2 * self.width if self.pool == "token+mean" else self.width
 
 
 NetworkConfig = ViTConfig | ResNetConfig | LibraryConfig
+
+
+def merges_tokens(config: NetworkConfig) -> bool:
+    return isinstance(config, ViTConfig) and config.merge > 0
+
 
 # Ti and S: DeiT (arXiv:2012.12877), table 1. B, L and H: the ViT paper, table 1. (width, depth, heads, mlp width)
 _SIZES = {
@@ -195,7 +211,7 @@ def variant(name: str, **changes: int | str | None) -> ViTConfig:
 
 
 def variant_of(config: NetworkConfig) -> str:
-    """The variant's name, ignoring image size and number of classes; "custom" if no variant matches."""
+    """The variant's name, ignoring image size, classes and token merging; "custom" if no variant matches."""
     if isinstance(config, LibraryConfig):
         return config.architecture
     return next((name for name, known in (VARIANTS | RESNETS).items() if _shape(known) == _shape(config)), "custom")
@@ -203,4 +219,4 @@ def variant_of(config: NetworkConfig) -> str:
 
 def _shape(config: ViTConfig | ResNetConfig) -> dict[str, object]:
     """The fields besides image size and classes. No configuration is made: not every image size fits every network."""
-    return {name: value for name, value in vars(config).items() if name not in ("image_size", "classes")}
+    return {name: value for name, value in vars(config).items() if name not in ("image_size", "classes", "merge")}

@@ -84,12 +84,12 @@ class Settings(HttpSettings):
         "Memory for request bodies and for decoding, of all HTTP workers together. 0: half of the memory limit of the "
         "container or machine, at most 4 GiB.",
     )
-    jpeg_draft: str = setting(
-        "auto",
-        "Decode a JPEG at 1/2, 1/4 or 1/8 of its size if at least three times the needed size remains. This is faster "
-        "and changes the pixels slightly. auto: six times for models below 128 pixels, where more images are affected. "
-        "on: three times for every model. off: never.",
-        ("auto", "on", "off"),
+    decode_mode: str = setting(
+        "fast",
+        "exact: the same pixels as the source library. fast: decode a JPEG at 1/2, 1/4 or 1/8 of its size if at least "
+        "three times the needed size remains (six times for models below 128 pixels), and resize only what the crop "
+        "keeps. fastest: three times for every model.",
+        ("exact", "fast", "fastest"),
     )
     engine_cache_dir: str = setting(
         "auto",

@@ -18,7 +18,7 @@ from vitserve.bench.request import EncodedImage, get, raw
 # The queue must hold two seconds of work. The engine must not become faster when all queued images are decoded: no
 # estimate can include that. Therefore it is a slow one, and leaves a core to the decode threads.
 SERVE_OPTIONS = ("--precision", "fp32", "--threads", "1", "--slots", "1024")
-_MOST_QUEUED = 1000
+_MOST_QUEUED, _MOST_RUNNING = 1000, 32
 _PROBE_TIMEOUT_MS, _PROBE_PRIORITY = 250, 1
 _QUEUED_TIMEOUT_MS, _QUEUED_PRIORITY = 60_000, 9
 
@@ -42,10 +42,14 @@ class ImageClient:
         retry_after = json.loads(response.body)["retry_after_seconds"] if response.status == 429 else 0.0
         return Reply(response.status, retry_after)
 
-    async def decoded(self) -> int:
-        """Number of images that the server has decoded since it started."""
+    async def all_wait(self, images: int) -> bool:
+        """Whether nearly all of the images have been decoded, and most of them wait for the engine."""
         body = (await self.client.send(get("/metrics"))).body
-        return int(float(body.partition(b"\nvitserve_decode_seconds_count ")[2].split(b"\n", 1)[0]))
+        waiting, in_flight = (
+            float(body.partition(b"\n%b " % name)[2].split(b"\n", 1)[0])
+            for name in (b"vitserve_queue_length", b"vitserve_images_in_flight")
+        )
+        return waiting >= images / 2 and in_flight - waiting <= _MOST_RUNNING
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,8 @@ def measure(port: int, image: EncodedImage, capacity: float, probes: int) -> Ret
 
 async def _probe(client: ImageClient, images: int) -> tuple[float, float] | None:
     """Queues ``images``, then repeats a request until it is admitted. None if it is admitted at once."""
-    before = await client.decoded()
     queued = [asyncio.create_task(client.post(_QUEUED_TIMEOUT_MS, _QUEUED_PRIORITY)) for _ in range(images)]
-    while await client.decoded() < before + images:
+    while not await client.all_wait(images) and not all(task.done() for task in queued):
         await asyncio.sleep(0.01)
     first: tuple[float, float] | None = None
     while True:

@@ -34,11 +34,12 @@ from vitserve.export.checkpoint.position_embeddings import GREATEST_IMAGE_SIZE, 
 from vitserve.export.checkpoint.selection import find_network
 from vitserve.export.checkpoint.state_dict import Tensors, build_network, read_tensors
 from vitserve.export.checkpoint.torch_file import TorchFile
-from vitserve.export.torch_model import TorchModel, torch_model
+from vitserve.export.torch_model import TorchModel, merging, torch_model
 from vitserve.model.arrays import Activation
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.config import ResNetConfig, ViTConfig, any_variant, variant_of
 from vitserve.model.network.build import Network, network_of
+from vitserve.model.network.vit import ViT
 
 _MARKS = (google.MARK, torchvision.MARK, timm.MARK, timm.BIT_MARK)
 
@@ -75,12 +76,13 @@ def load_checkpoint(source: str | Path, overrides: Overrides | None = None, /, *
     scheme, name = split_scheme(str(source))
     if scheme == "random":
         check_overrides("random weights", overrides)
-        return random_checkpoint(name)
+        return _merging(random_checkpoint(name), overrides.merge)
     preprocessing = stated_preprocessing(overrides)
     snapshot = fetch_snapshot(str(source))
     path = Path(source) if snapshot is None else snapshot.path
     read = read_directory(path, overrides, preprocessing) if path.is_dir() else _read_file(path, overrides)
-    return replace(_checkpoint(read, overrides, preprocessing), processor=named_processor(path, overrides))
+    checkpoint = replace(_checkpoint(read, overrides, preprocessing), processor=named_processor(path, overrides))
+    return _merging(checkpoint, overrides.merge)
 
 
 def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
@@ -108,6 +110,16 @@ def _checkpoint(source: Source, overrides: Overrides, preprocessing: Preprocessi
     activation = _activation(source.activation, overrides.activation, classes)
     notes, choice = source.notes, overrides.network
     return Checkpoint(network, labels, preprocessing, activation, notes, owner, source.architecture, choice)
+
+
+def _merging(checkpoint: Checkpoint, merge: int) -> Checkpoint:
+    """Raises CheckpointError or ValueError for a network that cannot merge tokens."""
+    if not merge:
+        return checkpoint
+    if not isinstance(checkpoint.network, ViT):
+        architecture = checkpoint.architecture or variant_of(checkpoint.network.config)
+        raise CheckpointError(f"--merge needs a ViT that vitserve has a network for; this is {architecture}")
+    return replace(checkpoint, network=merging(checkpoint.network, merge))
 
 
 def _network(source: Source, preprocessing: Preprocessing) -> Network | LibraryNetwork:

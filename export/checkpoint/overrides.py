@@ -36,6 +36,7 @@ class Overrides:
     layout: Layout | None = None  # of the input of an ONNX file
     outputs: OutputKind | None = None  # of an ONNX file
     prompts: tuple[str, ...] = ()  # texts with {} in place of a label, for CLIP and SigLIP
+    merge: int = 0  # tokens that each block merges
     ignored_keys: tuple[str, ...] = ()  # of configurations; the user states that they do not affect the outputs
 
 
@@ -57,6 +58,7 @@ OPTIONS = {
     "--layout": "layout",
     "--outputs": "outputs",
     "--prompt": "prompts",
+    "--merge": "merge",
     "--ignore-key": "ignored_keys",
 }
 SourceKind = Literal[
@@ -68,8 +70,15 @@ SourceKind = Literal[
 ]
 _OF_ONNX = ("--layout", "--outputs")
 _WITHOUT_EFFECT: dict[SourceKind, tuple[str, ...]] = {
-    "random weights": tuple(OPTIONS),
-    "an ONNX file or an exported program": ("--architecture", "--model-arg", "--weights", "--network", "--prompt"),
+    "random weights": tuple(name for name in OPTIONS if name != "--merge"),
+    "an ONNX file or an exported program": (
+        "--architecture",
+        "--model-arg",
+        "--weights",
+        "--network",
+        "--prompt",
+        "--merge",
+    ),
     "weights of `vitserve train`": ("--model-arg", "--weights", *_OF_ONNX, "--prompt"),
     "another file of weights": (*_OF_ONNX, "--prompt"),
     "a directory": _OF_ONNX,

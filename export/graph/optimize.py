@@ -63,16 +63,19 @@ class FusedAttention(nn.Module):
         self.qkv, self.q_norm, self.k_norm, self.proj = source.qkv, source.q_norm, source.k_norm, source.proj
         self.register_buffer("mask", source.mask, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As Attention."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # each [n, tokens, width]
-        return self.mix(q, k, v, self.mask)
+        return self.mix(q, k, v, self.mask if sizes is None else proportional(sizes, x.shape[1]))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q [n, queries, width]; k, v [n, tokens, width]; mask bool [queries, tokens] → [n, queries, width]."""
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs [n, queries, width], and keys averaged over the heads [n, tokens, head width].
+
+        q [n, queries, width]; k, v [n, tokens, width]; mask bool [queries, tokens], or that of proportional().
+        """
         q, k = self._by_head(self.q_norm, q), self._by_head(self.k_norm, k)
         mixed, *_ = torch.onnx.ops.attention(q, k, v, mask, q_num_heads=self.heads, kv_num_heads=self.heads)
-        out: Tensor = self.proj(mixed)
-        return out
+        return self.proj(mixed), k.reshape(*k.shape[:2], self.heads, -1).mean(2)
 
     def _by_head(self, norm: nn.Module, x: Tensor) -> Tensor:
         if isinstance(norm, nn.Identity):
@@ -99,13 +102,22 @@ class LastBlock(nn.Module):
         self.q, self.kv = _rows(self.attn.qkv, slice(width)), _rows(self.attn.qkv, slice(width, 3 * width))
         self.register_buffer("mask", None if self.attn.mask is None else self.attn.mask[:read], persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, None]:
         normed = self.norm1(x)
         k, v = self.kv(normed).chunk(2, dim=-1)
-        mixed = self.attn.mix(self.q(normed[:, : self.read]), k, v, self.mask)
+        mask = self.mask if sizes is None else proportional(sizes, self.read)
+        mixed, _ = self.attn.mix(self.q(normed[:, : self.read]), k, v, mask)
         tokens: Tensor = x[:, : self.read] + self.ls1(mixed)  # [n, read, width]
         tokens = tokens + self.ls2(self.mlp(self.norm2(tokens)))
-        return tokens
+        return tokens, None
+
+
+def proportional(sizes: Tensor, queries: int) -> Tensor:
+    """What is added to the products of queries and keys, see Attention: float32 [n, 1, queries, tokens].
+
+    ONNX allows one row for all queries, but ONNX Runtime does not.
+    """
+    return sizes.log().transpose(1, 2)[:, None].expand(-1, -1, queries, -1)
 
 
 def fuse_attention(network: ViT) -> None:

@@ -97,6 +97,9 @@ class OnnxModel:
             return Outputs(logits, logits)
         return Outputs(logits, self._extended.run(pixels, self.head.embedding))
 
+    def run_unmerged(self, pixels: Pixels) -> None:
+        return None
+
     def run_bf16(self, pixels: Pixels) -> Outputs:
         graph = self._temporary / "bf16.onnx"
         self.write_graph(graph)

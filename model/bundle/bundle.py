@@ -31,7 +31,7 @@ from vitserve.model.bundle.parity import Parity
 from vitserve.model.bundle.plan import PlanReport
 from vitserve.model.bundle.preprocess import Preprocessing
 from vitserve.model.bundle.processor import ProcessorComparison
-from vitserve.model.config import NetworkConfig
+from vitserve.model.config import NetworkConfig, merges_tokens
 
 SCHEMA_VERSION = 2
 MANIFEST = "bundle.json"
@@ -135,6 +135,9 @@ class Golden:
     pixels: Pixels  # [k, H, W, C]; textures, then images of the model's domain
     reference: Outputs
     domain_images: int = 0  # how many of the last images are of the model's domain
+    # The network merges tokens. Where two similarities are nearly equal, rounding decides which tokens are merged, so
+    # that single images differ more.
+    judged_by_median: bool = False
     # The outputs that artifacts had at export, by engine and precision. Empty in bundles of earlier versions.
     recorded: Mapping[tuple[str, str], Outputs] = field(default_factory=dict)
 
@@ -155,7 +158,8 @@ class Bundle:
                 names = _recorded_names(artifact.engine, artifact.precision)
                 if names[0] in arrays:
                     recorded[artifact.engine, artifact.precision] = Outputs(*(arrays[name] for name in names))
-            return Golden(arrays["pixels"], reference, domain_images, recorded)
+            merges = merges_tokens(self.manifest.config)
+            return Golden(arrays["pixels"], reference, domain_images, merges, recorded)
 
     def summary(self) -> dict[str, Any]:
         """The manifest as JSON-compatible values, without the training report and the labels.

@@ -45,12 +45,15 @@ class Parity:
     # model's domain, if there are any.
     typical: float
 
-    def failure(self, precision: Precision) -> str | None:
-        """Why the differences exceed the precision's tolerance, naming both numbers; None if they do not."""
+    def failure(self, precision: Precision, by_median: bool = False) -> str | None:
+        """Why the differences exceed the precision's tolerance, naming both numbers; None if they do not.
+
+        ``by_median``: judge the median image instead of the worst, as for calibrated precisions.
+        """
         limit = TOLERANCE[precision]
         judged = (
             {"typical outputs": self.typical}
-            if precision in CALIBRATED
+            if precision in CALIBRATED or by_median
             else {"logits": self.logits, "embedding": self.embedding}
         )
         for name, difference in judged.items():

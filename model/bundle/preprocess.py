@@ -30,6 +30,7 @@ from vitserve.model.bundle.images.resample import Target, is_transposed, peak_by
 
 __all__ = [
     "DamagedImageError",
+    "DecodeMode",
     "Decoder",
     "Header",
     "ImageError",
@@ -46,6 +47,9 @@ __all__ = [
 ]
 
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
+# exact: the pixels of the source library. fast: JPEGs are decoded at a reduced scale where much more than the needed
+# size remains, and only what the crop keeps is resized. fastest: JPEGs are reduced also where less remains.
+DecodeMode = Literal["exact", "fast", "fastest"]
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -56,7 +60,7 @@ _RESAMPLING = {
 # JPEGs are decoded at a reduced scale only if at least this multiple of the resized size remains.
 # docs/experiments.md has the measured differences.
 DRAFT_GAP = 3.0
-# By default, a larger multiple for smaller outputs: more images are reduced, and each pixel of the output matters more.
+# In the mode fast, a larger multiple for smaller outputs: more images are reduced, and each pixel matters more.
 SMALL_DRAFT_GAP, SMALL_SIZE = 6.0, 128
 # Freed memory is returned to the system after images of this size. After others, keeping it saves time.
 _LARGE_PIXELS, _LARGE_BYTES = 2_000_000, 64 * 2**20
@@ -152,6 +156,7 @@ class OpenedImage:
     wanted: tuple[int, int]  # width and height after the resize, as stored
     _encoded: EncodedImage
     _preprocessing: Preprocessing
+    _mode: DecodeMode
 
     @property
     def header(self) -> Header:
@@ -205,7 +210,8 @@ class OpenedImage:
         wanted = preprocessing.resized(*_turned(self._encoded.size, orientation))
         border = tuple(round(255 * value) for value in preprocessing.mean) if preprocessing.border else None
         box = preprocessing.cropped(*wanted)
-        return Target(wanted, *box, preprocessing.channels, _RESAMPLING[preprocessing.interpolation], border)
+        resampling, whole = _RESAMPLING[preprocessing.interpolation], self._mode == "exact"
+        return Target(wanted, *box, preprocessing.channels, resampling, border, whole)
 
 
 @dataclass(frozen=True)
@@ -214,7 +220,7 @@ class Decoder:
 
     preprocessing: Preprocessing
     max_pixels: int = 50_000_000  # of the encoded image, and of the resized one
-    jpeg_draft: bool | None = None  # let libjpeg decode at 1/2, 1/4 or 1/8. None: by the output's size
+    mode: DecodeMode = "fast"
     draft_gap: float = DRAFT_GAP
 
     def open(self, encoded: bytes | memoryview) -> OpenedImage:
@@ -222,15 +228,15 @@ class Decoder:
         image = _read_header(encoded if isinstance(encoded, bytes) else bytes(encoded))
         self._check_size(*image.size)
         wanted = self.preprocessing.resized_as_stored(image.size, image.orientation)
-        if self.jpeg_draft is not False and isinstance(image, JpegImage):
+        if self.mode != "exact" and isinstance(image, JpegImage):
             gap = self.least_gap
             image = image.reduced(*(math.ceil(side * gap) for side in wanted))
-        return OpenedImage(wanted, image, self.preprocessing)
+        return OpenedImage(wanted, image, self.preprocessing, self.mode)
 
     @property
     def least_gap(self) -> float:
         """The multiple of the resized size that remains if a JPEG is decoded at a reduced scale."""
-        small = self.jpeg_draft is None and min(self.preprocessing.shape[:2]) < SMALL_SIZE
+        small = self.mode == "fast" and min(self.preprocessing.shape[:2]) < SMALL_SIZE
         return SMALL_DRAFT_GAP if small else self.draft_gap
 
     @property

@@ -14,6 +14,7 @@ from vitserve.model.config import Activation, ViTConfig
 from vitserve.model.network.attention_mask import mask
 from vitserve.model.network.resnet import ResNetMap
 from vitserve.model.network.stem import ConvStem
+from vitserve.model.network.token_merging import merge_tokens
 
 
 class Attention(nn.Module):
@@ -31,13 +32,20 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_width, config.norm_epsilon) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs [n, t, width], and keys averaged over the heads [n, t, head width].
+
+        ``sizes``: [n, t, 1], the patches in each token, which then gets as much attention as these patches
+        (proportional attention, arXiv:2210.09461, equation 1).
+        """
         n, t, width = x.shape
         qkv = self.qkv(x).reshape(n, t, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [n, heads, t, head width]
-        mixed = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=self.mask)
+        k = self.k_norm(k)
+        mask = self.mask if sizes is None else sizes.log().transpose(1, 2)[:, None]  # [n, 1, 1, t]
+        mixed = F.scaled_dot_product_attention(self.q_norm(q), k, v, attn_mask=mask)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(n, t, width))
-        return out
+        return out, k.mean(1)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -94,6 +102,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
+        self.prefix = config.prefix
+        self.merge = config.merge if index < config.depth - 1 else 0  # nothing follows the last block
         self.norm1 = nn.LayerNorm(config.width, config.norm_epsilon)
         self.attn = Attention(config, index)
         self.ls1 = LayerScale(config.width) if config.layer_scale else nn.Identity()
@@ -101,10 +111,15 @@ class Block(nn.Module):
         self.mlp = SwiGlu(config) if config.swiglu else Mlp(config)
         self.ls2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens, and the patches in each of them, [n, tokens, 1]. None for the sizes: every token is one patch."""
+        mixed, keys = self.attn(self.norm1(x), sizes)
+        x = x + self.ls1(mixed)
+        if self.merge:
+            sizes = torch.ones_like(x[:, :, :1]) if sizes is None else sizes
+            x, sizes = merge_tokens(x, sizes, keys, self.prefix, self.merge)
         x = x + self.ls2(self.mlp(self.norm2(x)))
-        return x
+        return x, sizes
 
 
 class PatchEmbed(nn.Module):
@@ -159,10 +174,12 @@ class ViT(nn.Module):
         """Logits and embedding. Fills ``intermediates``: "tokens", "block00"…, "norm", each [n, tokens, width]."""
         seen: dict[str, Tensor] = {} if intermediates is None else intermediates
         x = seen["tokens"] = self.norm_pre(self._tokens(images))
+        sizes: Tensor | None = None
         for index, block in enumerate(self.blocks):
-            x = seen[f"block{index:02}"] = block(x)
+            x, sizes = block(x, sizes)
+            seen[f"block{index:02}"] = x
         x = seen["norm"] = self.norm(x)
-        embedding = self._pool(x)
+        embedding = self._pool(x, sizes)
         logits = self.head(self.pre_logits(embedding))
         if self.head_dist is not None:
             logits = (logits + self.head_dist(x[:, 1])) / 2
@@ -177,11 +194,17 @@ class ViT(nn.Module):
             return torch.cat([*prefix, x], dim=1) + self.pos_embed
         return torch.cat([*prefix, x + self.pos_embed], dim=1)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def _pool(self, x: Tensor, sizes: Tensor | None) -> Tensor:
         """[n, tokens, width] → [n, embedding width]."""
         if self.config.pool == "token":
             return x[:, 0]
-        mean: Tensor = self.fc_norm(x[:, self.config.prefix :].mean(dim=1))
+        patches = x[:, self.config.prefix :]
+        if sizes is None:
+            average = patches.mean(dim=1)
+        else:  # of all patches, of which a merged token has several
+            weights = sizes[:, self.config.prefix :]
+            average = (patches * weights).sum(dim=1) / weights.sum(dim=1)
+        mean: Tensor = self.fc_norm(average)
         return mean if self.config.pool == "mean" else torch.cat([x[:, 0], mean], dim=1)
 
     def _initialize(self) -> None:

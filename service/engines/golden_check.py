@@ -33,7 +33,7 @@ def golden_check(engine: Engine, bundle: Bundle, artifact: Artifact) -> Parity:
     batches = [engine.run(0, golden.pixels[start : start + engine.max_batch]) for start in starts]
     outputs = Outputs(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
     parity = compare(outputs, golden.reference, bundle.manifest.activation, golden.domain_images)
-    failure = parity.failure(engine.precision)
+    failure = parity.failure(engine.precision, golden.judged_by_median)
     if failure is None and engine.precision in CALIBRATED:
         failure = _drift(parity, artifact.parity)
     recorded = golden.recorded.get((artifact.engine, artifact.precision))

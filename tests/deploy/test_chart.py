@@ -20,7 +20,7 @@ CHART = K8S / "chart"
 COMPONENTS = ("gateway", "hpa", "ingress", "keda", "monitoring")
 SOURCES = {name: K8S / "overlays" / name for name in ("cpu", "gpu")}
 SOURCES |= {name: K8S / "components" / name for name in COMPONENTS}
-SETTINGS = {"log_format": "json", "max_body_bytes": 67_108_864, "hang_seconds": 7.5, "jpeg_draft": False}
+SETTINGS = {"log_format": "json", "max_body_bytes": 67_108_864, "hang_seconds": 7.5, "page": False}
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
@@ -71,7 +71,7 @@ def test_it_installs_what_kustomize_does(
 
 def test_settings_are_those_of_kustomize_with_the_same_name(chart: helm.HelmChart, tmp_path: Path) -> None:
     """The name has a hash of the content, so that a changed setting starts a rolling update."""
-    texts = {"log_format": "json", "max_body_bytes": "67108864", "hang_seconds": "7.5", "jpeg_draft": "false"}
+    texts = {"log_format": "json", "max_body_bytes": "67108864", "hang_seconds": "7.5", "page": "false"}
     literals = [f"VITSERVE_{name.upper()}={text}" for name, text in texts.items()]
     generator = [{"name": "vitserve-settings", "behavior": "merge", "literals": literals}]
     merged = combined(tmp_path, "cpu", configMapGenerator=generator)

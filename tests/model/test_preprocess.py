@@ -26,7 +26,7 @@ from vitserve.model.bundle.preprocess import (
     TooManyPixelsError,
 )
 
-EXACT = Decoder(Preprocessing(32), jpeg_draft=False)
+EXACT = Decoder(Preprocessing(32), mode="exact")
 
 
 @pytest.mark.parametrize("size", [32, 224, 384])
@@ -35,7 +35,7 @@ EXACT = Decoder(Preprocessing(32), jpeg_draft=False)
 def test_pixels_are_identical_to_timms_transform(
     size: int, crop: float, interpolation: Interpolation, timm: ModuleType
 ) -> None:
-    decoder = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
+    decoder = Decoder(Preprocessing(size, crop, interpolation), mode="exact")
     transform = timm.data.create_transform(
         (3, size, size), crop_pct=crop, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1)
     )
@@ -63,7 +63,7 @@ def test_every_crop_mode_is_identical_to_timms(mode: str, size: tuple[int, int],
     )
     for seed, shape in enumerate([(500, 333), (333, 500), (64, 64), (31, 77), (80, 25)]):
         image = encoded(random_image(*shape, seed=seed), "JPEG")
-        pixels = Decoder(preprocessing, jpeg_draft=False).decode(image)
+        pixels = Decoder(preprocessing, mode="exact").decode(image)
         normalized = timm_pixels(transform, image, preprocessing.mean)
         assert np.array_equal(pixels, normalized), shape
 
@@ -86,7 +86,7 @@ MARKED_COMBINATIONS = [
 def test_photos_are_identical_to_timms_transform(
     size: int, crop: float, interpolation: Interpolation, photos: list[Path], timm: ModuleType
 ) -> None:
-    decoder = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
+    decoder = Decoder(Preprocessing(size, crop, interpolation), mode="exact")
     transform = timm.data.create_transform(
         (3, size, size), crop_pct=crop, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1)
     )
@@ -137,7 +137,7 @@ def test_photos_are_identical_to_transformers_processors(
     theirs = getattr(transformers, processor)(do_rescale=False, do_normalize=False, **settings)
     full = settings | {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     preprocessing, _ = image_processor.preprocessing(Configuration("the test's", full))
-    decoder = Decoder(preprocessing, jpeg_draft=False)
+    decoder = Decoder(preprocessing, mode="exact")
     for photo in photos:
         expected = theirs(Image.open(photo).convert("RGB"), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         assert np.array_equal(decoder.decode(photo.read_bytes()), expected), photo.name
@@ -164,7 +164,7 @@ def timm_pixels(
     ids=["square", "not square", "squash", "border"],
 )
 def test_exif_orientation_is_undone(preprocessing: Preprocessing, orientation: int) -> None:
-    decoder = Decoder(preprocessing, jpeg_draft=False)
+    decoder = Decoder(preprocessing, mode="exact")
     upright = random_image(48, 32, seed=3)
     stored = {
         1: upright,

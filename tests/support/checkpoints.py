@@ -92,7 +92,7 @@ def assert_same_logits(
 
 def logits_of_image(checkpoint: Checkpoint, image: Image.Image) -> np.ndarray:
     """Our logits of an image, from its encoded bytes on: [classes]."""
-    pixels = Decoder(checkpoint.preprocessing, jpeg_draft=False).decode(encoded(image))
+    pixels = Decoder(checkpoint.preprocessing, mode="exact").decode(encoded(image))
     network = ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval()
     with torch.inference_mode():
         logits: np.ndarray = network(torch.from_numpy(pixels.copy())[None])[0][0].numpy()

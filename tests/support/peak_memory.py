@@ -38,7 +38,7 @@ def measure(decoder: Decoder, image: bytes) -> dict[str, object]:
 
 def main(max_pixels: str, *files: str) -> None:
     prepare_pillow()
-    decoder = Decoder(Preprocessing(224, 0.875), int(max_pixels), jpeg_draft=False)
+    decoder = Decoder(Preprocessing(224, 0.875), int(max_pixels), mode="exact")
     for kind in FORMATS:  # loads the libraries
         decoder.decode(encoded(random_image(), kind))
     sys.stdout.write(json.dumps([measure(decoder, Path(file).read_bytes()) for file in files]))

@@ -155,6 +155,14 @@ def export(
             "the checkpoint, otherwise softmax; sigmoid for a single logit."
         ),
     ] = None,
+    merge: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Merge so many similar tokens in each block: faster, with a loss of accuracy that --images measures. "
+            "See docs/models.md.",
+        ),
+    ] = 0,
     ignore_key: Annotated[
         list[str] | None,
         typer.Option(help="Key of the checkpoint's configuration that has no effect on the outputs. Repeatable."),
@@ -250,6 +258,7 @@ def export(
             squash=squash,
             layout=layout.value if layout else None,
             outputs=outputs.value if outputs else None,
+            merge=merge,
             ignored_keys=tuple(ignore_key or ()),
         )
         checkpoint = load_source(source, overrides)

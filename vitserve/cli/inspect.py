@@ -25,6 +25,7 @@ def inspect(
 
     with one_line_errors():
         from vitserve.model.bundle.bundle import open_bundle
+        from vitserve.model.config import ViTConfig
         from vitserve.service import machine
         from vitserve.service.engines.gpu_artifacts import plans_of, report_beside
         from vitserve.service.settings import DEFAULT_BUNDLE
@@ -41,6 +42,9 @@ def inspect(
         console.print(f"{title}: {shape}", highlight=False)
         if manifest.processor is not None:
             console.print(f"preprocessing: {manifest.processor}", highlight=False, soft_wrap=True)
+        if isinstance(manifest.config, ViTConfig) and manifest.config.merge:
+            tokens = ", ".join(map(str, manifest.config.tokens_of_blocks))
+            console.print(f"tokens per block: {tokens}", highlight=False, soft_wrap=True)
         calibration = manifest.probability_calibration
         console.print(f"probabilities: {calibration or 'not calibrated'}", highlight=False, soft_wrap=True)
         print_artifacts(opened)

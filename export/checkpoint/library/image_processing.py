@@ -150,7 +150,7 @@ def _norms(settings: dict[str, Any]) -> dict[str, Any]:
 def _levels(candidate: Processor, image: Image.Image, output: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """The differences from the processor's output, in levels of 255."""
     preprocessing = candidate.preprocessing
-    pixels = Decoder(preprocessing, jpeg_draft=False).decode(encoded(image)).astype(np.float64)
+    pixels = Decoder(preprocessing, mode="exact").decode(encoded(image)).astype(np.float64)
     order = -1 if candidate.reversed_channels else 1
     pixels = pixels[:, :, ::order]
     mean, std = (np.array(values)[::order] for values in (preprocessing.mean, preprocessing.std))

@@ -77,7 +77,7 @@ def _backend(path: Path) -> str | None:
 def _images(preprocessing: Preprocessing) -> Iterator[tuple[Image.Image, npt.NDArray[np.float64]]]:
     """Images, and our pixels of them, [height, width, channels]."""
     height, width, _ = preprocessing.shape
-    decoder = Decoder(preprocessing, jpeg_draft=False)
+    decoder = Decoder(preprocessing, mode="exact")
     random = np.random.default_rng(0)
     for high, wide in _SIZES:
         shape = round(height * high), round(width * wide), 3

@@ -2,7 +2,7 @@
 
 Strips need little memory. The resize is one call for the whole image, because Pillow rounds to 8 bits between its pass
 over rows and its pass over columns, and decides by the sizes which pass is the first. So the result equals that of the
-source libraries bit for bit.
+source libraries bit for bit. If only the part that the crop keeps is resized, some values differ slightly.
 """
 
 from __future__ import annotations
@@ -50,6 +50,23 @@ class Target:
     channels: int  # 3, or 1 for gray
     resampling: Image.Resampling
     border: tuple[int, ...] | None = None  # its color, one value for each channel
+    whole: bool = True  # resize all of the image before the crop
+
+    @property
+    def resizes_part(self) -> bool:
+        """Not with the nearest pixel, which could be another one."""
+        smaller = (self.width, self.height) != self.size
+        return smaller and not self.whole and self.border is None and self.resampling != Image.Resampling.NEAREST
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part that the crop keeps, of an image of this size before the resize."""
+        across, down = width / self.size[0], height / self.size[1]
+        return (
+            max(0.0, self.left * across),
+            max(0.0, self.top * down),
+            min(width, (self.left + self.width) * across),
+            min(height, (self.top + self.height) * down),
+        )
 
 
 def is_transposed(orientation: int) -> bool:
@@ -63,6 +80,9 @@ def resized(decoded: Decoded, target: Target) -> Image.Image:
     if mode == "L" and image.mode != "L":  # before the resize, as the source libraries do
         image = image.convert("L")
     if image.size != target.size:
+        if target.resizes_part:
+            image = image.resize((target.width, target.height), target.resampling, target.box(*image.size))
+            return image if image.mode == mode else image.convert(mode)
         image = image.resize(target.size, target.resampling)
     if target.border is not None:
         return _framed(image.convert(mode), target)

@@ -7,10 +7,10 @@ import functools
 import importlib
 import logging
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from vitserve.model.arrays import Pixels
-from vitserve.model.bundle.preprocess import Decoder, ImageError, Preprocessing
+from vitserve.model.bundle.preprocess import DecodeMode, Decoder, ImageError, Preprocessing
 from vitserve.service import errors
 from vitserve.service.settings import Settings
 
@@ -64,8 +64,7 @@ def preload(settings: Settings) -> None:
 
 
 def decoder_for(preprocessing: Preprocessing, settings: Settings) -> ImageDecoder:
-    allowed = {"auto": None, "on": True, "off": False}[settings.jpeg_draft]
-    decoder = Decoder(preprocessing, settings.max_image_pixels, allowed)
+    decoder = Decoder(preprocessing, settings.max_image_pixels, cast(DecodeMode, settings.decode_mode))
     return _gpu_decoder(decoder) if settings.decode == "gpu" else decoder
 
 

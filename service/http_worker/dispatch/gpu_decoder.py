@@ -170,7 +170,7 @@ class GpuDecoder:
 
     def _check(self) -> None:
         """Compares generated images, larger and smaller than the model's input, with the CPU decoder."""
-        exact = Decoder(self.decoder.preprocessing, self.decoder.max_pixels, jpeg_draft=False)
+        exact = Decoder(self.decoder.preprocessing, self.decoder.max_pixels, mode="exact")
         generator = np.random.default_rng(0)
         for width, height in ((640, 427), (333, 500), (97, 64), (1200, 900)):
             coarse = Image.fromarray(generator.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), np.uint8))

@@ -45,7 +45,7 @@ def test_photos(
     resample, largest, mean = BOUNDS[interpolation] if backend == "torchvision" else (BOUNDS[interpolation][0], 0, 0)
     kind = getattr(transformers, "ViTImageProcessor" + ("Pil" if backend == "pil" else ""))
     processor = kind(size={"height": size, "width": size}, resample=resample, do_rescale=False, do_normalize=False)
-    decoder = Decoder(Preprocessing(size, interpolation=interpolation, squash=True), jpeg_draft=False)
+    decoder = Decoder(Preprocessing(size, interpolation=interpolation, squash=True), mode="exact")
     for photo in photos[::every]:
         theirs = processor(Image.open(photo).convert("RGB"), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         levels = np.abs(theirs - decoder.decode(photo.read_bytes()).astype(np.float64))

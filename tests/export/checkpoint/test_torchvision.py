@@ -74,7 +74,7 @@ def test_every_published_preprocessing_is_torchvisions(timm: ModuleType) -> None
     image = random_image(300, 400, seed=2)
     assert {each.name for each in PUBLISHED} == published().keys()
     for name, weights in published().items():
-        decoder = Decoder(preprocessing_of(name), jpeg_draft=False)
+        decoder = Decoder(preprocessing_of(name), mode="exact")
         assert np.array_equal(decoder.decode(encoded(image)), pixels_of(weights.transforms(), image)), name
         assert weights.url.endswith(f"/{next(each.file for each in PUBLISHED if each.name == name)}.pth")
     with pytest.raises(

@@ -90,7 +90,7 @@ def test_probabilities_are_those_of_transformers(
     bundle = build_bundle(checkpoint, tmp_path / "bundle", name="zero-shot", precisions=["fp32"])
     assert bundle.manifest.activation == ("sigmoid" if kind == "siglip" else "softmax")
     assert bundle.labels == tuple(LABELS)
-    decoder = Decoder(bundle.manifest.preprocessing, jpeg_draft=False)
+    decoder = Decoder(bundle.manifest.preprocessing, mode="exact")
     pixels = np.stack([decoder.decode(photo.read_bytes()) for photo in photos])
     images = [Image.open(photo).convert("RGB") for photo in photos]
     expected = probabilities_of_library(kind, towers, transformers, tmp_path / "towers", images, PROMPTS[0])

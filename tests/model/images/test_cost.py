@@ -15,9 +15,10 @@ from PIL import Image
 from tests.support.encoders import bmp, chunk, png, tiff
 from tests.support.images import encoded, random_image
 from tests.support.paths import ROOT
-from vitserve.model.bundle.preprocess import Decoder, OpenedImage, Preprocessing
+from vitserve.model.bundle.preprocess import DecodeMode, Decoder, OpenedImage, Preprocessing
 from vitserve.service.http_worker.dispatch.decode_stage import MAX_THREAD_SECONDS
 
+MODES: tuple[DecodeMode, ...] = ("exact", "fastest")
 SLACK_BYTES = 6 * 2**20  # of the interpreter and the libraries
 DECODER = Decoder(Preprocessing(224, 0.875))
 
@@ -106,7 +107,7 @@ def test_the_cost_grows_with_the_work() -> None:
 
 def test_a_reduced_scale_costs_less() -> None:
     image = encoded(random_image(3000, 3000), "JPEG")
-    exact = Decoder(Preprocessing(224), jpeg_draft=False).open(image)
+    exact = Decoder(Preprocessing(224), mode="exact").open(image)
     assert cost(image).peak_bytes * 2 < exact.peak_bytes
     assert cost(image).seconds < exact.seconds
 
@@ -115,7 +116,7 @@ def test_a_reduced_scale_costs_less() -> None:
 def test_a_reduced_scale_does_not_hide_the_work_of_a_huge_jpeg(progressive: bool) -> None:
     """libjpeg reads all of the data at every scale, so large images are decoded in a process of their own at each."""
     image = encoded(Image.new("RGB", (7000, 7000)), "JPEG", progressive=progressive)
-    exact, draft = (Decoder(Preprocessing(32), jpeg_draft=allowed).open(image) for allowed in (False, True))
+    exact, draft = (Decoder(Preprocessing(32), mode=mode).open(image) for mode in MODES)
     assert exact.seconds >= draft.seconds > MAX_THREAD_SECONDS
 
 

@@ -22,8 +22,8 @@ from vitserve.model.bundle.preprocess import (
     UnsupportedImageError,
 )
 
-EXACT = Decoder(Preprocessing(32), jpeg_draft=False)
-DRAFT = Decoder(Preprocessing(32), jpeg_draft=True)
+EXACT = Decoder(Preprocessing(32), mode="exact")
+DRAFT = Decoder(Preprocessing(32), mode="fastest")
 KINDS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "progressive": {"progressive": True},
@@ -192,7 +192,7 @@ def test_other_data_is_not_a_jpeg() -> None:
 
 def test_pixels_equal_those_of_pillows_reader() -> None:
     """Of every mode, and of sizes that blocks do not fit."""
-    decoder = Decoder(Preprocessing(16, squash=True), jpeg_draft=False)
+    decoder = Decoder(Preprocessing(16, squash=True), mode="exact")
     for width, height in ((16, 16), (17, 31), (63, 8)):
         for mode in ("L", "RGB", "CMYK"):
             for options in KINDS.values():

@@ -10,10 +10,9 @@ from vitserve.service.settings import Settings
 
 
 @pytest.mark.parametrize(
-    ("setting", "image_size", "allowed", "gap"),
-    [("auto", 32, None, 6), ("auto", 224, None, 3), ("on", 32, True, 3), ("off", 224, False, 3)],
+    ("mode", "image_size", "gap"), [("fast", 32, 6), ("fast", 224, 3), ("fastest", 32, 3), ("exact", 224, 3)]
 )
-def test_jpegs_are_reduced_as_the_setting_says(setting: str, image_size: int, allowed: bool | None, gap: float) -> None:
-    decoder = decoder_for(Preprocessing(image_size), Settings(jpeg_draft=setting))
+def test_jpegs_are_reduced_as_the_setting_says(mode: str, image_size: int, gap: float) -> None:
+    decoder = decoder_for(Preprocessing(image_size), Settings(decode_mode=mode))
     assert isinstance(decoder, Decoder)
-    assert (decoder.jpeg_draft, decoder.least_gap) == (allowed, gap)
+    assert (decoder.mode, decoder.least_gap) == (mode, gap)

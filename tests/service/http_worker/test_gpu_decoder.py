@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not wri
 
 @pytest.fixture(scope="module")
 def gpu() -> GpuDecoder:
-    return GpuDecoder(Decoder(Preprocessing(32), jpeg_draft=False), "cpu")
+    return GpuDecoder(Decoder(Preprocessing(32), mode="exact"), "cpu")
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -47,7 +47,7 @@ def gpu() -> GpuDecoder:
 def test_photos_are_within_the_documented_difference(
     size: int, crop: float, interpolation: Interpolation, photos: list[Path]
 ) -> None:
-    exact = Decoder(Preprocessing(size, crop, interpolation), jpeg_draft=False)
+    exact = Decoder(Preprocessing(size, crop, interpolation), mode="exact")
     decoder = GpuDecoder(exact, "cpu")
     for photo in photos:
         difference = np.abs(decoder.decode(photo.read_bytes()).astype(int) - exact.decode(photo.read_bytes()))
@@ -104,7 +104,7 @@ def test_the_same_images_are_rejected(gpu: GpuDecoder) -> None:
         gpu.decode(b"not an image")
     with pytest.raises(DamagedImageError):
         gpu.decode(complete[: len(complete) // 2])
-    small = GpuDecoder(Decoder(Preprocessing(32), max_pixels=2_000_000, jpeg_draft=False), "cpu")
+    small = GpuDecoder(Decoder(Preprocessing(32), max_pixels=2_000_000, mode="exact"), "cpu")
     with pytest.raises(TooManyPixelsError, match="2400 × 1000 pixels; the limit is 2,000,000"):
         small.decode(encoded(random_image(2400, 1000), "JPEG"))
 
@@ -127,7 +127,7 @@ def test_chroma_is_interpolated_as_in_libjpeg(monkeypatch: pytest.MonkeyPatch) -
     """nvJPEG does not by default. The option makes the CPU decoder behave in the same way, and the check notices."""
     monkeypatch.setattr("vitserve.service.http_worker.dispatch.gpu_decoder.OPTIONS", ":fancy_upsampling=0")
     with pytest.raises(DecoderRejectedError, match="levels on average"):
-        GpuDecoder(Decoder(Preprocessing(224), jpeg_draft=False), "cpu")
+        GpuDecoder(Decoder(Preprocessing(224), mode="exact"), "cpu")
 
 
 def test_large_images_are_decoded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
