@@ -134,9 +134,9 @@ def unmerged(network: Network | LibraryNetwork) -> Network | LibraryNetwork:
 
 def merging(network: ViT, merge: int) -> ViT:
     """The network that merges so many tokens in each block, with the same weights. Raises ValueError."""
-    other = ViT(replace(network.config, merge=merge))
-    other.load_state_dict(network.state_dict())
-    return other.eval()
+    copied = ViT(replace(network.config, merge=merge))
+    copied.load_state_dict(network.state_dict())
+    return copied.eval()
 
 
 def _of_library(library: nn.Module, preprocessing: Preprocessing, architecture: str, owner: Owner) -> TorchModel:

@@ -45,6 +45,7 @@ SHORTER = {
     "vitserve verify": "--seconds 0.01 --rounds 1 --batch-sizes 1",
     "vitserve bench my-bundle": "--seconds 0.01 --rounds 1 --batch-sizes 1",
     "vitserve bench http:": "--seconds 0.05 --warm-up-seconds 0",
+    "vitserve train": "--epochs 1 --device cpu",
 }
 
 _INSTALLS = "needs a package index"
@@ -67,7 +68,6 @@ NOT_RUN = {
     ): _GENERATES,
     "vitserve serve hf:google/vit-base-patch16-224": _HUB,
     "vitserve serve timm:vit_small_patch16_224.augreg_in21k_ft_in1k": _HUB,
-    "vitserve train data.npz --output runs/mine": "trains for half an hour; tests/model trains a smaller network",
     "vitserve export my-checkpoint --output my-bundle --precision int8 --images photos": (
         "calibrates for a minute; tests/export exports int8"
     ),
@@ -120,6 +120,10 @@ def directory(tmp_path: Path, bundle: Bundle, transformers: ModuleType, monkeypa
     (tmp_path / "photos").mkdir()
     for index in range(4):
         (tmp_path / f"photos/{index}.jpg").write_bytes(encoded(random_image(seed=index), "JPEG"))
+    for index in range(8):
+        path = tmp_path / "my-images" / ("cat" if index % 2 else "dog") / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(random_image(seed=index), "JPEG"))
     shutil.copytree(bundle.path, tmp_path / "my-bundle")
     for name in ("my-model", "runs/mine"):
         (tmp_path / name).mkdir(parents=True)

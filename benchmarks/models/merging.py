@@ -1,6 +1,6 @@
 """Token merging through HTTP: bundles of one network with different numbers of merged tokens, beside plain FastAPI.
 
-    python -m benchmarks.merging BUNDLE… --graph PLAIN.onnx --photos PHOTOS [--precision int8] [--rounds 3]
+    python -m benchmarks.models.merging BUNDLE… --graph PLAIN.onnx --photos PHOTOS [--precision int8] [--rounds 3]
 
 BUNDLE are bundles of one network, from `vitserve export … --merge R`. PLAIN.onnx is its graph without merging, from
 `python -m benchmarks.plain_graph`. In every round, each server is started, warmed up, measured with 8 connections, and
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def servers(options: argparse.Namespace) -> dict[str, Server]:
         config = open_bundle(path).manifest.config
         merge = config.merge if isinstance(config, ViTConfig) else 0
         arguments = ["--bundle", str(path.resolve()), "--precision", options.precision, "--timeout-ms", "60000"]
+        arguments += shlex.split(options.serve)
         found[f"R = {merge}"] = vitserve_server(f"vitserve {options.precision}", ROOT, arguments)
     first = open_bundle(options.bundles[0])
     size = first.manifest.preprocessing.image_size
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--graph", type=Path, required=True)
     parser.add_argument("--photos", type=Path, default=os.environ.get("TEST_PHOTOS"))
     parser.add_argument("--precision", default="int8")
+    parser.add_argument("--serve", default="", help='more options of `vitserve serve`: "--streams 2 --threads 1"')
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0)
@@ -64,7 +67,10 @@ def main() -> None:
     for name, measured in rows.items():
         rates = [row.throughput_per_second for row in measured]
         ratio = statistics.median(rate / other for rate, other in zip(rates, plain, strict=True))
-        latencies = " | ".join(spread([getattr(row, field) or 0 for row in measured]) for field in ("p50_ms", "p99_ms"))
+        latencies = " | ".join(
+            spread([value for row in measured if (value := getattr(row, field)) is not None])
+            for field in ("p50_ms", "p99_ms")
+        )
         sys.stdout.write(f"| {name} | {spread(rates)} | {latencies} | {ratio:.2f} |\n")
 
 

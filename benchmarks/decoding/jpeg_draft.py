@@ -1,6 +1,6 @@
 """How decoding JPEGs at a reduced scale changes pixels, logits, and predictions, by image size.
 
-    python -m benchmarks.jpeg_draft PHOTOS [--sizes 32 64 128 224 384] [--crops 20] [--gap 3]
+    python -m benchmarks.decoding.jpeg_draft PHOTOS [--sizes 32 64 128 224 384] [--crops 20] [--gap 3]
 
 PHOTOS is a directory of JPEGs. Four sets are made of them, because few photos are large enough to be reduced:
 

@@ -1,6 +1,6 @@
 """What resizing only the part that the crop keeps changes, and what it saves.
 
-    python -m benchmarks.partial_resize PHOTOS [--rounds 5]
+    python -m benchmarks.decoding.partial_resize PHOTOS [--rounds 5]
 
 PHOTOS is a directory of JPEGs, which are decoded at full scale in both modes. Prints, for each preprocessing, the share
 of the values that differ, the largest difference, the largest difference of the logits of ViT-B/16 with random weights
