@@ -7,6 +7,10 @@ from typing import Literal
 
 import torch
 
+from vitserve.model.config import ResNetConfig, ViTConfig
+
+DEEP = 12  # blocks of a network whose early blocks are fine-tuned more slowly
+
 
 def _cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
@@ -64,6 +68,11 @@ LONG = Recipe(
 )
 
 
-def fine_tuning(recipe: Recipe) -> Recipe:
-    """For weights that are trained already: smaller steps, most of all in the early blocks."""
-    return replace(recipe, learning_rate=recipe.learning_rate / 4, layer_decay=0.75)
+def fine_tuning(recipe: Recipe, config: ViTConfig | ResNetConfig) -> Recipe:
+    """For weights that are trained already: smaller steps; in a deep network, most of all in the early blocks.
+
+    A compact network learns other classes better if all of its layers do: docs/models.md.
+    """
+    if isinstance(config, ViTConfig) and config.depth >= DEEP:
+        return replace(recipe, learning_rate=recipe.learning_rate / 4, layer_decay=0.75)
+    return replace(recipe, learning_rate=recipe.learning_rate / 2)

@@ -164,7 +164,10 @@ def test_training_ends_when_it_no_longer_improves_and_keeps_the_best_weights(dir
 
 
 def test_early_blocks_learn_more_slowly_and_a_frozen_network_only_with_its_head() -> None:
-    recipe = fine_tuning(RECIPE)
+    recipe = fine_tuning(RECIPE, replace(CONFIG, depth=12))
+    assert (recipe.layer_decay, recipe.learning_rate) == (0.75, RECIPE.learning_rate / 4)
+    compact = fine_tuning(RECIPE, CONFIG)
+    assert (compact.layer_decay, compact.learning_rate) == (1.0, RECIPE.learning_rate / 2)
     state = initial_state(start(), recipe, 10)
     rates = {
         name: group["initial_lr"] / recipe.learning_rate

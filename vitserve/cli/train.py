@@ -59,7 +59,8 @@ def train(
         float | None,
         typer.Option(
             min=1e-8,
-            help="Greatest learning rate. Default: 0.002 on a CPU, 0.003 on a GPU; a quarter with --from.",
+            help="Greatest learning rate. Default: 0.002 on a CPU, 0.003 on a GPU; half of it with --from, a quarter "
+            "for 12 or more blocks.",
             show_default=False,
         ),
     ] = None,
@@ -68,7 +69,8 @@ def train(
         typer.Option(
             min=0.01,
             max=1,
-            help="Learning rate of a block ÷ that of the next one. Default: 1, and 0.75 with --from.",
+            help="Learning rate of a block ÷ that of the next one. Default: 1, and 0.75 with --from for 12 or more "
+            "blocks.",
             show_default=False,
         ),
     ] = None,
@@ -108,7 +110,14 @@ def train(
             raise ValueError("--freeze needs --from: without trained weights, the other layers must learn too")
         place = select_device(device)
         recipe = LONG if place.type == "cuda" else QUICK
-        recipe = fine_tuning(recipe) if source else recipe
+        data_set = read_data_set(data, recipe.validation_images, share, seed)
+        if source:
+            from vitserve.export.fine_tuning import start_from
+
+            start = start_from(source, data_set.labels, image_size)
+            recipe = fine_tuning(recipe, start.config)
+        else:
+            start = from_scratch(variant or "compact-hybrid/4", len(data_set.labels), image_size)
         stated: dict[str, Any] = {
             "epochs": epochs,
             "batch_size": batch_size,
@@ -120,13 +129,6 @@ def train(
             "frozen": freeze,
         }
         recipe = replace(recipe, **{name: value for name, value in stated.items() if value is not None})
-        data_set = read_data_set(data, recipe.validation_images, recipe.share, recipe.seed)
-        if source:
-            from vitserve.export.fine_tuning import start_from
-
-            start = start_from(source, data_set.labels, image_size)
-        else:
-            start = from_scratch(variant or "compact-hybrid/4", len(data_set.labels), image_size)
         report = run(start, recipe, data_set, output, place, compiled)
         write_card(report, shlex.join(["vitserve", *sys.argv[1:]]), output / "MODEL_CARD.md")
         try:
