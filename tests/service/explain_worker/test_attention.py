@@ -12,21 +12,25 @@ from torch import Tensor
 
 from tests.support.images import encoded, random_image
 from tests.support.library_networks import SMALL
+from tests.support.paths import ROOT
 from vitserve.export.build_bundle import build_bundle
-from vitserve.export.checkpoint.load import load_checkpoint, random_checkpoint
+from vitserve.export.checkpoint.load import Checkpoint, load_checkpoint, random_checkpoint
 from vitserve.export.graph.reference import ReferenceNetwork
 from vitserve.model.arrays import Floats, Pixels
-from vitserve.model.bundle.bundle import Bundle, sha256
+from vitserve.model.bundle.bundle import Bundle, open_bundle, sha256
+from vitserve.model.bundle.preprocess import Decoder
+from vitserve.model.config import ViTConfig
 from vitserve.service.explain_worker.attention import NotExplainableError, grid_of, on_grid, rollout
 from vitserve.service.explain_worker.main import Explainer
 from vitserve.service.explain_worker.network import ExplainableNetwork
+from vitserve.service.settings import DEFAULT_BUNDLE
 
 VARIANTS = ["compact-hybrid-deep/4", "compact-mean/4", pytest.param("B/16", marks=pytest.mark.slow)]
 
 
-def torch_attentions(variant: str, pixels: Pixels, monkeypatch: pytest.MonkeyPatch) -> list[Floats]:
+def torch_attentions(checkpoint: Checkpoint, pixels: Pixels, monkeypatch: pytest.MonkeyPatch) -> list[Floats]:
     """softmax(Q Kᵀ / √d) of every layer of our network in torch, [heads, tokens, tokens]."""
-    checkpoint, found = random_checkpoint(variant), list[Floats]()
+    found = list[Floats]()
 
     def attend(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
         weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
@@ -36,7 +40,7 @@ def torch_attentions(variant: str, pixels: Pixels, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
     with torch.inference_mode():
-        ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval()(torch.from_numpy(pixels[None]))
+        ReferenceNetwork(checkpoint.network, checkpoint.preprocessing).eval()(torch.from_numpy(pixels[None].copy()))
     monkeypatch.undo()
     return found
 
@@ -55,14 +59,29 @@ def torch_rollout(attentions: list[Floats], class_token: bool) -> Floats:
 def test_rollout_equals_torch(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = random_checkpoint(variant)
     bundle = build_bundle(checkpoint, tmp_path / "bundle", name="x", precisions=[])
-    pixels = bundle.golden().pixels[0]
+    assert_same_rollout(bundle, checkpoint, bundle.golden().pixels[0], monkeypatch)
+
+
+def test_rollout_of_the_default_model_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its trained weights, on a sample image."""
+    bundle = open_bundle(DEFAULT_BUNDLE)
+    checkpoint = load_checkpoint(ROOT / "checkpoints" / "default" / "weights.safetensors")
+    image = (ROOT / "examples" / "images" / "cat.jpg").read_bytes()
+    assert_same_rollout(bundle, checkpoint, Decoder(bundle.manifest.preprocessing).decode(image), monkeypatch)
+
+
+def assert_same_rollout(
+    bundle: Bundle, checkpoint: Checkpoint, pixels: Pixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = ExplainableNetwork(bundle)
-    actual, expected = network.attentions(pixels), torch_attentions(variant, pixels, monkeypatch)
+    actual, expected = network.attentions(pixels), torch_attentions(checkpoint, pixels, monkeypatch)
+    config = checkpoint.network.config
+    class_token = isinstance(config, ViTConfig) and config.class_token
     assert len(actual) == len(expected)
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, theirs[:, : ours.shape[1]], atol=1e-4)
     others = grid_of(pixels.shape[0], pixels.shape[1], actual[0].shape[-1])[2]
-    assert others == (0 if "mean" in variant else 1)
+    assert others == class_token
     np.testing.assert_allclose(rollout(actual, others)[-1], torch_rollout(expected, bool(others)), atol=1e-3)
 
 

@@ -93,16 +93,35 @@ def test_a_text_gets_an_error_in_words(page: Any, tmp_path: Path) -> None:
     sync_api.expect(alert).to_contain_text("notes.txt: Not an image in an accepted format")
 
 
-def test_a_dropped_image_is_classified(page: Any) -> None:
+@pytest.mark.parametrize(
+    "event",
+    [
+        'new DragEvent("drop", { dataTransfer: transfer })',
+        'new ClipboardEvent("paste", { clipboardData: transfer })',
+    ],
+    ids=["dropped", "pasted"],
+)
+def test_a_dropped_or_pasted_image_is_classified(page: Any, event: str) -> None:
     page.evaluate(
         """async () => {
             const blob = await (await fetch("page/samples/dog.jpg")).blob();
             const transfer = new DataTransfer();
-            transfer.items.add(new File([blob], "dropped.jpg", { type: "image/jpeg" }));
-            document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer }));
-        }"""
+            transfer.items.add(new File([blob], "given.jpg", { type: "image/jpeg" }));
+            document.dispatchEvent(EVENT);
+        }""".replace("EVENT", event)
     )
-    sync_api.expect(page.get_by_role("heading", name="dropped.jpg")).to_be_visible()
+    sync_api.expect(page.get_by_role("heading", name="given.jpg")).to_be_visible()
+    sync_api.expect(page.locator("article .bars li").first).to_be_visible()
+
+
+@pytest.mark.parametrize("name", ["Choose images", "Take a photo"])
+def test_images_are_chosen_or_photographed(page: Any, name: str, tmp_path: Path) -> None:
+    """Where there is no camera, browsers open the dialog for files."""
+    (tmp_path / "taken.png").write_bytes(encoded(random_image(80, 60)))
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name=name).click()
+    chooser.value.set_files(str(tmp_path / "taken.png"))
+    sync_api.expect(page.get_by_role("heading", name="taken.png")).to_be_visible()
     sync_api.expect(page.locator("article .bars li").first).to_be_visible()
 
 
