@@ -75,6 +75,7 @@ def test_without_images_the_loss_is_not_measured(tmp_path: Path) -> None:
     assert all(artifact.evaluation is None for artifact in built.manifest.artifacts)
 
 
+@pytest.mark.slow
 def test_the_command_merges(tmp_path: Path) -> None:
     arguments = ["export", "random:compact/4", "-o", str(tmp_path / "bundle"), "--precision", "fp32", "--merge", "8"]
     result = CliRunner().invoke(app, arguments)

@@ -25,7 +25,10 @@ TIMEOUT_SECONDS = 0.5
 PATH = f"/v1/classify?timeout_ms={1000 * TIMEOUT_SECONDS:.0f}"
 
 
-@pytest.fixture(scope="module", params=["1", "2"], ids=["one worker", "two workers"])
+WORKERS = [pytest.param("1", id="one worker"), pytest.param("2", id="two workers", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=WORKERS)
 def server(request: pytest.FixtureRequest, slow_bundle: Bundle) -> Iterator[Server]:
     running = start_server("--bundle", str(slow_bundle.path), "--workers", request.param)
     eventually(lambda: len(running.pids(HTTP_WORKER)) == int(request.param), "all workers run")
