@@ -83,6 +83,7 @@ def test_an_engine_worker_that_hangs_is_replaced(bundle: Bundle, expected: Expec
         assert running.stop() == 0
 
 
+@pytest.mark.slow
 def test_an_image_in_flight_in_two_crashes_is_answered_500(slow: Bundle) -> None:
     with (
         serving("--bundle", str(slow.path), "--max-batch", "1", *LONG_TIMEOUT) as running,
