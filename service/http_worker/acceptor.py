@@ -183,10 +183,10 @@ class Acceptor:
         connection = self._next()
         if connection is None:
             return False
-        arrived = 0.0
+        arrived = None
         if self._overloaded and self._tls is None:
             arrived = arrival_of(connection, time.monotonic(), self._turns.arrived())
-            if self._rejections.reject(connection, arrived):
+            if arrived is not None and self._rejections.reject(connection, arrived):
                 return True
         if self._slot_table is not None:
             self._slot_table.connections[self._worker] += 1
@@ -194,10 +194,10 @@ class Acceptor:
         self._open(connection, arrived)
         return True
 
-    def _open(self, connection: socket.socket, arrived: float) -> None:
-        """``arrived``: the first data, monotonic seconds; 0: the connection has not waited."""
+    def _open(self, connection: socket.socket, arrived: float | None) -> None:
+        """``arrived``: the first data, monotonic seconds. None: none has arrived, or the connection has not waited."""
         if self._tls is None:
-            create = partial(self._create_late, arrived) if arrived else self._create_protocol
+            create = partial(self._create_late, arrived) if arrived is not None else self._create_protocol
             self._run(self._loop.connect_accepted_socket(create, connection))
             return
         if len(self._tasks) >= self._tls.most_handshakes:

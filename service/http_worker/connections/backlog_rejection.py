@@ -12,7 +12,6 @@ import re
 import socket
 import struct
 import time
-from collections import Counter, deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -30,7 +29,6 @@ log = logging.getLogger(__name__)
 
 _PEEKED_BYTES = 4_096  # headers that are larger are read on the event loop
 _MOST_LINES = 256  # of different requests, remembered
-_REJECTION_SECONDS = 0.0001  # for the histogram: too short to be measured each time
 # Headers, in lower case, that decide about the response, or about the number of images.
 _DECISIVE = re.compile(
     rb"\r\n(?:authorization|content-encoding|expect|origin|traceparent|transfer-encoding|upgrade|vitserve-priority"
@@ -42,10 +40,11 @@ _POLL_SECONDS = 0.005
 _DESCRIPTORS_SHARE, _MOST_LINGERING = 32, 256
 # tcpi_last_data_recv of struct tcp_info (linux/tcp.h), milliseconds since the client's latest data arrived.
 _TCP_INFO_BYTES, _LAST_DATA_RECEIVED = 56, 52
-_LONGEST_WAIT_MS = 60_000  # if no data has arrived, the field counts from the start of the system
 
 
-class _Begun(NamedTuple):
+class _Line(NamedTuple):
+    """Of a request: its operation, and its timeout."""
+
     operation: Operation
     timeout_ms: int
 
@@ -60,9 +59,8 @@ class BacklogRejections:
         self._state, self._limits, self._operations, self._headers = state, limits, operations, headers
         self._loop = asyncio.get_running_loop()
         self._most = max(1, min(_MOST_LINGERING, limits.open_files // _DESCRIPTORS_SHARE))
-        self._lingering: deque[_Lingering] = deque()
-        self._lines: dict[bytes, _Begun | None] = {}
-        self._count: Counter[tuple[errors.OverloadedError, Operation]] = Counter()  # of this turn
+        self._lingering: list[_Lingering] = []
+        self._lines: dict[bytes, _Line | None] = {}
         self._polls = False
         self._scratch = bytearray(1_048_576)
 
@@ -73,57 +71,49 @@ class BacklogRejections:
         """
         if not self._may_reject:
             return False
+        began = time.monotonic()
         head = _peek(connection)
-        line = head[: head.find(b"\r\n")]
-        if not line.endswith(b" http/1.1") or head.count(b"\r\nhost:") != 1 or _DECISIVE.search(head):
+        line, fields = head[: head.find(b"\r\n")], head.lower()
+        if not line.endswith(b" HTTP/1.1") or fields.count(b"\r\nhost:") != 1 or _DECISIVE.search(fields):
             return False
-        begun = self._begun(line)
+        request = self._remembered(line)
         dispatcher = self._state.current
-        if begun is None or dispatcher is None:
+        if request is None or dispatcher is None:
             return False
-        error = dispatcher.admission.reject_early(arrived, begun.timeout_ms, DEFAULT_PRIORITY, 1, None)
+        error = dispatcher.admission.reject_early(arrived, request.timeout_ms, DEFAULT_PRIORITY, 1, None)
         if error is None:
             return False
-        self._count[error, begun.operation] += 1
-        self._state.turns.at_end(self._record)
-        response = begun.operation.problem(error)
+        response = request.operation.problem(error)
         response.headers.append((request_id.HEADER, request_id.new()))
         self._answer(connection, response_bytes(response, self._headers, keep_alive=False))
+        count_rejected(self._state.metrics, error, 1)
+        self._state.count_request(request.operation.route, str(error.status), time.monotonic() - began)
         return True
 
     @property
     def _may_reject(self) -> bool:
-        """Not where each rejection is delayed, logged, or traced."""
-        state = self._state
-        return not state.settings.api_keys and not state.request_log.on and state.tracing is None
+        """Not where each rejection is delayed, logged, or traced, nor while too many clients still read theirs."""
+        state, has_room = self._state, len(self._lingering) < self._most
+        return has_room and not state.settings.api_keys and not state.request_log.on and state.tracing is None
 
-    def _begun(self, line: bytes) -> _Begun | None:
-        """What the request line says. None if the event loop must check it."""
+    def _remembered(self, line: bytes) -> _Line | None:
+        """The request line, read. None if the event loop must check it."""
         if line not in self._lines:
             if len(self._lines) >= _MOST_LINES:
                 self._lines.clear()
             self._lines[line] = self._read(line)
         return self._lines[line]
 
-    def _read(self, line: bytes) -> _Begun | None:
+    def _read(self, line: bytes) -> _Line | None:
         method, _, rest = line.partition(b" ")
-        path, _, query = rest.removesuffix(b" http/1.1").partition(b"?")
+        path, _, query = rest.removesuffix(b" HTTP/1.1").partition(b"?")
         operation = self._operations.get(path)
-        if method != b"post" or operation is None:
+        if method != b"POST" or operation is None:
             return None
         try:
-            return _Begun(operation, operation.parse_head(query, (), self._state.settings).timeout_ms)
+            return _Line(operation, operation.parse_head(query, (), self._state.settings).timeout_ms)
         except errors.ServiceError:
             return None
-
-    def _record(self) -> None:
-        """Counts the rejections of a turn."""
-        count, self._count = self._count, Counter()
-        metrics = self._state.metrics
-        for (error, operation), number in count.items():
-            count_rejected(metrics, error, number)
-            for _ in range(number):
-                self._state.count_request(operation.route, str(error.status), _REJECTION_SECONDS)
 
     def _answer(self, connection: socket.socket, content: bytes) -> None:
         lingering = _Lingering(connection, time.monotonic() + LINGER_SECONDS)
@@ -138,15 +128,13 @@ class BacklogRejections:
             connection.close()
             return
         self._lingering.append(lingering)
-        if len(self._lingering) > self._most:
-            self._lingering.popleft().connection.close()
         if not self._polls:
             self._polls = True
             self._loop.call_later(_POLL_SECONDS, self._poll)
 
     def _poll(self) -> None:
         """Closes the connections whose clients have closed them, and those that have had enough time."""
-        now, remaining = time.monotonic(), deque[_Lingering]()
+        now, remaining = time.monotonic(), list[_Lingering]()
         for lingering in self._lingering:
             if lingering.drop(self._scratch) or now >= lingering.ends:
                 lingering.connection.close()
@@ -163,17 +151,20 @@ class BacklogRejections:
             await asyncio.sleep(_POLL_SECONDS)
 
 
-def arrival_of(connection: socket.socket, now: float, latest: float) -> float:
-    """When the latest data arrived on a connection that waited in the backlog; monotonic seconds.
+def arrival_of(connection: socket.socket, now: float, latest: float) -> float | None:
+    """When the latest data arrived on a connection that waited in the backlog; monotonic seconds. None without data.
 
     ``latest``: the time to return if the system does not say.
     """
     try:
+        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
         milliseconds: int = struct.unpack_from("I", info, _LAST_DATA_RECEIVED)[0]
-    except (OSError, AttributeError, struct.error):  # not Linux
+    except BlockingIOError:
+        return None
+    except (OSError, AttributeError, struct.error):  # the client has disconnected, or this is not Linux
         return latest
-    return min(latest, now - min(milliseconds, _LONGEST_WAIT_MS) / 1000)
+    return min(latest, now - milliseconds / 1000)
 
 
 class _Lingering:
@@ -202,9 +193,9 @@ class _Lingering:
 
 
 def _peek(connection: socket.socket) -> bytes:
-    """The head of the request in lower case, which stays unread. Empty if it has not arrived, or is large."""
+    """The head of the request, which stays unread. Empty if it has not arrived, or is large."""
     try:
         data = connection.recv(_PEEKED_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except OSError:
         return b""
-    return data[: data.find(b"\r\n\r\n") + 1].lower()
+    return data[: data.find(b"\r\n\r\n") + 1]

@@ -127,6 +127,34 @@ def test_others_are_served_as_before(server: Server) -> None:
         assert [response(connection)[0] for connection in connections] == [200, 422, 404]
 
 
+def test_a_connection_without_a_request_has_not_waited(server: Server) -> None:
+    """A client that connects early, as browsers do, has its whole timeout once it sends."""
+    have_long_turns(server)
+    with connect(server) as connection:
+        opened = time.monotonic()
+        eventually(lambda: time.monotonic() - opened > TIMEOUT_SECONDS + 0.2, "the connection has been idle")
+        connection.sendall(head(len(IMAGE), PATH) + IMAGE)
+        assert response(connection)[0] == 200
+
+
+def test_no_rejected_client_is_reset_where_descriptors_are_few(slow_bundle: Bundle) -> None:
+    """More clients still send their bodies than may keep a connection that is not open on the event loop."""
+    server = start_server("--bundle", str(slow_bundle.path), open_files=1600)
+    have_long_turns(server)
+    body = bytes(2_000_000)
+    with ExitStack() as stack:
+        with stopped(server):
+            connections = [stack.enter_context(connect(server)) for _ in range(80)]
+            for connection in connections:
+                connection.sendall(head(len(body), "/v1/classify?timeout_ms=1") + body[:1000])
+        client = stack.enter_context(httpx.Client(base_url=server.url, timeout=60))
+        eventually(lambda: metric(client, "vitserve_requests_total", status="429") >= BURST + 80, "all are rejected")
+        for connection in connections:
+            connection.sendall(body[1000:])
+            assert response(connection)[0] == 429
+    assert server.stop() == 0
+
+
 def test_a_stop_waits_for_rejected_clients(slow_bundle: Bundle) -> None:
     """None of them gets a reset."""
     server = start_server("--bundle", str(slow_bundle.path))
