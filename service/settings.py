@@ -87,8 +87,8 @@ class Settings(HttpSettings):
     decode_mode: str = setting(
         "fast",
         "exact: the same pixels as the source library. fast: decode a JPEG at 1/2, 1/4 or 1/8 of its size if at least "
-        "three times the needed size remains (six times for models below 128 pixels), and resize only what the crop "
-        "keeps. fastest: three times for every model.",
+        "three times the needed size remains (six times for models below 128 pixels), and resize only the part "
+        "that the crop keeps. fastest: three times for every model.",
         ("exact", "fast", "fastest"),
     )
     engine_cache_dir: str = setting(

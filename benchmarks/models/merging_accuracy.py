@@ -1,4 +1,4 @@
-"""What token merging costs in accuracy: the same weights with different numbers of merged tokens, in float32.
+"""The accuracy that token merging loses: the same weights with different numbers of merged tokens, in float32.
 
     python -m benchmarks.models.merging_accuracy CHECKPOINT ARCHIVE [--merge 0 4 8 12 16]
 

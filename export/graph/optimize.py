@@ -113,7 +113,7 @@ class LastBlock(nn.Module):
 
 
 def proportional(sizes: Tensor, queries: int) -> Tensor:
-    """What is added to the products of queries and keys, see Attention: float32 [n, 1, queries, tokens].
+    """The logarithm of the sizes, float32 [n, 1, queries, tokens]. Attention adds it to queries times keys.
 
     ONNX allows one row for all queries, but ONNX Runtime does not.
     """

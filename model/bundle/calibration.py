@@ -1,4 +1,4 @@
-"""Whether probabilities are right as often as they say, and a temperature that makes them so.
+"""How often predictions are right compared with their probabilities, and a temperature that makes the two equal.
 
 Guo et al., "On Calibration of Modern Neural Networks", 2017 (arXiv:1706.04599).
 """
@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as validated
 from vitserve.model.arrays import Floats, softmax, to_probabilities
 
 _BINS = 15
-_LEAST_IMAGES = 100  # fewer give no useful estimate of the error
+LEAST_IMAGES = 100  # fewer give no useful estimate of the error
 _LOWEST, _HIGHEST = 0.05, 20.0  # of a temperature
 _STEPS = 60  # of the search: the interval becomes smaller by 10⁻¹²
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -50,8 +50,8 @@ def calibrate(logits: Floats, classes: npt.NDArray[np.int64], seed: int = 0) -> 
     ``logits``: float32 [n, classes] of the network. ``classes``: int64 [n], the true ones. Raises ValueError for fewer
     than 100 images.
     """
-    if len(classes) < _LEAST_IMAGES:
-        raise ValueError(f"{len(classes)} labeled images cannot calibrate probabilities; {_LEAST_IMAGES} are needed")
+    if len(classes) < LEAST_IMAGES:
+        raise ValueError(f"{len(classes)} labeled images cannot calibrate probabilities; {LEAST_IMAGES} are needed")
     order = np.random.default_rng(seed).permutation(len(classes))
     fitted, held_out = order[: len(order) // 2], order[len(order) // 2 :]
     temperature = round(_fit(logits[fitted], classes[fitted]), 4)

@@ -58,7 +58,7 @@ def read_labeled_images(
 ) -> Images:
     """Up to 5,000 images of a directory, or of the test split of an archive. Raises ValueError.
 
-    On the images of its training, a network is too sure of itself.
+    On the images of its training, a network's probabilities are too high.
     """
     if source.is_dir():
         return read_images(source, preprocessing, labels, 0, _MOST_LABELED, note)[1]

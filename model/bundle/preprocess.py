@@ -48,7 +48,7 @@ __all__ = [
 
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 # exact: the pixels of the source library. fast: JPEGs are decoded at a reduced scale where much more than the needed
-# size remains, and only what the crop keeps is resized. fastest: JPEGs are reduced also where less remains.
+# size remains, and only the part that the crop keeps is resized. fastest: JPEGs are reduced also where less remains.
 DecodeMode = Literal["exact", "fast", "fastest"]
 
 _RESAMPLING = {

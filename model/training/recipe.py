@@ -40,7 +40,7 @@ class Recipe:
     validation_images: int = 2500  # held out of the training set, at most
     seed: int = 0
     share: float = 1.0  # of the training set: used for training, chosen by the seed
-    # Each block learns more slowly than the next one, by this factor: fine-tuning keeps what early blocks have learned
+    # Each block learns more slowly than the next one, by this factor: fine-tuning changes early blocks little
     # (BEiT, arXiv:2106.08254, appendix H). 1: all learn equally fast.
     layer_decay: float = 1.0
     frozen: bool = False  # only the head learns

@@ -1,4 +1,4 @@
-"""What a training has shown: a model card, and its curves as a plot."""
+"""The results of a training: a model card, and its curves as a plot."""
 
 from __future__ import annotations
 

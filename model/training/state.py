@@ -141,7 +141,7 @@ def _optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]
 
 
 def _layer(name: str) -> int:
-    """0 for what precedes the first block of a ViT or the first stage of a ResNet, then 1, 2, …"""
+    """0 for the layers before the first block of a ViT or the first stage of a ResNet, then 1, 2, …"""
     match = re.match(r"(?:blocks|stages)\.(\d+)\.", name)
     return 1 + int(match[1]) if match else 0
 

@@ -89,12 +89,10 @@ def train(
 
 
 def _settings(start: Start, recipe: Recipe, data: DataSet) -> dict[str, str]:
-    """What a resumed run must have in common with the interrupted one."""
+    """The settings that a resumed run must have in common with the interrupted one."""
     names = "\n".join(f"{sample.name}\t{sample.label}" for part in (data.training, data.validation) for sample in part)
-    different = {name: str(value) for name, value in asdict(start.config).items()}
     return {
-        **different,
-        **{name: str(value) for name, value in asdict(recipe).items()},
+        **{name: str(value) for part in (start.config, recipe) for name, value in asdict(part).items()},
         "source": start.source or "random weights",
         "labels": ", ".join(data.labels),
         "images": f"{data.description} ({hashlib.sha256(names.encode()).hexdigest()[:12]})",

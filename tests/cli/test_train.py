@@ -1,4 +1,4 @@
-"""``vitserve train``: from a directory to a bundle, fine-tuning included, and what is rejected."""
+"""``vitserve train``: from a directory to a bundle, fine-tuning included, and rejected options."""
 
 from __future__ import annotations
 

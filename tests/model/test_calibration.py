@@ -13,7 +13,7 @@ from vitserve.model.bundle.calibration import ProbabilityCalibration, calibrate,
 Arrays = tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.int64]]]
 
 
-def honest(count: int = 4000, classes: int = 6) -> Arrays:
+def calibrated_logits(count: int = 4000, classes: int = 6) -> Arrays:
     """Logits whose probabilities are right: the classes are drawn from them."""
     random = np.random.default_rng(0)
     logits = (2 * random.standard_normal((count, classes))).astype(np.float32)
@@ -22,8 +22,8 @@ def honest(count: int = 4000, classes: int = 6) -> Arrays:
 
 
 @pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
-def test_the_temperature_of_overconfident_and_of_timid_logits_is_found(factor: float) -> None:
-    logits, classes = honest()
+def test_the_temperature_of_too_large_and_too_small_logits_is_found(factor: float) -> None:
+    logits, classes = calibrated_logits()
     found = calibrate(factor * logits, classes)
     assert found.temperature == pytest.approx(factor, rel=0.1)
     assert (found.images, found.held_out) == (2000, 2000)
@@ -32,7 +32,7 @@ def test_the_temperature_of_overconfident_and_of_timid_logits_is_found(factor: f
 
 
 def test_a_temperature_changes_probabilities_but_no_prediction() -> None:
-    logits, _ = honest(50)
+    logits, _ = calibrated_logits(50)
     for temperature in (0.5, 2.0):
         probabilities = to_probabilities(logits, "softmax", temperature)
         np.testing.assert_allclose(probabilities, softmax(logits / temperature), rtol=1e-5)
@@ -48,7 +48,7 @@ def test_the_calibration_error_is_the_distance_of_probability_and_accuracy() -> 
 
 
 def test_few_images_and_impossible_temperatures_are_rejected() -> None:
-    logits, classes = honest(99)
+    logits, classes = calibrated_logits(99)
     with pytest.raises(ValueError, match="99 labeled images cannot calibrate probabilities; 100 are needed"):
         calibrate(logits, classes)
     for temperature in (0.0, -1.0, 1e9):

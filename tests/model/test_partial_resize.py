@@ -1,4 +1,4 @@
-"""Resizing only what the crop keeps: nearly the same pixels as resizing all of the image."""
+"""Resizing only the part that the crop keeps: nearly the same pixels as resizing all of the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token merging: the algorithm of the paper, what it preserves, and what it leaves unchanged."""
+"""Token merging: the algorithm of the paper, and the properties that it preserves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training data in directories: classes, splits, sizes, and what is rejected. Runs start, end, and are resumed."""
+"""Training data in directories: classes, splits, sizes, and unusable ones. Runs start, end, and are resumed."""
 
 from __future__ import annotations
 

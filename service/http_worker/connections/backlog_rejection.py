@@ -176,7 +176,7 @@ class _Lingering:
         self.connection, self.ends, self._dropped = connection, ends, 0
 
     def drop(self, scratch: bytearray) -> bool:
-        """Drops what has arrived. True if the client has closed the connection, or sends too much.
+        """Drops the bytes that have arrived. True if the client has closed the connection, or sends too much.
 
         Linux drops the bytes without copying them (MSG_TRUNC, tcp(7)).
         """
