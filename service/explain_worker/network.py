@@ -46,7 +46,9 @@ class ExplainableNetwork:
         tokens = attentions[0].shape[-1]
         whole = all(attention.shape[1:] == (tokens, tokens) for attention in attentions[:-1])
         if not whole or attentions[-1].shape[-1] != tokens:
-            raise NotExplainableError("the layers of the network attend to different tokens, for example in windows")
+            raise NotExplainableError(
+                "the layers of the network attend to different tokens, in windows or because tokens are merged"
+            )
         return attentions
 
     def probabilities(self, pixels: Pixels) -> Floats:

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.bundles import SMALL, confident_checkpoint, random_images
+from tests.support.images import encoded, random_image
 from vitserve.cli.main import app
 from vitserve.export.artifacts import ExportError
 from vitserve.export.build_bundle import build_bundle
@@ -21,6 +22,7 @@ from vitserve.model.config import ViTConfig
 from vitserve.model.network.vit import ViT
 from vitserve.service.engines.construct import construct_engine
 from vitserve.service.engines.engine import EngineOptions
+from vitserve.service.explain_worker.main import Explainer
 
 MERGE = 6
 
@@ -62,6 +64,16 @@ def test_the_loss_is_that_compared_with_the_network_that_merges_nothing(bundle: 
         assert 0 < artifact.evaluation.probability < 1, "merging changes the probabilities"
     shown = CliRunner().invoke(app, ["inspect", str(bundle.path)], env={"COLUMNS": "300"}).output
     assert "tokens per block: 17, 11, 6" in shown
+
+
+def test_a_merging_network_is_explained_by_occlusion(bundle: Bundle) -> None:
+    """Its layers attend to different tokens."""
+    explainer, image = Explainer(bundle), encoded(random_image(SMALL.image_size, SMALL.image_size))
+    options = {"method": "auto", "layer": None, "head": None, "class": None}
+    assert b'"occlusion"' in explainer.answer(options, image)[0]
+    kind, reason = explainer.answer(options | {"method": "rollout"}, image)
+    assert kind == b"NotExplainableError"
+    assert b"because tokens are merged" in reason
 
 
 def test_a_loss_above_the_limit_is_an_error(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ DETAILS: dict[type[ServiceError], str] = {
     errors.TooManyAttemptsError: "too many wrong admin keys; SIGHUP also reloads the bundle",
     errors.HeadersTooLargeError: "the request header has more than 65,536 bytes",
     errors.EngineFailedError: "the engine failed",
-    errors.NotExplainableError: "the layers of the network attend to different tokens, for example in windows",
+    errors.NotExplainableError: (
+        "the layers of the network attend to different tokens, in windows or because tokens are merged"
+    ),
     errors.NotReadyError: "starting: loading, verifying and warming up the engine",
     errors.TooManyConnectionsError: "there are too many connections",
     errors.DeadlineExceededError: "the image was not finished within its deadline",
