@@ -76,7 +76,7 @@ def test_images_of_the_domain_pass() -> None:
     assert failures_of(DEFAULT_BUNDLE, "int8", images) == []
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "fp8"])
 def test_a_good_bundle_passes_and_a_spoiled_one_fails_on_a_gpu(
     precision: Precision, bundle: Bundle, fp8_bundle: Bundle, tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -33,7 +33,8 @@ from vitserve.service.engines.engine import EngineOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
-SLOW = ("MLP-Mixer", "ResNet of transformers")  # of another kind than the others, which are a dozen
+# Of another kind than the others, or with a sibling of the other library among them.
+SLOW = ("MLP-Mixer", "ResNet of transformers", "Swin of timm", "BEiT of timm", "SigLIP of transformers")
 TINY_TIMM = SMALL_TIMM | {"num_heads": 12, "depth": 1}
 
 

@@ -221,7 +221,7 @@ FAMILIES = {
 
 # The exporter is tested with every family in tests/export and in tests/service/engines/test_torch_engine.py.
 EXPORTED = [
-    pytest.param(config, id=name, marks=() if name in ("class token", "hybrid of a ResNet") else pytest.mark.slow)
+    pytest.param(config, id=name, marks=() if name == "class token" else pytest.mark.slow)
     for name, config in FAMILIES.items()
 ]
 

@@ -137,6 +137,7 @@ def test_a_connection_without_a_request_has_not_waited(server: Server) -> None:
         assert response(connection)[0] == 200
 
 
+@pytest.mark.slow
 def test_no_rejected_client_is_reset_where_descriptors_are_few(slow_bundle: Bundle) -> None:
     """More clients still send their bodies than may keep a connection that is not open on the event loop."""
     server = start_server("--bundle", str(slow_bundle.path), open_files=1600)
@@ -155,6 +156,7 @@ def test_no_rejected_client_is_reset_where_descriptors_are_few(slow_bundle: Bund
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_stop_waits_for_rejected_clients(slow_bundle: Bundle) -> None:
     """None of them gets a reset."""
     server = start_server("--bundle", str(slow_bundle.path))
